@@ -1,0 +1,105 @@
+"""Every key of a run, its default and its meaning: this file is the schema.
+
+Presets start from `get_config()` and change values; they never add a key. An
+`every` of 0 switches that thing off. Conflicts between keys are refused by
+`moe_jax.config.validate` before anything is built.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Returns the defaults: a small conventional MoE on `python_stdlib`."""
+  config = ConfigDict()
+  config.seed = 0  # parameters, data order and dropout all follow from it
+
+  # Devices along each axis; one axis may be -1: whatever is left.
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # batch split, parameters repeated
+  config.mesh.fsdp = 1  # batch split, parameters split too
+  config.mesh.expert = 1  # batch split, experts split
+  config.mesh.tensor = 1  # heads and feed-forward widths split
+
+  config.model = ConfigDict()
+  config.model.num_layers = 4
+  config.model.hidden_size = 256
+  config.model.num_heads = 4
+  config.model.num_kv_heads = 4  # fewer than num_heads: grouped-query attention
+  config.model.head_dim = 0  # 0: hidden_size / num_heads
+  config.model.ffn_width = 1024  # of the dense layers
+  config.model.vocab_size = 0  # 0: the tokenizer's
+  config.model.rope_theta = 10_000.0
+  config.model.norm_epsilon = 1e-6
+  config.model.tie_embeddings = False  # output head = input embedding
+  config.model.init_std = 0.02  # of every weight matrix
+  config.model.dtype = 'auto'  # of the arithmetic; auto: bfloat16, on CPU float32
+  config.model.remat = 'none'  # none | dots | full: what backward recomputes
+  config.model.unroll = 1  # periods unrolled per step of the scan over layers
+
+  config.moe = ConfigDict()
+  config.moe.num_experts = 8  # per sub-layer; 0: a dense model
+  config.moe.top_k = 2
+  config.moe.expert_width = 512  # of a whole expert: factors share it equally
+  config.moe.factors = 1  # 1 conventional, 2 Cartesian product, 3 one further
+  config.moe.every = 1  # MoE in every n-th layer ...
+  config.moe.offset = 0  # ... counted from this one
+  config.moe.first_dense = 0  # the first n layers are dense whatever `every` says
+  config.moe.renormalize = True  # the chosen weights of a token sum to 1 (top_k > 1)
+  config.moe.dispatch = 'dropless'  # dropless | capacity
+  config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
+  config.moe.bias = False  # a learned vector added to the routed output
+
+  config.moe.shared = ConfigDict()
+  config.moe.shared.width = 0  # 0: no shared expert; factors share it equally
+  config.moe.shared.mixing = 'sum'  # sum | fixed | coefficient
+  config.moe.shared.routed_weight = 0.5  # mixing = fixed
+  config.moe.shared.shared_weight = 0.5  # mixing = fixed
+
+  config.router = ConfigDict()
+  config.router.score = 'linear'
+  config.router.recurrent = 'none'  # none | gru
+  config.router.state_size = 128
+
+  config.loss = ConfigDict()
+  config.loss.balance_weight = 0.01
+  config.loss.balance_layers = 'separate'  # separate | joined: see balance.py
+  config.loss.z_weight = 0.0  # router z-loss
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 1e-3  # the peak
+  config.optimizer.final_fraction = 0.1  # of the peak, at the end of the decay
+  config.optimizer.warmup_steps = 50
+  config.optimizer.decay_steps = 0  # where the decay ends; 0: train.steps
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.epsilon = 1e-8
+  config.optimizer.weight_decay = 0.1  # not on norms, biases and router cell
+  config.optimizer.clip_norm = 1.0  # of the global gradient norm; 0: no clipping
+
+  config.train = ConfigDict()
+  config.train.steps = 1000
+  config.train.batch_size = 16  # sequences per step, over all devices
+  config.train.accumulation = 1  # micro-batches a step is computed in
+  config.train.log_every = 10
+
+  config.data = ConfigDict()
+  config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder
+  config.data.dir = ''  # where data sets are kept; '': TFDS's own default
+  config.data.path = ''  # name = text_folder: the folder whose files are read
+  config.data.text_key = 'text'  # the feature that holds a document
+  config.data.train_split = 'train'
+  config.data.tokenizer = 'bytes'
+  config.data.seq_len = 256
+  config.data.threads = 2  # that read ahead of the device
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 200  # steps; the last step is always saved
+  config.checkpoint.keep = 3  # the newest n stay
+  config.checkpoint.keep_every = 0  # and every step that is a multiple of n
+
+  config.eval = ConfigDict()
+  config.eval.every = 200
+  config.eval.split = 'validation'
+  config.eval.batches = 0  # during training; 0: the whole split
+  config.eval.batch_size = 0  # 0: train.batch_size
+  return config.lock()

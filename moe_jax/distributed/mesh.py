@@ -1,0 +1,122 @@
+"""The mesh and the one table that says where every parameter lives."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'expert', 'tensor')
+
+# Outside the experts a batch is split over all of these together.
+TOKEN_AXES = ('data', 'fsdp', 'expert')
+
+# (pattern of a parameter's name, its spec). The first match counts; a name
+# that matches none is an error. Stacked parameters get a leading None, and the
+# optimizer's moments, which carry their parameters' names, the same spec.
+RULES = (
+    (r'embed_VD', P('tensor', 'fsdp')),
+    (r'head_DV', P('fsdp', 'tensor')),
+    (r'(query|key|value)_D[HG]A', P('fsdp', 'tensor', None)),
+    (r'out_HAD', P('tensor', None, 'fsdp')),
+    (r'gate_up_D2F', P('fsdp', None, 'tensor')),
+    (r'down_FD', P('tensor', 'fsdp')),
+    (r'gate_up_ND2F', P('expert', 'fsdp', None, 'tensor')),
+    (r'down_NFD', P('expert', 'tensor', 'fsdp')),
+    # Small, and read by every token: a copy on every device.
+    (r'projector_DR|weight_XN|coefficient_D2', P(None, None)),
+    (r'(input|hidden)_R3R', P(None, None, None)),
+    (r'(input|hidden)_bias_3R', P(None, None)),
+    (r'scale_D|bias_D|bias_2', P(None)),
+    (r'key', P(None)),
+    (r'count|step', P()),
+)
+
+
+def make_mesh(shape: dict[str, int], devices: list[jax.Device]) -> Mesh:
+  """A mesh with the axes `AXES`, sharded by the jit partitioner.
+
+  Args:
+    shape: devices along each axis; their product is len(devices).
+    devices: in the order they fill the mesh, last axis fastest.
+  """
+  sizes = tuple(shape[axis] for axis in AXES)
+  return jax.make_mesh(
+      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays whose leading axis is the batch or its tokens."""
+  return NamedSharding(mesh, P(TOKEN_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Of arrays that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
+  """Constrains the axis of B or T to the token axes of the mesh, if any."""
+  if mesh is None or mesh.size == 1:
+    return x
+  spec = P(*(None,) * axis, TOKEN_AXES)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """A copy of the whole array on every device of the mesh, if any."""
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """The sharding of every leaf of a tree of parameters or optimizer state.
+
+  Args:
+    tree: leaves with a shape; the last key of a leaf's path is its name.
+    mesh: with the axes `AXES`.
+
+  Raises:
+    UserError: an axis does not divide its dimension.
+    KeyError: no rule knows the name; `RULES` needs a line.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)),
+      tree,
+  )
+
+
+def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
+  spec = _rule(names[-1])
+  if 'periods' in names and spec:
+    spec = P(None, *spec)
+  if len(spec) != len(shape):
+    raise ValueError(f'{"/".join(names)} of shape {shape} has the rule {spec}')
+  axes = []
+  for axis, size in zip(spec, shape):
+    count = mesh.shape[axis] if axis else 1
+    if size % count == 0:
+      axes.append(axis)
+    elif names[-1] in ('embed_VD', 'head_DV'):
+      axes.append(None)  # a vocabulary is what it is: keep it whole
+    else:
+      raise UserError(
+          f'mesh.{axis} = {count} does not divide {size}, a dimension of'
+          f' {"/".join(names)}; choose a mesh.{axis} that divides it'
+      )
+  return P(*axes)
+
+
+def _rule(name: str) -> P:
+  for pattern, spec in RULES:
+    if re.fullmatch(pattern, name):
+      return spec
+  raise KeyError(f'no sharding rule for the parameter {name!r}')

@@ -1,0 +1,38 @@
+"""The one exception that means: the user can mend this."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake in the input: a config, a flag, a file or a checkpoint.
+
+  The message is one line that names the key or file, says what is wrong and
+  what would be right. Programs print it without a traceback and exit with 2.
+  """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """`; did you mean 'x'?` for the known name closest to `name`, else ''."""
+  matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f"; did you mean '{matches[0]}'?" if matches else ''
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+  """Returns `name` if it is one of `known`.
+
+  Args:
+    kind: what is being chosen, normally the config key, for the message.
+    name: the name given.
+    known: the names there are.
+
+  Raises:
+    UserError: `name` is not among them; the message lists them.
+  """
+  known = list(known)
+  if name not in known:
+    raise UserError(
+        f'{kind} = {name!r} is not known{nearest(name, known)}'
+        f' (known: {", ".join(known)})'
+    )
+  return name

@@ -1,0 +1,52 @@
+"""Feed-forward sub-layers in a chain; two MoE ones are a Cartesian layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from moe_jax.experts.moe import Watched
+from moe_jax.routing.recurrent import Cell
+from moe_jax.routing.recurrent import State
+from moe_jax.routing.router import Tokens
+
+
+class SubLayer(Protocol):
+
+  def __call__(
+      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+  ) -> tuple[jax.Array, State, Watched | None]:
+    """y_TD, the router's next state, and what to watch (None if dense)."""
+
+
+class Chain(nnx.Module):
+  """`x = x + sub_layer(norm(x))`, one sub-layer after the other.
+
+  One MoE sub-layer is a conventional MoE layer, one dense sub-layer a
+  conventional feed-forward. Two MoE sub-layers are CartesianMoE's Cartesian
+  Product Layer (arXiv 2410.16077): a token's expert is the pair (A_i, B_j),
+  computed as `a = x + MoE_A(norm(x))`, `y = a + MoE_B(norm_mid(a))`. Any number
+  makes a product of that many factors. The router's state goes from sub-layer
+  to sub-layer, as it does from layer to layer.
+  """
+
+  def __init__(
+      self,
+      norms: Sequence[Callable[[jax.Array], jax.Array]],
+      sub_layers: Sequence[SubLayer],
+  ):
+    self.norms = nnx.List(norms)
+    self.sub_layers = nnx.List(sub_layers)
+
+  def __call__(
+      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+  ) -> tuple[jax.Array, State, Watched | None]:
+    """Returns y_TD, the state, and what to watch with a leading axis [S]."""
+    watched = []
+    for norm, sub_layer in zip(self.norms, self.sub_layers, strict=True):
+      y_TD, state, seen = sub_layer(norm(x_TD), state, cell, tokens)
+      x_TD += y_TD
+      watched.append(seen)
+    return x_TD, state, jax.tree.map(lambda *a: jnp.stack(a), *watched)

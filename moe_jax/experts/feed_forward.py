@@ -1,0 +1,102 @@
+"""What experts compute: one SwiGLU network, or a bank of them."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from moe_jax.experts.grouped_matmul import grouped_matmul
+from moe_jax.routing.recurrent import Cell
+from moe_jax.routing.recurrent import State
+from moe_jax.routing.router import Tokens
+
+
+def _gate(hidden_X2F: jax.Array) -> jax.Array:
+  gate, up = hidden_X2F[..., 0, :], hidden_X2F[..., 1, :]
+  return jax.nn.silu(gate) * up
+
+
+class FeedForward(nnx.Module):
+  """`down(silu(gate(x)) * up(x))`, without biases.
+
+  Attributes:
+    gate_up_D2F: gate and up projections side by side: one matmul for both.
+    down_FD: the projection back.
+  """
+
+  def __init__(
+      self, hidden_size: int, width: int, *, init_std: float, rngs: nnx.Rngs
+  ):
+    init = nnx.initializers.normal(init_std)
+    self.gate_up_D2F = nnx.Param(
+        init(rngs.params(), (hidden_size, 2, width), jnp.float32)
+    )
+    self.down_FD = nnx.Param(
+        init(rngs.params(), (width, hidden_size), jnp.float32)
+    )
+
+  def __call__(self, x_TD: jax.Array) -> jax.Array:
+    gate_up_D2F = self.gate_up_D2F[...].astype(x_TD.dtype)
+    hidden_TF = _gate(jnp.einsum('TD,DgF->TgF', x_TD, gate_up_D2F))
+    return hidden_TF @ self.down_FD[...].astype(x_TD.dtype)
+
+
+class DenseLayer(nnx.Module):
+  """A dense feed-forward with the calling convention of `MoELayer`."""
+
+  def __init__(self, feed_forward: FeedForward):
+    self.feed_forward = feed_forward
+
+  def __call__(
+      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+  ) -> tuple[jax.Array, State, None]:
+    del cell, tokens
+    return self.feed_forward(x_TD), state, None
+
+
+class ExpertBank(nnx.Module):
+  """N SwiGLU experts, stacked.
+
+  Attributes:
+    gate_up_ND2F: the gate and up projections of every expert.
+    down_NFD: the projections back.
+  """
+
+  def __init__(
+      self,
+      num_experts: int,
+      hidden_size: int,
+      width: int,
+      *,
+      init_std: float,
+      rngs: nnx.Rngs,
+  ):
+    init = nnx.initializers.normal(init_std)
+    self.gate_up_ND2F = nnx.Param(
+        init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
+    )
+    self.down_NFD = nnx.Param(
+        init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
+    )
+
+  @property
+  def num_experts(self) -> int:
+    """Experts in this bank; on a shard, those that live there."""
+    return self.down_NFD.shape[0]
+
+  def grouped(self, rows_MD: jax.Array, sizes_N: jax.Array) -> jax.Array:
+    """Rows sorted by expert, `sizes_N` of them each; see `grouped_matmul`."""
+    gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_MD.dtype)
+    num_experts, hidden_size, _, width = gate_up_ND2F.shape
+    flat_NDF = gate_up_ND2F.reshape(num_experts, hidden_size, 2 * width)
+    hidden_MF = _gate(
+        grouped_matmul(rows_MD, flat_NDF, sizes_N).reshape(-1, 2, width)
+    )
+    down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
+    return grouped_matmul(hidden_MF, down_NFD, sizes_N)
+
+  def batched(self, rows_NCD: jax.Array) -> jax.Array:
+    """C rows for every expert, padded or not, as one batched matmul."""
+    gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_NCD.dtype)
+    hidden_NCF = _gate(jnp.einsum('NCD,NDgF->NCgF', rows_NCD, gate_up_ND2F))
+    down_NFD = self.down_NFD[...].astype(rows_NCD.dtype)
+    return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)

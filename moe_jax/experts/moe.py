@@ -1,0 +1,134 @@
+"""A Mixture-of-Experts layer: route, select, dispatch, combine, share."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.feed_forward import ExpertBank
+from moe_jax.experts.feed_forward import FeedForward
+from moe_jax.routing.balance import Load
+from moe_jax.routing.balance import load_of
+from moe_jax.routing.recurrent import Cell
+from moe_jax.routing.recurrent import State
+from moe_jax.routing.router import Router
+from moe_jax.routing.router import Tokens
+from moe_jax.routing.selection import Routing
+
+
+class Watched(NamedTuple):
+  """What an MoE layer lets others see of its routing."""
+
+  load: Load
+  routing: Routing
+
+
+class Mixing(Protocol):
+
+  def __call__(
+      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+  ) -> jax.Array:
+    """Joins the routed and the shared output of the layer's input `u_TD`."""
+
+
+class MoELayer(nnx.Module):
+  """`y = sum_k w_k E_k(x)` over the experts the router chose (RMoE eq. 1, 6).
+
+  Attributes:
+    router: -> logits and the next router state.
+    select: logits -> Routing.
+    dispatch: moves tokens to experts and back.
+    experts: the bank of routed experts.
+    shared: an expert that every token visits, or None.
+    mixing: joins routed and shared output.
+    bias_D: a learned vector added to the routed output, or None (RMoE's
+      released code has it as an option).
+  """
+
+  def __init__(
+      self,
+      router: Router,
+      select: Callable[[jax.Array], Routing],
+      dispatch: Dispatch,
+      experts: ExpertBank,
+      *,
+      shared: FeedForward | None = None,
+      mixing: Mixing | None = None,
+      bias_D: nnx.Param | None = None,
+  ):
+    self.router = router
+    self.select = select
+    self.dispatch = dispatch
+    self.experts = experts
+    self.shared = shared
+    self.mixing = mixing
+    self.bias_D = bias_D
+
+  def __call__(
+      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+  ) -> tuple[jax.Array, State, Watched]:
+    """Returns y_TD, the router's next state and what to watch."""
+    logits_TN, state = self.router(x_TD, state, cell, tokens)
+    routing = self.select(logits_TN).only(tokens.real_T[:, None])
+    routing = checkpoint_name(routing, 'routing')  # for the remat policies
+    with jax.named_scope('experts'):
+      y_TD, dropped = self.dispatch(x_TD, routing, self.experts)
+    if self.bias_D is not None:
+      y_TD += self.bias_D[...].astype(y_TD.dtype)
+    if self.shared is not None:
+      with jax.named_scope('shared_expert'):
+        y_TD = self.mixing(x_TD, y_TD, self.shared(x_TD))
+    return y_TD, state, Watched(load_of(routing, tokens, dropped), routing)
+
+
+class SumMixing(nnx.Module):
+  """routed + shared."""
+
+  def __call__(
+      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+  ) -> jax.Array:
+    del u_TD
+    return routed_TD + shared_TD
+
+
+class FixedMixing(nnx.Module):
+  """`moe_weight * routed + share_weight * shared`: RMoE's released code."""
+
+  def __init__(self, routed_weight: float, shared_weight: float):
+    self.routed_weight = routed_weight
+    self.shared_weight = shared_weight
+
+  def __call__(
+      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+  ) -> jax.Array:
+    del u_TD
+    return self.routed_weight * routed_TD + self.shared_weight * shared_TD
+
+
+class CoefficientMixing(nnx.Module):
+  """`c_0 routed + c_1 shared` with `c = softmax(u C + b)` per token.
+
+  CartesianMoE (arXiv 2410.16077), as in residual MoE.
+
+  Attributes:
+    coefficient_D2: C, float32.
+    bias_2: b, float32.
+  """
+
+  def __init__(self, hidden_size: int, *, init_std: float, rngs: nnx.Rngs):
+    init = nnx.initializers.normal(init_std)
+    self.coefficient_D2 = nnx.Param(
+        init(rngs.params(), (hidden_size, 2), jnp.float32)
+    )
+    self.bias_2 = nnx.Param(jnp.zeros((2,), jnp.float32))
+
+  def __call__(
+      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+  ) -> jax.Array:
+    logits_T2 = u_TD.astype(jnp.float32) @ self.coefficient_D2[...]
+    c_T2 = jax.nn.softmax(logits_T2 + self.bias_2[...]).astype(u_TD.dtype)
+    return c_T2[:, :1] * routed_TD + c_T2[:, 1:] * shared_TD

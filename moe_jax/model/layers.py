@@ -1,0 +1,44 @@
+"""RMSNorm and rotary position embedding."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+class RMSNorm(nnx.Module):
+  """`x / rms(x) * scale`, computed in float32 (arXiv 1910.07467).
+
+  Attributes:
+    scale_D: float32, starts at 1.
+  """
+
+  def __init__(self, size: int, epsilon: float):
+    self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    exact = x.astype(jnp.float32)
+    mean_square = jnp.square(exact).mean(-1, keepdims=True)
+    normal = exact * jax.lax.rsqrt(mean_square + self.epsilon)
+    return (normal * self.scale_D[...]).astype(x.dtype)
+
+
+def rotate(x_BLHA: jax.Array, theta: float) -> jax.Array:
+  """Rotary position embedding (arXiv 2104.09864) at positions 0 .. L-1.
+
+  Pairs are (a, a + A/2), the half-split layout of Llama checkpoints.
+
+  Args:
+    x_BLHA: queries or keys; A is even.
+    theta: the base of the wavelengths.
+
+  Returns:
+    The rotated array, in the dtype of `x_BLHA`.
+  """
+  length, head_dim = x_BLHA.shape[1], x_BLHA.shape[-1]
+  frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  angle = jnp.arange(length)[:, None, None] * frequency  # [L, 1, A/2]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
+  rotated = first * cos - second * sin, second * cos + first * sin
+  return jnp.concatenate(rotated, axis=-1).astype(x_BLHA.dtype)

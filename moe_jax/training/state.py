@@ -1,0 +1,94 @@
+"""The state of a training run: a plain dict of arrays, made where it lives."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import optax
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model.build import build
+
+# {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}. The key
+# is the run's random state; whoever needs randomness in a step folds the step
+# into it.
+TrainState = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a config makes, before any array exists.
+
+  Attributes:
+    graphdef: merged with a dict of parameters, the model.
+    tx: the optimizer.
+    abstract: the state as `ShapeDtypeStruct`s with shardings.
+    mesh: where it lives.
+  """
+
+  graphdef: nnx.GraphDef
+  tx: optax.GradientTransformation
+  abstract: TrainState
+  mesh: Mesh
+  config: ConfigDict
+  vocab_size: int
+
+  def init(self) -> TrainState:
+    """Makes the state from `config.seed`, every leaf already in its place."""
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+    create = jax.jit(self._create, out_shardings=out_shardings)
+    return create(jax.random.key(self.config.seed))
+
+  def _create(self, key: jax.Array) -> TrainState:
+    params_key, run_key = jax.random.split(key)
+    params = _init_params(self.config, self.vocab_size, self.mesh, params_key)
+    return {
+        'step': jnp.zeros((), jnp.int32),
+        'params': params,
+        'opt_state': self.tx.init(params),
+        'key': jax.random.key_data(run_key),
+    }
+
+
+def setup(
+    config: ConfigDict,
+    vocab_size: int,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+) -> Setup:
+  """Shapes, then shardings; `Setup.init` then makes the arrays.
+
+  Raises:
+    UserError: a mesh axis does not divide a dimension of a parameter.
+  """
+  graphdef = nnx.graphdef(
+      nnx.eval_shape(
+          lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
+      )
+  )
+  made = Setup(graphdef, tx, {}, mesh, config, vocab_size)
+  shapes = jax.eval_shape(made._create, jax.random.key(0))
+  abstract = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      shapes,
+      mesh_lib.shardings(shapes, mesh),
+  )
+  return dataclasses.replace(made, abstract=abstract)
+
+
+def _init_params(
+    config: ConfigDict, vocab_size: int, mesh: Mesh, key: jax.Array
+) -> dict[str, Any]:
+  model = build(config, vocab_size, mesh, rngs=nnx.Rngs(params=key))
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def num_parameters(params: Any) -> int:
+  """Parameters in a tree of arrays or of their shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,144 @@
+"""The training step and the evaluation step, each one `jax.jit`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model.decoder import Decoder
+from moe_jax.routing import balance
+from moe_jax.routing.balance import Load
+from moe_jax.training.state import Setup
+from moe_jax.training.state import TrainState
+
+# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}
+Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]
+
+
+def cross_entropy(
+    logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
+) -> jax.Array:
+  """Summed over the targets under the mask, in nats, float32."""
+  nll_BL = optax.softmax_cross_entropy_with_integer_labels(
+      logits_BLV, targets_BL
+  )
+  return (nll_BL * mask_BL).sum()
+
+
+def auxiliary_loss(
+    load: Load | None, config: ConfigDict
+) -> tuple[jax.Array | float, Metrics]:
+  """The weighted balance and z losses, and both unweighted as metrics."""
+  if load is None:
+    return 0.0, {}
+  if config.loss.balance_layers == 'joined':
+    load = balance.joined(load)
+  metrics = {
+      'balance_loss': balance.balance_loss(load),
+      'z_loss': balance.z_loss(load),
+  }
+  weighted = (
+      config.loss.balance_weight * metrics['balance_loss']
+      + config.loss.z_weight * metrics['z_loss']
+  )
+  return weighted, metrics
+
+
+def make_train_step(
+    setup: Setup,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The jitted update; it donates the state it is given.
+
+  The loss is the mean over all targets of the global batch, whatever the mesh
+  and the number of micro-batches. The balance loss is computed per micro-batch
+  and averaged.
+  """
+  config, micro_batches = setup.config, setup.config.train.accumulation
+
+  def loss_fn(
+      params: Any, batch: Batch, num_targets: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    model: Decoder = nnx.merge(setup.graphdef, params)
+    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
+    auxiliary, metrics = auxiliary_loss(load, config)
+    metrics = jax.tree.map(lambda m: m / micro_batches, metrics)
+    metrics |= {'loss': nll / num_targets, 'load': load}
+    return metrics['loss'] + auxiliary / micro_batches, metrics
+
+  def gradient(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+    num_targets = batch['mask'].sum().astype(jnp.float32)
+    grad = jax.grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+      return grad(params, batch, num_targets)
+
+    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
+      more = grad(params, micro_batch, num_targets)
+      return jax.tree.map(jnp.add, total, more), None
+
+    shapes = jax.eval_shape(grad, params, batch, num_targets)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add, zeros, _split(batch, micro_batches, setup.mesh))[0]
+
+  def train_step(
+      state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    grads, metrics = gradient(state['params'], batch)
+    updates, opt_state = setup.tx.update(
+        grads, state['opt_state'], state['params']
+    )
+    params = optax.apply_updates(state['params'], updates)
+    metrics['gradient_norm'] = optax.global_norm(grads)
+    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    return state | new, metrics
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+  return jax.jit(
+      train_step,
+      in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
+      out_shardings=(shardings, mesh_lib.replicated(setup.mesh)),
+      donate_argnums=0,
+  )
+
+
+def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
+  """The jitted evaluation of a batch: sums, so that batches can be added up.
+
+  Returns:
+    A function of (params, batch) to {'nll': nats, 'targets': their number,
+    'load': Load or None}.
+  """
+
+  def eval_step(params: Any, batch: Batch) -> Metrics:
+    model: Decoder = nnx.merge(setup.graphdef, params)
+    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    return {
+        'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
+        'targets': batch['mask'].sum(),
+        'load': load,
+    }
+
+  shardings = jax.tree.map(
+      lambda leaf: leaf.sharding, setup.abstract['params']
+  )
+  return jax.jit(
+      eval_step,
+      in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
+      out_shardings=mesh_lib.replicated(setup.mesh),
+  )
+
+
+def _split(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Batch:
+  """[B, L] -> [count, B / count, L], every device keeping its sequences."""
+
+  def split(array_BL: jax.Array) -> jax.Array:
+    micro = array_BL.reshape(-1, count, array_BL.shape[-1]).swapaxes(0, 1)
+    return mesh_lib.shard_tokens(micro, mesh, axis=1)
+
+  return jax.tree.map(split, batch)
