@@ -4,9 +4,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
@@ -20,21 +18,21 @@ TOKEN_AXES = ('data', 'fsdp', 'expert')
 # that matches none is an error. Stacked parameters get a leading None, and the
 # optimizer's moments, which carry their parameters' names, the same spec.
 RULES = (
-    (r'embed_VD', P('tensor', 'fsdp')),
-    (r'head_DV', P('fsdp', 'tensor')),
-    (r'(query|key|value)_D[HG]A', P('fsdp', 'tensor', None)),
-    (r'out_HAD', P('tensor', None, 'fsdp')),
-    (r'gate_up_D2F', P('fsdp', None, 'tensor')),
-    (r'down_FD', P('tensor', 'fsdp')),
-    (r'gate_up_ND2F', P('expert', 'fsdp', None, 'tensor')),
-    (r'down_NFD', P('expert', 'tensor', 'fsdp')),
-    # Small, and read by every token: a copy on every device.
-    (r'projector_DR|weight_XN|coefficient_D2', P(None, None)),
-    (r'(input|hidden)_R3R', P(None, None, None)),
-    (r'(input|hidden)_bias_3R', P(None, None)),
-    (r'scale_D|bias_D|bias_2', P(None)),
-    (r'key', P(None)),
-    (r'count|step', P()),
+  (r'embed_VD', P('tensor', 'fsdp')),
+  (r'head_DV', P('fsdp', 'tensor')),
+  (r'(query|key|value)_D[HG]A', P('fsdp', 'tensor', None)),
+  (r'out_HAD', P('tensor', None, 'fsdp')),
+  (r'gate_up_D2F', P('fsdp', None, 'tensor')),
+  (r'down_FD', P('tensor', 'fsdp')),
+  (r'gate_up_ND2F', P('expert', 'fsdp', None, 'tensor')),
+  (r'down_NFD', P('expert', 'tensor', 'fsdp')),
+  # Small, and read by every token: a copy on every device.
+  (r'projector_DR|weight_XN|coefficient_D2', P(None, None)),
+  (r'(input|hidden)_R3R', P(None, None, None)),
+  (r'(input|hidden)_bias_3R', P(None, None)),
+  (r'scale_D|bias_D|bias_2', P(None)),
+  (r'key', P(None)),
+  (r'count|step', P()),
 )
 
 
@@ -47,7 +45,7 @@ def make_mesh(shape: dict[str, int], devices: list[jax.Device]) -> Mesh:
   """
   sizes = tuple(shape[axis] for axis in AXES)
   return jax.make_mesh(
-      sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
   )
 
 
@@ -88,8 +86,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     KeyError: no rule knows the name; `RULES` needs a line.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)),
-      tree,
+    lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)),
+    tree,
   )
 
 
@@ -101,7 +99,7 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   if len(spec) != len(shape):
     raise ValueError(f'{"/".join(names)} of shape {shape} has the rule {spec}')
   axes = []
-  for axis, size in zip(spec, shape):
+  for axis, size in zip(spec, shape, strict=True):
     count = mesh.shape[axis] if axis else 1
     if size % count == 0:
       axes.append(axis)
@@ -109,8 +107,8 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
       axes.append(None)  # a vocabulary is what it is: keep it whole
     else:
       raise UserError(
-          f'mesh.{axis} = {count} does not divide {size}, a dimension of'
-          f' {"/".join(names)}; choose a mesh.{axis} that divides it'
+        f'mesh.{axis} = {count} does not divide {size}, a dimension of'
+        f' {"/".join(names)}; choose a mesh.{axis} that divides it'
       )
   return P(*axes)
 

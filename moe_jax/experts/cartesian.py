@@ -3,20 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.experts.moe import Watched
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
+from moe_jax.routing.recurrent import Cell, State
 from moe_jax.routing.router import Tokens
 
 
 class SubLayer(Protocol):
+  """A feed-forward: dense or a Mixture of Experts."""
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, Watched | None]:
     """y_TD, the router's next state, and what to watch (None if dense)."""
 
@@ -33,15 +33,15 @@ class Chain(nnx.Module):
   """
 
   def __init__(
-      self,
-      norms: Sequence[Callable[[jax.Array], jax.Array]],
-      sub_layers: Sequence[SubLayer],
+    self,
+    norms: Sequence[Callable[[jax.Array], jax.Array]],
+    sub_layers: Sequence[SubLayer],
   ):
     self.norms = nnx.List(norms)
     self.sub_layers = nnx.List(sub_layers)
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, Watched | None]:
     """Returns y_TD, the state, and what to watch with a leading axis [S]."""
     watched = []

@@ -18,15 +18,16 @@ from moe_jax.routing.selection import Routing
 
 
 class Dispatch(Protocol):
+  """Brings tokens to their experts and the results back."""
 
   def __call__(
-      self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
+    self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
   ) -> tuple[jax.Array, jax.Array]:
     """y_TD in the dtype of x_TD, and the number of dropped slots, int32."""
 
 
 def dropless(
-    x_TD: jax.Array, routing: Routing, experts: ExpertBank
+  x_TD: jax.Array, routing: Routing, experts: ExpertBank
 ) -> tuple[jax.Array, jax.Array]:
   """Every slot reaches its expert, however uneven the experts are used."""
   order_M, place_TK, sizes_N, _ = _sort(routing, experts.num_experts)
@@ -51,7 +52,7 @@ class Capacity:
   factor: float
 
   def __call__(
-      self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
+    self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
   ) -> tuple[jax.Array, jax.Array]:
     num_rows = routing.indices_TK.size
     capacity = math.ceil(self.factor * num_rows / routing.num_experts)
@@ -73,7 +74,7 @@ class Capacity:
 
 
 def _sort(
-    routing: Routing, num_experts: int
+  routing: Routing, num_experts: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Sorts the T*K slots by expert; unused slots (index N) come last.
 
@@ -91,58 +92,58 @@ def _sort(
 def _combine(out_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
   """Weighted sum over a token's slots, accumulated in float32."""
   y_TD = jnp.einsum(
-      'TKD,TK->TD', out_TKD, weights_TK, preferred_element_type=jnp.float32
+    'TKD,TK->TD', out_TKD, weights_TK, preferred_element_type=jnp.float32
   )
   return y_TD.astype(out_TKD.dtype)
 
 
 @jax.custom_vjp
 def _gather_rows(
-    x_TD: jax.Array, order_M: jax.Array, place_TK: jax.Array
+  x_TD: jax.Array, order_M: jax.Array, place_TK: jax.Array
 ) -> jax.Array:
   """Row m is the token of slot `order_M[m]`."""
   return x_TD[order_M // place_TK.shape[1]]
 
 
 def _gather_rows_backward(
-    place_TK: jax.Array, grad_MD: jax.Array
+  place_TK: jax.Array, grad_MD: jax.Array
 ) -> tuple[jax.Array, None, None]:
   return grad_MD[place_TK].sum(1), None, None
 
 
 _gather_rows.defvjp(
-    lambda x_TD, order_M, place_TK: (
-        _gather_rows(x_TD, order_M, place_TK),
-        place_TK,
-    ),
-    _gather_rows_backward,
+  lambda x_TD, order_M, place_TK: (
+    _gather_rows(x_TD, order_M, place_TK),
+    place_TK,
+  ),
+  _gather_rows_backward,
 )
 
 
 @jax.custom_vjp
 def _return_rows(
-    out_MD: jax.Array, order_M: jax.Array, place_TK: jax.Array
+  out_MD: jax.Array, order_M: jax.Array, place_TK: jax.Array
 ) -> jax.Array:
   """Back from rows to the slots of each token: the inverse permutation."""
   return out_MD[place_TK]
 
 
 def _return_rows_backward(
-    order_M: jax.Array, grad_TKD: jax.Array
+  order_M: jax.Array, grad_TKD: jax.Array
 ) -> tuple[jax.Array, None, None]:
   return grad_TKD.reshape(len(order_M), -1)[order_M], None, None
 
 
 _return_rows.defvjp(
-    lambda out_MD, order_M, place_TK: (
-        _return_rows(out_MD, order_M, place_TK),
-        order_M,
-    ),
-    _return_rows_backward,
+  lambda out_MD, order_M, place_TK: (
+    _return_rows(out_MD, order_M, place_TK),
+    order_M,
+  ),
+  _return_rows_backward,
 )
 
 
 DISPATCHES = {
-    'dropless': lambda moe: dropless,
-    'capacity': lambda moe: Capacity(moe.capacity_factor),
+  'dropless': lambda moe: dropless,
+  'capacity': lambda moe: Capacity(moe.capacity_factor),
 }

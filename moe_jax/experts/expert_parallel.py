@@ -7,11 +7,11 @@ exact for any routing, with buffers of fixed size.
 
 import dataclasses
 
-from flax import nnx
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-import jax.numpy as jnp
 
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.feed_forward import ExpertBank
@@ -37,19 +37,21 @@ class ExpertParallel:
   width_axis: str = 'tensor'
 
   def __call__(
-      self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
+    self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
   ) -> tuple[jax.Array, jax.Array]:
     graphdef, params = nnx.split(experts)
     # Cast before the weights travel: half the bytes in bfloat16.
     params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)
-    param_specs = nnx.State({
+    param_specs = nnx.State(
+      {
         'gate_up_ND2F': P(self.expert_axis, None, None, self.width_axis),
         'down_NFD': P(self.expert_axis, self.width_axis, None),
-    })
+      }
+    )
     tokens = P(self.token_axes)
 
     def local(
-        x_TD: jax.Array, routing: Routing, params: nnx.State
+      x_TD: jax.Array, routing: Routing, params: nnx.State
     ) -> tuple[jax.Array, jax.Array]:
       x_TD, routing = jax.tree.map(self._gather, (x_TD, routing))
       params = jax.tree.map(self._repeat, params)
@@ -57,16 +59,16 @@ class ExpertParallel:
       y_TD, dropped = self.inner(x_TD, self._mine(routing, bank), bank)
       y_TD = lax.psum(y_TD, self.width_axis)
       y_TD = lax.psum_scatter(
-          y_TD, self.expert_axis, scatter_dimension=0, tiled=True
+        y_TD, self.expert_axis, scatter_dimension=0, tiled=True
       )
       return y_TD, self._total(dropped)
 
     return jax.shard_map(
-        local,
-        mesh=self.mesh,
-        in_specs=(tokens, tokens, param_specs),
-        out_specs=(tokens, P()),
-        check_vma=True,
+      local,
+      mesh=self.mesh,
+      in_specs=(tokens, tokens, param_specs),
+      out_specs=(tokens, P()),
+      check_vma=True,
     )(x_TD, routing, params)
 
   # Everything varies over every axis before the dispatch sees it: the gradient
@@ -86,11 +88,11 @@ class ExpertParallel:
     """Indices counted from this device's first expert; others' slots unused."""
     first = lax.axis_index(self.expert_axis) * bank.num_experts
     local_TK = routing.indices_TK - first
-    mine_TK = (0 <= local_TK) & (local_TK < bank.num_experts)
+    mine_TK = (local_TK >= 0) & (local_TK < bank.num_experts)
     return dataclasses.replace(
-        routing,
-        weights_TK=jnp.where(mine_TK, routing.weights_TK, 0.0),
-        indices_TK=jnp.where(mine_TK, local_TK, bank.num_experts),
+      routing,
+      weights_TK=jnp.where(mine_TK, routing.weights_TK, 0.0),
+      indices_TK=jnp.where(mine_TK, local_TK, bank.num_experts),
     )
 
   def _total(self, dropped: jax.Array) -> jax.Array:

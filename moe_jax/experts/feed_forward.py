@@ -1,12 +1,11 @@
 """What experts compute: one SwiGLU network, or a bank of them."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.experts.grouped_matmul import grouped_matmul
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
+from moe_jax.routing.recurrent import Cell, State
 from moe_jax.routing.router import Tokens
 
 
@@ -24,14 +23,14 @@ class FeedForward(nnx.Module):
   """
 
   def __init__(
-      self, hidden_size: int, width: int, *, init_std: float, rngs: nnx.Rngs
+    self, hidden_size: int, width: int, *, init_std: float, rngs: nnx.Rngs
   ):
     init = nnx.initializers.normal(init_std)
     self.gate_up_D2F = nnx.Param(
-        init(rngs.params(), (hidden_size, 2, width), jnp.float32)
+      init(rngs.params(), (hidden_size, 2, width), jnp.float32)
     )
     self.down_FD = nnx.Param(
-        init(rngs.params(), (width, hidden_size), jnp.float32)
+      init(rngs.params(), (width, hidden_size), jnp.float32)
     )
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -47,7 +46,7 @@ class DenseLayer(nnx.Module):
     self.feed_forward = feed_forward
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, None]:
     del cell, tokens
     return self.feed_forward(x_TD), state, None
@@ -62,20 +61,20 @@ class ExpertBank(nnx.Module):
   """
 
   def __init__(
-      self,
-      num_experts: int,
-      hidden_size: int,
-      width: int,
-      *,
-      init_std: float,
-      rngs: nnx.Rngs,
+    self,
+    num_experts: int,
+    hidden_size: int,
+    width: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
     self.gate_up_ND2F = nnx.Param(
-        init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
+      init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
     )
     self.down_NFD = nnx.Param(
-        init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
+      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
 
   @property
@@ -89,7 +88,7 @@ class ExpertBank(nnx.Module):
     num_experts, hidden_size, _, width = gate_up_ND2F.shape
     flat_NDF = gate_up_ND2F.reshape(num_experts, hidden_size, 2 * width)
     hidden_MF = _gate(
-        grouped_matmul(rows_MD, flat_NDF, sizes_N).reshape(-1, 2, width)
+      grouped_matmul(rows_MD, flat_NDF, sizes_N).reshape(-1, 2, width)
     )
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return grouped_matmul(hidden_MF, down_NFD, sizes_N)

@@ -9,33 +9,33 @@ elsewhere it is `lax.ragged_dot`.
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 _BLOCK = 128  # rows: large enough for the matmul, small enough to waste little
 
 
 @jax.custom_vjp
 def _grouped_matmul(
-    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   return lax.platform_dependent(
-      rows_MD, bank_NDF, sizes_N, cpu=_blocks, default=_ragged
+    rows_MD, bank_NDF, sizes_N, cpu=_blocks, default=_ragged
   )
 
 
 def _forward(
-    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   residuals = rows_MD, bank_NDF, sizes_N
   return _grouped_matmul(*residuals), residuals
 
 
 def _backward(
-    residuals: tuple[jax.Array, ...], grad_MF: jax.Array
+  residuals: tuple[jax.Array, ...], grad_MF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
   grads = lax.platform_dependent(
-      *residuals, grad_MF, cpu=_blocks_backward, default=_ragged_backward
+    *residuals, grad_MF, cpu=_blocks_backward, default=_ragged_backward
   )
   return *grads, None
 
@@ -44,7 +44,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul(
-    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   """`rows_MD[m] @ bank_NDF[group of m]`, differentiable in rows and bank.
 
@@ -64,7 +64,7 @@ def grouped_matmul(
 
 
 def _ragged(
-    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   out_MF = lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
   used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
@@ -72,10 +72,10 @@ def _ragged(
 
 
 def _ragged_backward(
-    rows_MD: jax.Array,
-    bank_NDF: jax.Array,
-    sizes_N: jax.Array,
-    grad_MF: jax.Array,
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   matmul = functools.partial(_ragged, sizes_N=sizes_N)
   _, vjp = jax.vjp(lambda rows, bank: matmul(rows, bank), rows_MD, bank_NDF)
@@ -83,7 +83,7 @@ def _ragged_backward(
 
 
 def _block_table(
-    num_rows: int, sizes_N: jax.Array
+  num_rows: int, sizes_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Cuts groups into blocks, none of which spans two groups.
 
@@ -108,10 +108,10 @@ def _pad_rows(rows_MD: jax.Array) -> jax.Array:
 
 
 def _blocks(
-    rows_MD: jax.Array,
-    bank_NDF: jax.Array,
-    sizes_N: jax.Array,
-    contract: int = 1,
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  contract: int = 1,
 ) -> jax.Array:
   """Block by block; `contract` is the bank's axis that meets the rows'."""
   num_rows = len(rows_MD)
@@ -133,10 +133,10 @@ def _blocks(
 
 
 def _blocks_backward(
-    rows_MD: jax.Array,
-    bank_NDF: jax.Array,
-    sizes_N: jax.Array,
-    grad_MF: jax.Array,
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   grad_rows_MD = _blocks(grad_MF, bank_NDF, sizes_N, contract=2)
   num_blocks, group, first, end = _block_table(len(rows_MD), sizes_N)
@@ -147,11 +147,11 @@ def _blocks_backward(
     grad = lax.dynamic_slice_in_dim(padded_MF, first[i], _BLOCK)
     inside = first[i] + jnp.arange(_BLOCK) < end[i]
     product = lax.dot_general(
-        rows, jnp.where(inside[:, None], grad, 0), (((0,), (0,)), ((), ()))
+      rows, jnp.where(inside[:, None], grad, 0), (((0,), (0,)), ((), ()))
     )
     total = lax.dynamic_index_in_dim(out_NDF, group[i], keepdims=False)
     return lax.dynamic_update_index_in_dim(
-        out_NDF, total + product, group[i], 0
+      out_NDF, total + product, group[i], 0
     )
 
   grad_NDF = jnp.zeros_like(bank_NDF)

@@ -3,20 +3,16 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.feed_forward import ExpertBank
-from moe_jax.experts.feed_forward import FeedForward
-from moe_jax.routing.balance import Load
-from moe_jax.routing.balance import load_of
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
-from moe_jax.routing.router import Router
-from moe_jax.routing.router import Tokens
+from moe_jax.experts.feed_forward import ExpertBank, FeedForward
+from moe_jax.routing.balance import Load, load_of
+from moe_jax.routing.recurrent import Cell, State
+from moe_jax.routing.router import Router, Tokens
 from moe_jax.routing.selection import Routing
 
 
@@ -28,9 +24,10 @@ class Watched(NamedTuple):
 
 
 class Mixing(Protocol):
+  """Joins what the routed and the shared experts computed."""
 
   def __call__(
-      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+    self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
     """Joins the routed and the shared output of the layer's input `u_TD`."""
 
@@ -50,15 +47,15 @@ class MoELayer(nnx.Module):
   """
 
   def __init__(
-      self,
-      router: Router,
-      select: Callable[[jax.Array], Routing],
-      dispatch: Dispatch,
-      experts: ExpertBank,
-      *,
-      shared: FeedForward | None = None,
-      mixing: Mixing | None = None,
-      bias_D: nnx.Param | None = None,
+    self,
+    router: Router,
+    select: Callable[[jax.Array], Routing],
+    dispatch: Dispatch,
+    experts: ExpertBank,
+    *,
+    shared: FeedForward | None = None,
+    mixing: Mixing | None = None,
+    bias_D: nnx.Param | None = None,
   ):
     self.router = router
     self.select = select
@@ -69,7 +66,7 @@ class MoELayer(nnx.Module):
     self.bias_D = bias_D
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, Watched]:
     """Returns y_TD, the router's next state and what to watch."""
     logits_TN, state = self.router(x_TD, state, cell, tokens)
@@ -89,7 +86,7 @@ class SumMixing(nnx.Module):
   """routed + shared."""
 
   def __call__(
-      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+    self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
     del u_TD
     return routed_TD + shared_TD
@@ -103,7 +100,7 @@ class FixedMixing(nnx.Module):
     self.shared_weight = shared_weight
 
   def __call__(
-      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+    self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
     del u_TD
     return self.routed_weight * routed_TD + self.shared_weight * shared_TD
@@ -122,12 +119,12 @@ class CoefficientMixing(nnx.Module):
   def __init__(self, hidden_size: int, *, init_std: float, rngs: nnx.Rngs):
     init = nnx.initializers.normal(init_std)
     self.coefficient_D2 = nnx.Param(
-        init(rngs.params(), (hidden_size, 2), jnp.float32)
+      init(rngs.params(), (hidden_size, 2), jnp.float32)
     )
     self.bias_2 = nnx.Param(jnp.zeros((2,), jnp.float32))
 
   def __call__(
-      self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
+    self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
     logits_T2 = u_TD.astype(jnp.float32) @ self.coefficient_D2[...]
     c_T2 = jax.nn.softmax(logits_T2 + self.bias_2[...]).astype(u_TD.dtype)

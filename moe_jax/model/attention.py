@@ -1,8 +1,8 @@
 """Causal self-attention with grouped queries and rotary positions."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.model.layers import rotate
 
@@ -18,15 +18,15 @@ class Attention(nnx.Module):
   """
 
   def __init__(
-      self,
-      hidden_size: int,
-      num_heads: int,
-      num_kv_heads: int,
-      head_dim: int,
-      *,
-      rope_theta: float,
-      init_std: float,
-      rngs: nnx.Rngs,
+    self,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    rope_theta: float,
+    init_std: float,
+    rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
 
@@ -47,10 +47,10 @@ class Attention(nnx.Module):
     key_BLGA = project('BLD,DGA->BLGA', self.key_DGA)
     value_BLGA = project('BLD,DGA->BLGA', self.value_DGA)
     attended_BLHA = jax.nn.dot_product_attention(
-        rotate(query_BLHA, self.rope_theta),
-        rotate(key_BLGA, self.rope_theta),
-        value_BLGA,
-        is_causal=True,
+      rotate(query_BLHA, self.rope_theta),
+      rotate(key_BLGA, self.rope_theta),
+      value_BLGA,
+      is_causal=True,
     )
     out_HAD = self.out_HAD[...].astype(x_BLD.dtype)
     return jnp.einsum('BLHA,HAD->BLD', attended_BLHA, out_HAD)

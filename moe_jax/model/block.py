@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-from flax import nnx
 import jax
+from flax import nnx
 
 from moe_jax.experts.cartesian import Chain
 from moe_jax.experts.moe import Watched
 from moe_jax.model.attention import Attention
 from moe_jax.model.layers import RMSNorm
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
+from moe_jax.routing.recurrent import Cell, State
 from moe_jax.routing.router import Tokens
 
 
@@ -23,7 +22,7 @@ class Block(nnx.Module):
     self.chain = chain
 
   def __call__(
-      self, x_BLD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_BLD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, Watched | None]:
     """Returns x_BLD, the router's next state, and what to watch."""
     with jax.named_scope('attention'):
@@ -40,7 +39,7 @@ class Period(nnx.Module):
     self.blocks = nnx.List(blocks)
 
   def __call__(
-      self, x_BLD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_BLD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State, list[Watched]]:
     """Returns x_BLD, the state, and what each MoE block lets watch."""
     watched = []

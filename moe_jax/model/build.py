@@ -1,31 +1,28 @@
-"""From a validated config to a `Decoder`: here, once, strings become objects."""
+"""From a config to a `Decoder`: here, once, strings become objects."""
 
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import choose
-from moe_jax.experts.cartesian import Chain
-from moe_jax.experts.cartesian import SubLayer
-from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.dispatch import DISPATCHES
+from moe_jax.experts.cartesian import Chain, SubLayer
+from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.experts.feed_forward import DenseLayer
-from moe_jax.experts.feed_forward import ExpertBank
-from moe_jax.experts.feed_forward import FeedForward
-from moe_jax.experts.moe import CoefficientMixing
-from moe_jax.experts.moe import FixedMixing
-from moe_jax.experts.moe import Mixing
-from moe_jax.experts.moe import MoELayer
-from moe_jax.experts.moe import SumMixing
+from moe_jax.experts.feed_forward import DenseLayer, ExpertBank, FeedForward
+from moe_jax.experts.moe import (
+  CoefficientMixing,
+  FixedMixing,
+  Mixing,
+  MoELayer,
+  SumMixing,
+)
 from moe_jax.model.attention import Attention
-from moe_jax.model.block import Block
-from moe_jax.model.block import Period
+from moe_jax.model.block import Block, Period
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.layers import RMSNorm
 from moe_jax.routing import recurrent
@@ -34,29 +31,27 @@ from moe_jax.routing.scores import SCORES
 from moe_jax.routing.selection import top_k
 
 CELLS = {
-    'none': lambda router, rngs: recurrent.Memoryless(),
-    'gru': lambda router, rngs: recurrent.GRUCell(
-        router.state_size, rngs=rngs
-    ),
+  'none': lambda router, rngs: recurrent.Memoryless(),
+  'gru': lambda router, rngs: recurrent.GRUCell(router.state_size, rngs=rngs),
 }
 
 MIXINGS = {
-    'sum': lambda config, rngs: SumMixing(),
-    'fixed': lambda config, rngs: FixedMixing(
-        config.moe.shared.routed_weight, config.moe.shared.shared_weight
-    ),
-    'coefficient': lambda config, rngs: CoefficientMixing(
-        config.model.hidden_size, init_std=config.model.init_std, rngs=rngs
-    ),
+  'sum': lambda config, rngs: SumMixing(),
+  'fixed': lambda config, rngs: FixedMixing(
+    config.moe.shared.routed_weight, config.moe.shared.shared_weight
+  ),
+  'coefficient': lambda config, rngs: CoefficientMixing(
+    config.model.hidden_size, init_std=config.model.init_std, rngs=rngs
+  ),
 }
 
 
 def build(
-    config: ConfigDict,
-    vocab_size: int,
-    mesh: jax.sharding.Mesh | None,
-    *,
-    rngs: nnx.Rngs,
+  config: ConfigDict,
+  vocab_size: int,
+  mesh: jax.sharding.Mesh | None,
+  *,
+  rngs: nnx.Rngs,
 ) -> Decoder:
   """Makes the model that a config describes.
 
@@ -93,24 +88,24 @@ def build(
   if not model.tie_embeddings:
     head_DV = nnx.Param(init(rngs.params(), (model.hidden_size, vocab_size)))
   return Decoder(
-      embed_VD,
-      CELLS[config.router.recurrent](config.router, rngs),
-      Period([make_block(kind, rngs) for kind in kinds[:first]]),
-      periods,
-      RMSNorm(model.hidden_size, model.norm_epsilon),
-      head_DV,
-      dtype=compute_dtype(config, mesh),
-      remat=model.remat,
-      unroll=model.unroll,
-      shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
-      replicate=functools.partial(mesh_lib.replicate, mesh=mesh),
+    embed_VD,
+    CELLS[config.router.recurrent](config.router, rngs),
+    Period([make_block(kind, rngs) for kind in kinds[:first]]),
+    periods,
+    RMSNorm(model.hidden_size, model.norm_epsilon),
+    head_DV,
+    dtype=compute_dtype(config, mesh),
+    remat=model.remat,
+    unroll=model.unroll,
+    shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
+    replicate=functools.partial(mesh_lib.replicate, mesh=mesh),
   )
 
 
 def compute_dtype(
-    config: ConfigDict, mesh: jax.sharding.Mesh | None
+  config: ConfigDict, mesh: jax.sharding.Mesh | None
 ) -> jnp.dtype:
-  """`model.dtype`, with auto resolved: bfloat16 where the device is good at it."""
+  """`model.dtype`; auto is bfloat16 where the device is good at it."""
   if config.model.dtype != 'auto':
     return jnp.dtype(config.model.dtype)
   devices = jax.devices() if mesh is None else mesh.devices.flat
@@ -127,84 +122,84 @@ def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
 
 
 def _block(
-    config: ConfigDict, dispatch: Dispatch, kind: str, rngs: nnx.Rngs
+  config: ConfigDict, dispatch: Dispatch, kind: str, rngs: nnx.Rngs
 ) -> Block:
   model = config.model
   norm = functools.partial(RMSNorm, model.hidden_size, model.norm_epsilon)
   attention = Attention(
-      model.hidden_size,
-      model.num_heads,
-      model.num_kv_heads,
-      model.head_dim or model.hidden_size // model.num_heads,
-      rope_theta=model.rope_theta,
-      init_std=model.init_std,
-      rngs=rngs,
+    model.hidden_size,
+    model.num_heads,
+    model.num_kv_heads,
+    model.head_dim or model.hidden_size // model.num_heads,
+    rope_theta=model.rope_theta,
+    init_std=model.init_std,
+    rngs=rngs,
   )
   make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
   sub_layers = make(config, dispatch, rngs)
-  return Block(norm(), attention, Chain([norm() for _ in sub_layers], sub_layers))
+  return Block(
+    norm(), attention, Chain([norm() for _ in sub_layers], sub_layers)
+  )
 
 
 def _dense_sub_layers(
-    config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
+  config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
 ) -> list[SubLayer]:
   del dispatch
   model = config.model
   return [
-      DenseLayer(
-          FeedForward(
-              model.hidden_size,
-              model.ffn_width,
-              init_std=model.init_std,
-              rngs=rngs,
-          )
+    DenseLayer(
+      FeedForward(
+        model.hidden_size,
+        model.ffn_width,
+        init_std=model.init_std,
+        rngs=rngs,
       )
+    )
   ]
 
 
 def _moe_sub_layers(
-    config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
+  config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
 ) -> list[SubLayer]:
   """One MoE sub-layer per factor; all together cost what one would."""
   moe, model = config.moe, config.model
-  select = functools.partial(
-      top_k, k=moe.top_k, renormalize=moe.renormalize
-  )
+  select = functools.partial(top_k, k=moe.top_k, renormalize=moe.renormalize)
 
   def sub_layer() -> MoELayer:
     experts = ExpertBank(
-        moe.num_experts,
-        model.hidden_size,
-        moe.expert_width // moe.factors,
-        init_std=model.init_std,
-        rngs=rngs,
+      moe.num_experts,
+      model.hidden_size,
+      moe.expert_width // moe.factors,
+      init_std=model.init_std,
+      rngs=rngs,
     )
     shared, mixing = _shared(config, rngs)
     bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
     return MoELayer(
-        _router(config, rngs),
-        select,
-        dispatch,
-        experts,
-        shared=shared,
-        mixing=mixing,
-        bias_D=bias_D,
+      _router(config, rngs),
+      select,
+      dispatch,
+      experts,
+      shared=shared,
+      mixing=mixing,
+      bias_D=bias_D,
     )
 
   return [sub_layer() for _ in range(moe.factors)]
 
 
 def _shared(
-    config: ConfigDict, rngs: nnx.Rngs
+  config: ConfigDict, rngs: nnx.Rngs
 ) -> tuple[FeedForward | None, Mixing | None]:
   shared = config.moe.shared
   if not shared.width:
     return None, None
   feed_forward = FeedForward(
-      config.model.hidden_size,
-      shared.width // config.moe.factors,
-      init_std=config.model.init_std,
-      rngs=rngs,
+    config.model.hidden_size,
+    shared.width // config.moe.factors,
+    init_std=config.model.init_std,
+    rngs=rngs,
   )
   name = choose('moe.shared.mixing', shared.mixing, MIXINGS)
   return feed_forward, MIXINGS[name](config, rngs)
@@ -216,11 +211,11 @@ def _router(config: ConfigDict, rngs: nnx.Rngs) -> Router:
   num_features = config.model.hidden_size
   if router.recurrent != 'none':
     features = recurrent.RecurrentFeatures(
-        num_features, router.state_size, init_std=init_std, rngs=rngs
+      num_features, router.state_size, init_std=init_std, rngs=rngs
     )
     num_features = router.state_size
   score = SCORES[choose('router.score', router.score, SCORES)]
   return Router(
-      features,
-      score(num_features, config.moe.num_experts, init_std=init_std, rngs=rngs),
+    features,
+    score(num_features, config.moe.num_experts, init_std=init_std, rngs=rngs),
   )

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Period
 from moe_jax.model.layers import RMSNorm
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
+from moe_jax.routing.recurrent import Cell, State
 from moe_jax.routing.router import Tokens
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
@@ -19,11 +18,11 @@ _KEEP_ROUTING = jax.checkpoint_policies.save_only_these_names('routing')
 
 # What the backward pass recomputes of a period.
 REMAT_POLICIES = {
-    'none': None,
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING
-    ),
-    'full': _KEEP_ROUTING,
+  'none': None,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING
+  ),
+  'full': _KEEP_ROUTING,
 }
 
 
@@ -45,19 +44,19 @@ class Decoder(nnx.Module):
   """
 
   def __init__(
-      self,
-      embed_VD: nnx.Param,
-      cell: Cell,
-      prefix: Period,
-      periods: Period | None,
-      norm: RMSNorm,
-      head_DV: nnx.Param | None,
-      *,
-      dtype: jnp.dtype,
-      remat: str,
-      unroll: int,
-      shard_tokens: Callable[[jax.Array], jax.Array],
-      replicate: Callable[[jax.Array], jax.Array],
+    self,
+    embed_VD: nnx.Param,
+    cell: Cell,
+    prefix: Period,
+    periods: Period | None,
+    norm: RMSNorm,
+    head_DV: nnx.Param | None,
+    *,
+    dtype: jnp.dtype,
+    remat: str,
+    unroll: int,
+    shard_tokens: Callable[[jax.Array], jax.Array],
+    replicate: Callable[[jax.Array], jax.Array],
   ):
     """Puts the parts together; see `moe_jax.model.build`.
 
@@ -87,10 +86,10 @@ class Decoder(nnx.Module):
     self.replicate = replicate
 
   def __call__(
-      self,
-      ids_BL: jax.Array,
-      real_BL: jax.Array,
-      keep: Callable[[Watched], Any] = load_only,
+    self,
+    ids_BL: jax.Array,
+    real_BL: jax.Array,
+    keep: Callable[[Watched], Any] = load_only,
   ) -> tuple[jax.Array, Any]:
     """Runs the model.
 
@@ -111,10 +110,10 @@ class Decoder(nnx.Module):
     carry = self._shard((x_BLD, self.cell.start(ids_BL.size)))
 
     def step(
-        carry: tuple[jax.Array, State],
-        cell: Cell,
-        tokens: Tokens,
-        period: Period,
+      carry: tuple[jax.Array, State],
+      cell: Cell,
+      tokens: Tokens,
+      period: Period,
     ) -> tuple[tuple[jax.Array, State], Any]:
       x_BLD, state, watched = period(*carry, cell, tokens)
       return self._shard((x_BLD, state)), _stack([keep(w) for w in watched])
@@ -122,10 +121,10 @@ class Decoder(nnx.Module):
     carry, watched = step(carry, self.cell, tokens, self.prefix)
     if self.periods is not None:
       scan = nnx.scan(
-          self._rematerialized(step),
-          in_axes=(nnx.Carry, None, None, 0),
-          out_axes=(nnx.Carry, 0),
-          unroll=self.unroll,
+        self._rematerialized(step),
+        in_axes=(nnx.Carry, None, None, 0),
+        out_axes=(nnx.Carry, 0),
+        unroll=self.unroll,
       )
       carry, scanned = scan(carry, self.cell, tokens, self.periods)
       watched = _in_depth_order(watched, scanned)
@@ -143,10 +142,10 @@ class Decoder(nnx.Module):
     else:
       head_DV = self.head_DV[...]
     return jnp.einsum(
-        'BLD,DV->BLV',
-        x_BLD,
-        head_DV.astype(x_BLD.dtype),
-        preferred_element_type=jnp.float32,
+      'BLD,DV->BLV',
+      x_BLD,
+      head_DV.astype(x_BLD.dtype),
+      preferred_element_type=jnp.float32,
     )
 
   def _shard(self, carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:

@@ -46,12 +46,12 @@ def load_of(routing: Routing, tokens: Tokens, dropped: jax.Array) -> Load:
   entropy_T = -(routing.probabilities_TN * log_TN).sum(-1)
   z_T = jax.nn.logsumexp(routing.logits_TN, axis=-1) ** 2
   return Load(
-      counts_N=chosen_TKN.sum((0, 1), dtype=jnp.float32),
-      probability_N=jnp.einsum('TN,T->N', routing.probabilities_TN, real_T),
-      tokens=real_T.sum(),
-      z=(z_T * real_T).sum(),
-      entropy=(entropy_T * real_T).sum(),
-      dropped=dropped.astype(jnp.float32),
+    counts_N=chosen_TKN.sum((0, 1), dtype=jnp.float32),
+    probability_N=jnp.einsum('TN,T->N', routing.probabilities_TN, real_T),
+    tokens=real_T.sum(),
+    z=(z_T * real_T).sum(),
+    entropy=(entropy_T * real_T).sum(),
+    dropped=dropped.astype(jnp.float32),
   )
 
 

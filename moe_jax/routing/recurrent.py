@@ -7,14 +7,16 @@ cell serves all layers: the decoder makes it and passes it at call.
 
 from typing import Protocol
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 # The state of a router: () where it has no memory, h_TR float32 where it does.
 State = jax.Array | tuple[()]
 
-Precision = jax.lax.Precision.HIGHEST  # float32 means float32 on TPU and GPU too
+Precision = (
+  jax.lax.Precision.HIGHEST
+)  # float32 means float32 on TPU and GPU too
 
 
 class Cell(Protocol):
@@ -49,7 +51,7 @@ class GRUCell(nnx.Module):
 
     def uniform(*shape: int) -> nnx.Param:
       return nnx.Param(
-          jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
       )
 
     self.input_R3R = uniform(state_size, 3, state_size)
@@ -73,7 +75,7 @@ class GRUCell(nnx.Module):
 
 
 def _gates(
-    x_TR: jax.Array, weight_R3R: jax.Array, bias_3R: jax.Array
+  x_TR: jax.Array, weight_R3R: jax.Array, bias_3R: jax.Array
 ) -> jax.Array:
   product = jnp.einsum('TR,Rgr->Tgr', x_TR, weight_R3R, precision=Precision)
   return product + bias_3R
@@ -83,7 +85,7 @@ class HiddenFeatures(nnx.Module):
   """A conventional router's features: the hidden state itself (RMoE eq. 1)."""
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell
+    self, x_TD: jax.Array, state: State, cell: Cell
   ) -> tuple[jax.Array, State]:
     del cell
     return x_TD, state
@@ -97,23 +99,23 @@ class RecurrentFeatures(nnx.Module):
   """
 
   def __init__(
-      self,
-      hidden_size: int,
-      state_size: int,
-      *,
-      init_std: float,
-      rngs: nnx.Rngs,
+    self,
+    hidden_size: int,
+    state_size: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
     self.projector_DR = nnx.Param(
-        init(rngs.params(), (hidden_size, state_size), jnp.float32)
+      init(rngs.params(), (hidden_size, state_size), jnp.float32)
     )
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell
+    self, x_TD: jax.Array, state: State, cell: Cell
   ) -> tuple[jax.Array, State]:
     u_TR = jnp.einsum(  # RMoE eq. 4
-        'TD,DR->TR', x_TD, self.projector_DR[...], precision=Precision
+      'TD,DR->TR', x_TD, self.projector_DR[...], precision=Precision
     )
     h_TR = cell(u_TR, state)  # RMoE eq. 5
     return h_TR, h_TR

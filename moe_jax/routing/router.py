@@ -2,12 +2,11 @@
 
 from typing import NamedTuple, Protocol
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.recurrent import State
+from moe_jax.routing.recurrent import Cell, State
 
 
 class Tokens(NamedTuple):
@@ -23,14 +22,16 @@ class Tokens(NamedTuple):
 
 
 class Features(Protocol):
+  """What a score reads, made of the hidden state and the router's memory."""
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell
+    self, x_TD: jax.Array, state: State, cell: Cell
   ) -> tuple[jax.Array, State]:
     """The features a score reads, and the router's next state."""
 
 
 class Score(Protocol):
+  """Rates every expert for every token."""
 
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
     """logits_TN float32."""
@@ -48,11 +49,9 @@ class Router(nnx.Module):
     self.score = score
 
   def __call__(
-      self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
   ) -> tuple[jax.Array, State]:
     """Returns logits_TN float32 and the state for the next MoE layer."""
     with jax.named_scope('router'):
-      features_TX, state = self.features(
-          x_TD.astype(jnp.float32), state, cell
-      )
+      features_TX, state = self.features(x_TD.astype(jnp.float32), state, cell)
       return self.score(features_TX, tokens.ids_T), state

@@ -5,9 +5,9 @@ out, where X is the width of the features it was made for. A new one is a class
 here and a line in `SCORES`.
 """
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.routing.recurrent import Precision
 
@@ -20,22 +20,22 @@ class LinearScore(nnx.Module):
   """
 
   def __init__(
-      self,
-      num_features: int,
-      num_experts: int,
-      *,
-      init_std: float,
-      rngs: nnx.Rngs,
+    self,
+    num_features: int,
+    num_experts: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
     self.weight_XN = nnx.Param(
-        init(rngs.params(), (num_features, num_experts), jnp.float32)
+      init(rngs.params(), (num_features, num_experts), jnp.float32)
     )
 
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
     del ids_T
     return jnp.einsum(
-        'TX,XN->TN', features_TX, self.weight_XN[...], precision=Precision
+      'TX,XN->TN', features_TX, self.weight_XN[...], precision=Precision
     )
 
 

@@ -30,9 +30,9 @@ class Routing:
   def only(self, used_TK: jax.Array) -> 'Routing':
     """The same with every slot outside the bool `used_TK` left unused."""
     return dataclasses.replace(
-        self,
-        weights_TK=jnp.where(used_TK, self.weights_TK, 0.0),
-        indices_TK=jnp.where(used_TK, self.indices_TK, self.num_experts),
+      self,
+      weights_TK=jnp.where(used_TK, self.weights_TK, 0.0),
+      indices_TK=jnp.where(used_TK, self.indices_TK, self.num_experts),
     )
 
 

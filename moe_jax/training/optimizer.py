@@ -4,8 +4,10 @@ import re
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 import optax
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
 
 # Norms, biases and the router's cell are not pulled towards zero.
 _UNDECAYED = r'scale_.*|.*bias_.*|(input|hidden)_R3R'
@@ -19,11 +21,11 @@ def schedule(config: ConfigDict) -> optax.Schedule:
   """
   optimizer = config.optimizer
   return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=optimizer.learning_rate,
-      warmup_steps=optimizer.warmup_steps,
-      decay_steps=optimizer.decay_steps or config.train.steps,
-      end_value=optimizer.learning_rate * optimizer.final_fraction,
+    init_value=0.0,
+    peak_value=optimizer.learning_rate,
+    warmup_steps=optimizer.warmup_steps,
+    decay_steps=config_lib.decay_end(config),
+    end_value=optimizer.learning_rate * optimizer.final_fraction,
   )
 
 
@@ -31,12 +33,12 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
   """The optimizer that a validated config describes."""
   optimizer = config.optimizer
   adamw = optax.adamw(
-      schedule(config),
-      b1=optimizer.b1,
-      b2=optimizer.b2,
-      eps=optimizer.epsilon,
-      weight_decay=optimizer.weight_decay,
-      mask=decayed,
+    schedule(config),
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    eps=optimizer.epsilon,
+    weight_decay=optimizer.weight_decay,
+    mask=decayed,
   )
   if not optimizer.clip_norm:
     return adamw
@@ -46,5 +48,5 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
 def decayed(params: Any) -> Any:
   """A tree of bools: which parameters weight decay applies to."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: not re.fullmatch(_UNDECAYED, str(path[-1].key)), params
+    lambda path, _: not re.fullmatch(_UNDECAYED, str(path[-1].key)), params
   )

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import optax
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
@@ -47,18 +47,18 @@ class Setup:
     params_key, run_key = jax.random.split(key)
     params = _init_params(self.config, self.vocab_size, self.mesh, params_key)
     return {
-        'step': jnp.zeros((), jnp.int32),
-        'params': params,
-        'opt_state': self.tx.init(params),
-        'key': jax.random.key_data(run_key),
+      'step': jnp.zeros((), jnp.int32),
+      'params': params,
+      'opt_state': self.tx.init(params),
+      'key': jax.random.key_data(run_key),
     }
 
 
 def setup(
-    config: ConfigDict,
-    vocab_size: int,
-    mesh: Mesh,
-    tx: optax.GradientTransformation,
+  config: ConfigDict,
+  vocab_size: int,
+  mesh: Mesh,
+  tx: optax.GradientTransformation,
 ) -> Setup:
   """Shapes, then shardings; `Setup.init` then makes the arrays.
 
@@ -66,24 +66,24 @@ def setup(
     UserError: a mesh axis does not divide a dimension of a parameter.
   """
   graphdef = nnx.graphdef(
-      nnx.eval_shape(
-          lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
-      )
+    nnx.eval_shape(
+      lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
+    )
   )
   made = Setup(graphdef, tx, {}, mesh, config, vocab_size)
   shapes = jax.eval_shape(made._create, jax.random.key(0))
   abstract = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      shapes,
-      mesh_lib.shardings(shapes, mesh),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+    mesh_lib.shardings(shapes, mesh),
   )
   return dataclasses.replace(made, abstract=abstract)
 
 
 def _init_params(
-    config: ConfigDict, vocab_size: int, mesh: Mesh, key: jax.Array
+  config: ConfigDict, vocab_size: int, mesh: Mesh, key: jax.Array
 ) -> dict[str, Any]:
   model = build(config, vocab_size, mesh, rngs=nnx.Rngs(params=key))
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import optax
+from flax import nnx
+from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.decoder import Decoder
 from moe_jax.routing import balance
 from moe_jax.routing.balance import Load
-from moe_jax.training.state import Setup
-from moe_jax.training.state import TrainState
+from moe_jax.training import optimizer
+from moe_jax.training.state import Setup, TrainState
 
 # {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}
 Batch = dict[str, jax.Array]
@@ -22,17 +22,17 @@ Metrics = dict[str, Any]
 
 
 def cross_entropy(
-    logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
+  logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
 ) -> jax.Array:
   """Summed over the targets under the mask, in nats, float32."""
   nll_BL = optax.softmax_cross_entropy_with_integer_labels(
-      logits_BLV, targets_BL
+    logits_BLV, targets_BL
   )
   return (nll_BL * mask_BL).sum()
 
 
 def auxiliary_loss(
-    load: Load | None, config: ConfigDict
+  load: Load | None, config: ConfigDict
 ) -> tuple[jax.Array | float, Metrics]:
   """The weighted balance and z losses, and both unweighted as metrics."""
   if load is None:
@@ -40,18 +40,18 @@ def auxiliary_loss(
   if config.loss.balance_layers == 'joined':
     load = balance.joined(load)
   metrics = {
-      'balance_loss': balance.balance_loss(load),
-      'z_loss': balance.z_loss(load),
+    'balance_loss': balance.balance_loss(load),
+    'z_loss': balance.z_loss(load),
   }
   weighted = (
-      config.loss.balance_weight * metrics['balance_loss']
-      + config.loss.z_weight * metrics['z_loss']
+    config.loss.balance_weight * metrics['balance_loss']
+    + config.loss.z_weight * metrics['z_loss']
   )
   return weighted, metrics
 
 
 def make_train_step(
-    setup: Setup,
+  setup: Setup,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted update; it donates the state it is given.
 
@@ -60,9 +60,10 @@ def make_train_step(
   and averaged.
   """
   config, micro_batches = setup.config, setup.config.train.accumulation
+  learning_rate = optimizer.schedule(config)
 
   def loss_fn(
-      params: Any, batch: Batch, num_targets: jax.Array
+    params: Any, batch: Batch, num_targets: jax.Array
   ) -> tuple[jax.Array, Metrics]:
     model: Decoder = nnx.merge(setup.graphdef, params)
     logits_BLV, load = model(batch['inputs'], batch['mask'])
@@ -86,24 +87,23 @@ def make_train_step(
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     return jax.lax.scan(add, zeros, _split(batch, micro_batches, setup.mesh))[0]
 
-  def train_step(
-      state: TrainState, batch: Batch
-  ) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     grads, metrics = gradient(state['params'], batch)
     updates, opt_state = setup.tx.update(
-        grads, state['opt_state'], state['params']
+      grads, state['opt_state'], state['params']
     )
     params = optax.apply_updates(state['params'], updates)
     metrics['gradient_norm'] = optax.global_norm(grads)
+    metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     return state | new, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
   return jax.jit(
-      train_step,
-      in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
-      out_shardings=(shardings, mesh_lib.replicated(setup.mesh)),
-      donate_argnums=0,
+    train_step,
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
+    out_shardings=(shardings, mesh_lib.replicated(setup.mesh)),
+    donate_argnums=0,
   )
 
 
@@ -119,18 +119,16 @@ def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
     model: Decoder = nnx.merge(setup.graphdef, params)
     logits_BLV, load = model(batch['inputs'], batch['mask'])
     return {
-        'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
-        'targets': batch['mask'].sum(),
-        'load': load,
+      'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
+      'targets': batch['mask'].sum(),
+      'load': load,
     }
 
-  shardings = jax.tree.map(
-      lambda leaf: leaf.sharding, setup.abstract['params']
-  )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract['params'])
   return jax.jit(
-      eval_step,
-      in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
-      out_shardings=mesh_lib.replicated(setup.mesh),
+    eval_step,
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
+    out_shardings=mesh_lib.replicated(setup.mesh),
   )
 
 

@@ -1,0 +1,1 @@
+"""Text in, batches of token windows out: corpora, tokenizers, the pipeline."""

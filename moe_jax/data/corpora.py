@@ -1,0 +1,211 @@
+"""Documents by the name of their data set, read at random from ArrayRecord.
+
+`python_stdlib` and `text_folder` are ours (see `folders.py`); any other name
+is TFDS's own. TensorFlow is not imported for any of this.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import logging
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+
+import tensorflow_datasets as tfds
+from etils import epath
+from ml_collections import ConfigDict
+
+from moe_jax import errors
+from moe_jax.data import folders
+
+_LOG = logging.getLogger(__name__)
+
+# Where TFDS keeps the builders of text; it stops registering at the first area
+# whose own dependencies are missing, which may come before these.
+_TEXT_AREAS = ('text', 'summarization', 'question_answering', 'translate')
+
+
+# The data sets made here; `tfds.builder` would rewrite their errors.
+_OWN = {
+  'python_stdlib': lambda data, **kwargs: folders.PythonStdlib(**kwargs),
+  'text_folder': lambda data, **kwargs: folders.TextFolder(
+    path=data.path, **kwargs
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """The texts of one split, by number; safe to read from several threads.
+
+  Attributes:
+    records: the split's examples, each a dict with `text_key` as bytes.
+    full_name: data set, config and version.
+    split: the split, in TFDS's notation.
+    text_key: the feature that holds the text.
+    folder: where the prepared data set lies.
+  """
+
+  records: Sequence[dict]
+  full_name: str
+  split: str
+  text_key: str
+  folder: epath.Path
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, i: int) -> str:
+    """Returns document `i`; UserError where its text is not UTF-8."""
+    record = self.records[i]
+    try:
+      return record[self.text_key].decode()
+    except UnicodeDecodeError as error:
+      name = record.get('name', b'').decode(errors='backslashreplace')
+      label = f'document {i}' + (f' ({name})' if name else '')
+      raise errors.UserError(
+        f'{self.full_name}, split {self.split!r}: {label} is not UTF-8 at byte'
+        f' {error.start} (0x{error.object[error.start]:02x});'
+        ' save its text as UTF-8'
+      ) from error
+
+
+def open_documents(data: ConfigDict, split: str) -> Documents:
+  """Returns the documents of a split, preparing the data set if needed.
+
+  Processes that start together on one shared folder may each prepare the data;
+  the first to finish is kept and the others use it.
+
+  Args:
+    data: the keys `config.data`: name, dir, path, text_key.
+    split: a split in TFDS's notation: 'train', 'train[:10%]', 'train+test'.
+
+  Raises:
+    UserError: the data set, split or text feature is not known, is empty, or
+      could not be prepared.
+  """
+  with _quiet():
+    builder = _builder(data)
+    if not builder.is_prepared():
+      _prepare(builder, data)
+      # A builder reads what is prepared only when it is made.
+      builder = _builder(data)
+    _check_split(builder, split)
+    _check_text_key(builder, data.text_key)
+    records = builder.as_data_source(split)
+  info = builder.info
+  return Documents(
+    records, info.full_name, split, data.text_key, builder.data_path
+  )
+
+
+def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
+  """Returns the builder that the config names; UserError if there is none."""
+  make = _OWN.get(data.name, _registered)
+  where = os.path.expanduser(data.dir) or None
+  try:
+    return make(data, data_dir=where, file_format='array_record')
+  except OSError as error:
+    raise _one_line(
+      f'data.name = {data.name!r} cannot be read', error
+    ) from error
+
+
+def _registered(
+  data: ConfigDict, **kwargs: str | None
+) -> tfds.core.DatasetBuilder:
+  """Returns TFDS's builder of that name, from its code or prepared files."""
+  for area in _TEXT_AREAS:
+    importlib.import_module(f'tensorflow_datasets.{area}')
+  where = f'data.name = {data.name!r}'
+  try:
+    return tfds.builder(data.name, **kwargs)
+  except tfds.core.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    raise errors.UserError(
+      f'{where} is not known{errors.nearest(data.name, known)}'
+      f' (python_stdlib, text_folder, or one of {len(known)} TFDS data sets)'
+    ) from error
+  except (ValueError, ImportError) as error:
+    raise _one_line(f'{where} cannot be opened', error) from error
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, data: ConfigDict) -> None:
+  """Downloads and writes the data set, or finds that another process has."""
+  _LOG.info('Preparing %s in %s', builder.info.full_name, builder.data_path)
+  try:
+    builder.download_and_prepare(file_format='array_record')
+  except (OSError, ImportError, AssertionError) as error:
+    # TFDS writes aside and renames: whoever comes second finds the name taken.
+    if not builder.is_prepared():
+      where = f'data.name = {data.name!r} cannot be prepared'
+      raise _one_line(f'{where} in {builder.data_path}', error) from error
+
+
+def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
+  """Raises UserError unless `split` is known and holds a document."""
+  splits = builder.info.splits
+  known = {name: info.num_examples for name, info in splits.items()}
+  listed = ', '.join(f'{name}: {n} documents' for name, n in known.items())
+  base = re.split(r'[\[+]', split)[0]
+  where = f'split {split!r} of {builder.info.full_name}'
+  if base in known or base == 'all':
+    try:
+      parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+      # Of a part that ends before it begins, TFDS itself reads something.
+      if all(p.to is None or (p.from_ or 0) < p.to for p in parts):
+        return
+    except ValueError as error:
+      raise _one_line(where, error) from error
+  elif builder.name not in _OWN or base not in folders.SPLITS:
+    raise errors.UserError(
+      f'{where} is not known{errors.nearest(base, known)} ({listed})'
+    )
+  raise errors.UserError(
+    f'{where} is empty ({listed}); take part of another split,'
+    " as in 'train[90%:]', or add documents"
+  )
+
+
+def _text_features(builder: tfds.core.DatasetBuilder) -> list[str]:
+  """Returns the names of the features that hold one string."""
+  string = tfds.features.Text().np_dtype
+  return [
+    key
+    for key, feature in builder.info.features.items()
+    if feature.shape == () and feature.np_dtype == string
+  ]
+
+
+def _check_text_key(builder: tfds.core.DatasetBuilder, key: str) -> None:
+  """Raises UserError unless the feature `key` is one string."""
+  known = _text_features(builder)
+  if key not in known:
+    raise errors.UserError(
+      f'data.text_key = {key!r} is not a text feature of'
+      f' {builder.info.full_name}{errors.nearest(key, known)}'
+      f' (text features: {", ".join(known) or "none"})'
+    )
+
+
+def _one_line(where: str, error: Exception) -> errors.UserError:
+  """Returns the error of a library as one line that says where it arose."""
+  said = f'{type(error).__name__}: {error}'
+  return errors.UserError(f'{where}: {textwrap.shorten(said, 400)}')
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS's progress bars, prints and warnings off the terminal."""
+  log = logging.getLogger('absl')
+  level = log.level
+  log.setLevel(logging.ERROR)
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    log.setLevel(level)

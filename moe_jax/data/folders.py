@@ -1,0 +1,159 @@
+"""TFDS builders over folders of files: Python's own library, a user's texts.
+
+A file is a document, and a hash of its name decides its split, so a document
+stays in its split when other files come and go. The prepared data is keyed by
+what was read: a change in the folder makes new data, never stale data.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+
+from moe_jax import errors
+
+SPLITS = ('train', 'validation', 'test')  # 90, 5 and 5 of 100 names
+_NOT_LIBRARY = ('site-packages', 'dist-packages')
+
+
+def split_of(name: str) -> str:
+  """Returns the split of a file: a function of its relative name alone."""
+  digest = hashlib.sha256(os.fsencode(name)).digest()
+  part = int.from_bytes(digest[:8], 'big') % 20
+  return {0: 'validation', 1: 'test'}.get(part, 'train')
+
+
+class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Documents `text` and their relative posix names `name`, as stored."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def __init__(
+    self, *, folder: pathlib.Path, names: list[str], key: str, **kwargs: object
+  ) -> None:
+    """Describes the data set; nothing is read yet.
+
+    Args:
+      folder: the root of the names.
+      names: relative posix names of non-empty files.
+      key: tells this content from any other; part of the prepared data's path.
+      **kwargs: of the TFDS builder: data_dir, file_format.
+    """
+    self._folder = folder
+    self._names = names
+    config = tfds.core.BuilderConfig(name=re.sub(r'[^\w.-]', '_', key))
+    super().__init__(config=config, **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = {'text': tfds.features.Text(), 'name': tfds.features.Text()}
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(features),
+    )
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator]:
+    """Returns the splits that have files: TFDS writes no empty one."""
+    del dl_manager
+    members = {split: [] for split in SPLITS}
+    for name in self._names:
+      members[split_of(name)].append(name)
+    return {s: self._generate_examples(m) for s, m in members.items() if m}
+
+  def _generate_examples(
+    self, names: list[str]
+  ) -> Iterator[tuple[bytes, dict]]:
+    for name in names:
+      text = (self._folder / name).read_bytes()
+      if self._accepts(text):
+        # Bytes, because a file name need not be valid UTF-8 either.
+        key = os.fsencode(name)
+        yield key, {'text': text, 'name': key}
+
+  def _accepts(self, text: bytes) -> bool:
+    """True: text that is not UTF-8 is named to its owner when it is read."""
+    del text
+    return True
+
+
+class PythonStdlib(FolderBuilder):
+  """The source of the running Python's standard library: real text, at hand."""
+
+  def __init__(self, **kwargs: object) -> None:
+    """Finds the library's files; UserError if this Python has none."""
+    folder = pathlib.Path(sysconfig.get_path('stdlib'))
+    names = [n for n in _files(folder, _NOT_LIBRARY) if n.endswith('.py')]
+    if not names:
+      raise errors.UserError(
+        f"data.name = 'python_stdlib': {folder} holds no .py files;"
+        ' use a Python installed with its library, or another data set'
+      )
+    # No times: the files of one release differ in nothing else between hosts.
+    stamp = _fingerprint(folder, names, times=False)
+    python = f'{sys.implementation.name}-{platform.python_version()}'
+    key = f'{python}-{stamp}'
+    super().__init__(folder=folder, names=names, key=key, **kwargs)
+
+  def _accepts(self, text: bytes) -> bool:
+    """Leaves out the few test files that are meant not to be UTF-8."""
+    try:
+      text.decode()
+    except UnicodeDecodeError:
+      return False
+    return True
+
+
+class TextFolder(FolderBuilder):
+  """Every regular, non-hidden file of a folder and its sub-folders."""
+
+  def __init__(self, *, path: str, **kwargs: object) -> None:
+    """Finds the files below `path`; UserError if there are none."""
+    folder = pathlib.Path(path).expanduser()
+    if not path or not folder.is_dir():
+      raise errors.UserError(
+        f'data.path = {path!r} is not a folder;'
+        " data.name = 'text_folder' reads the text files in data.path"
+      )
+    names = list(_files(folder))
+    if not names:
+      raise errors.UserError(
+        f'data.path = {path!r} holds no text: put at least one non-empty,'
+        ' non-hidden UTF-8 file there'
+      )
+    key = _fingerprint(folder, names, times=True)
+    super().__init__(folder=folder, names=names, key=key, **kwargs)
+
+
+def _files(folder: pathlib.Path, skip: tuple[str, ...] = ()) -> Iterator[str]:
+  """Yields the relative posix names of the non-empty files, in fixed order."""
+  for parent, folders, files in os.walk(folder, onerror=_raise):
+    folders[:] = sorted(
+      f for f in folders if not f.startswith('.') and f not in skip
+    )
+    for file in sorted(f for f in files if not f.startswith('.')):
+      path = pathlib.Path(parent, file)
+      if path.is_file() and path.stat().st_size:
+        yield path.relative_to(folder).as_posix()
+
+
+def _raise(error: OSError) -> None:
+  """`os.walk` would pass over a folder that it cannot list."""
+  raise error
+
+
+def _fingerprint(folder: pathlib.Path, names: list[str], times: bool) -> str:
+  """Returns 16 hex digits of the names, sizes and, if `times`, change times."""
+  digest = hashlib.sha256()
+  for name in names:
+    stat = (folder / name).stat()
+    time = stat.st_mtime_ns if times else 0
+    digest.update(os.fsencode(name) + f'\0{stat.st_size}\0{time}\n'.encode())
+  return digest.hexdigest()[:16]

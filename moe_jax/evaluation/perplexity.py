@@ -1,0 +1,143 @@
+"""Loss, perplexity and bits per byte of a split, exact to the last token."""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax.data import corpora, tokenizers
+from moe_jax.data.pipeline import Windows, eval_batches
+from moe_jax.distributed import hosts
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.training import optimizer, state
+from moe_jax.training import workdir as workdir_lib
+from moe_jax.training.checkpoint import Store
+from moe_jax.training.metrics import summary_table
+from moe_jax.training.step import make_eval_step
+
+
+def evaluate(
+  config: ConfigDict,
+  workdir: str,
+  step: int | None = None,
+  split: str | None = None,
+) -> dict[str, float]:
+  """Evaluates a checkpoint on a whole split, on any mesh.
+
+  Prints a table, and writes DIR/evaluation/SPLIT-STEP.json.
+
+  Args:
+    config: that the run was made with; mesh and evaluation keys may differ.
+    workdir: of the run.
+    step: of the checkpoint; None for the newest.
+    split: of the data; None for `eval.split`.
+
+  Returns:
+    What `evaluate_split` returns, with `step`.
+
+  Raises:
+    UserError: anything wrong with config, data, workdir or step.
+  """
+  config_lib.validate(config, jax.device_count())
+  split = split or config.eval.split
+  with Store.open(workdir, config, read_only=True) as store:
+    tokenizer = tokenizers.build(config.data.tokenizer)
+    windows = Windows(
+      corpora.open_documents(config.data, split), tokenizer, config.data.seq_len
+    )
+    mesh = mesh_lib.make_mesh(
+      config_lib.mesh_shape(config, jax.device_count()), jax.devices()
+    )
+    vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
+    setup = state.setup(config, vocab_size, mesh, optimizer.make(config))
+    step = store.latest_step() if step is None else step
+    wanted = {key: setup.abstract[key] for key in ('step', 'params')}
+    restored, _ = store.restore(wanted, step)
+    result = evaluate_split(
+      make_eval_step(setup), restored['params'], windows, config, mesh
+    )
+  result = {'step': step} | result
+  if jax.process_index() == 0:
+    _report(result, workdir, split)
+  return result
+
+
+def evaluate_split(
+  eval_step: Callable[[Any, Any], dict[str, Any]],
+  params: Any,
+  windows: Windows,
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  max_batches: int = 0,
+) -> dict[str, float]:
+  """Adds up the loss over a split, every token predicted exactly once.
+
+  A token is predicted from those before it in its window of `data.seq_len`.
+
+  Args:
+    eval_step: what `make_eval_step` returned.
+    params: of the model.
+    windows: of the split.
+    config: reads the batch size.
+    mesh: where the parameters live.
+    max_batches: stop after so many; 0 for the whole split.
+
+  Returns:
+    `loss` (nats per token), `perplexity` (e to that), `bits_per_byte` (of the
+    text; the separators of documents are paid for, but are no bytes) and
+    `tokens` (predicted).
+  """
+  batch_size = config_lib.eval_batch_size(config)
+  sharding = mesh_lib.batch_sharding(mesh)
+  rows = hosts.local_rows(sharding, batch_size)
+  batches = eval_batches(windows, batch_size=batch_size, rows=rows)
+  nll, tokens = 0.0, 0
+  for batch in itertools.islice(batches, max_batches or None):
+    sums = eval_step(
+      params, hosts.global_batch(batch, sharding, rows, batch_size)
+    )
+    # Python's float is float64: sums over many batches stay exact.
+    nll += float(sums['nll'])
+    tokens += int(sums['targets'])
+  loss = nll / tokens
+  bytes_per_token = windows.num_bytes / windows.num_tokens
+  return {
+    'loss': loss,
+    'perplexity': math.exp(loss) if loss < 700 else math.inf,
+    'bits_per_byte': loss / math.log(2) / bytes_per_token,
+    'tokens': tokens,
+  }
+
+
+def _report(result: dict[str, float], workdir: str, split: str) -> None:
+  print(result_table([(split, result)]))
+  name = split.replace('/', '_')
+  folder = os.path.join(workdir, 'evaluation')
+  path = os.path.join(folder, f'{name}-{result["step"]}.json')
+  os.makedirs(folder, exist_ok=True)
+  row = {'split': split} | result
+  workdir_lib.replace(path, json.dumps(row) + '\n')
+  print(f'written to {path}')
+
+
+def result_table(results: list[tuple[str, dict[str, float]]]) -> str:
+  """Evaluations as a plain-text table, one row a split."""
+  head = ['split', 'step', 'loss', 'perplexity', 'bits per byte', 'tokens']
+  rows = [
+    [
+      split,
+      str(result['step']),
+      f'{result["loss"]:.4f}',
+      f'{result["perplexity"]:.3f}',
+      f'{result["bits_per_byte"]:.4f}',
+      f'{result["tokens"]:,}',
+    ]
+    for split, result in results
+  ]
+  return summary_table([head, *rows])

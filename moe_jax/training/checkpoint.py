@@ -1,0 +1,192 @@
+"""Checkpoints of a run: asynchronous, atomic, restored onto any mesh."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError
+from moe_jax.training import workdir as workdir_lib
+
+
+class Store:
+  """The checkpoints in DIR/checkpoints, made by `Store.open`.
+
+  A checkpoint holds the state (a dictionary of pytrees of arrays), the data
+  position (JSON) and the config. The newest `checkpoint.keep` stay, and every
+  step that is a multiple of `checkpoint.keep_every`. A save that a crash cut
+  short is never listed, and the next run removes what it left.
+  """
+
+  def __init__(
+    self, workdir: str, config: ConfigDict, manager: ocp.CheckpointManager
+  ) -> None:
+    self._workdir = workdir
+    self._config = config
+    self._manager = manager
+
+  @classmethod
+  @contextlib.contextmanager
+  def open(
+    cls, workdir: str, config: ConfigDict, read_only: bool = False
+  ) -> Iterator['Store']:
+    """Opens the run in `workdir`, a new one unless `read_only`.
+
+    Leaving the context waits for saves in flight. All processes of a run call
+    this, and every other method, alike.
+
+    Raises:
+      UserError: the directory is not writable, or it was made with a config
+        that means another run; with `read_only`, it holds no run or one of
+        another model. Nothing has been written then.
+    """
+    if read_only:
+      workdir_lib.check_model(workdir, config)
+    else:
+      workdir_lib.claim(workdir, config, write=jax.process_index() == 0)
+    manager = _manager(workdir, config, read_only)
+    try:
+      yield cls(workdir, config, manager)
+    finally:
+      manager.close()
+
+  def steps(self) -> list[int]:
+    """The steps there are checkpoints of, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest step saved; None before the first."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    state: dict[str, Any],
+    data: dict[str, Any],
+    force: bool = False,
+  ) -> bool:
+    """Begins to save if `step` is due; returns whether it did.
+
+    The arrays may be donated as soon as this returns. It waits for the save
+    before it, whose failure it raises.
+
+    Args:
+      step: steps done so far; due if a multiple of `checkpoint.every`.
+      state: pytrees of jax.Array.
+      data: the position in the data, as JSON can hold it.
+      force: save although the step is not due. A step is never saved twice.
+    """
+    every = self._config.checkpoint.every
+    due = force or (every and step % every == 0)
+    if not due or step in self._manager.all_steps():
+      return False
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(state),
+      data=ocp.args.JsonSave(data),
+      config=ocp.args.JsonSave(self._config.to_dict()),
+    )
+    # Orbax would skip a due step while an earlier save is in flight.
+    return self._manager.save(step, args=items, force=True)
+
+  def restore(
+    self, abstract_state: dict[str, Any], step: int | None = None
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the state and the data position of a checkpoint.
+
+    Waits for a save in flight.
+
+    Args:
+      abstract_state: jax.ShapeDtypeStruct leaves with the shardings wanted;
+        entries left out at the top, such as `opt_state`, are not read.
+      step: None for the newest.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is of another model.
+    """
+    self.wait()
+    step = self._existing(step)
+    self._check_shapes(step, abstract_state)
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(
+        abstract_state,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(
+          abstract_state
+        ),
+        partial_restore=True,
+      ),
+      data=ocp.args.JsonRestore(),
+    )
+    restored = self._manager.restore(step, args=items)
+    return restored.state, restored.data
+
+  def wait(self) -> None:
+    """Blocks until nothing is being saved; raises what a save failed with."""
+    self._manager.wait_until_finished()
+
+  def _existing(self, step: int | None) -> int:
+    steps = self.steps()
+    if not steps:
+      raise UserError(
+        f'workdir {self._workdir} holds no checkpoint yet; train first'
+      )
+    if step is not None and step not in steps:
+      raise UserError(
+        f'workdir {self._workdir} has no checkpoint of step {step};'
+        f' there are {", ".join(map(str, steps))}'
+      )
+    return steps[-1] if step is None else step
+
+  def _check_shapes(self, step: int, abstract_state: dict[str, Any]) -> None:
+    metadata = self._manager.item_metadata(step).state.tree
+    asked = _flatten(abstract_state)
+    saved = {
+      path: leaf
+      for path, leaf in _flatten(metadata).items()
+      if path.split('.')[0] in abstract_state
+    }
+    for path in sorted(saved | asked):
+      there, here = _shape(saved.get(path)), _shape(asked.get(path))
+      if there != here:
+        raise UserError(
+          f'workdir {self._workdir} was made with another model: {path} is'
+          f' {there} in the checkpoint of step {step} and {here} by this'
+          ' config; give its config or another --workdir'
+        )
+
+
+def _manager(
+  workdir: str, config: ConfigDict, read_only: bool
+) -> ocp.CheckpointManager:
+  """Opens the manager; it writes nothing before its first save."""
+  # Not Orbax's own read_only, which prints a warning. Without a save, only the
+  # options below would write.
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=config.checkpoint.keep,
+    keep_period=config.checkpoint.keep_every or None,
+    create=not read_only,
+    cleanup_tmp_directories=not read_only,
+    save_root_metadata=False,
+  )
+  return ocp.CheckpointManager(
+    os.path.abspath(os.path.join(workdir, 'checkpoints')),
+    options=options,
+    item_handlers={
+      'state': ocp.PyTreeCheckpointHandler(),
+      'data': ocp.JsonCheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
+    },
+  )
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by dotted path, the same for a state and its metadata."""
+  flat = ocp.tree.to_flat_dict(tree)
+  return {'.'.join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def _shape(leaf: Any) -> str:
+  return 'missing' if leaf is None else str(list(leaf.shape))

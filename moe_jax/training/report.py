@@ -1,0 +1,176 @@
+"""What a run tells its user: numbers made readable, and where they go."""
+
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.data.pipeline import Windows
+from moe_jax.errors import UserError
+from moe_jax.routing.balance import Load
+from moe_jax.training import metrics as metrics_lib
+from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training.state import Setup
+
+
+def routing_metrics(load: Load | None) -> dict[str, Any]:
+  """What the routers did in a step, per layer.
+
+  Args:
+    load: numpy or jax arrays with leading axes [layers, S], or None.
+
+  Returns:
+    Lists with one number per MoE layer, the worst or mean of its sub-layers:
+    `max_load` (rows of the busiest expert over the balanced share; 1 is
+    perfect), `idle_experts` (experts that no token chose), `router_entropy`
+    (nats per token; log N is uniform) and `dropped_share` (of slots).
+  """
+  if load is None:
+    return {}
+  load = jax.tree.map(np.asarray, load)
+  slots = np.maximum(load.counts_N.sum(-1), 1.0)
+  tokens = np.maximum(load.tokens, 1.0)
+  max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / slots
+  return {
+    'max_load': max_load.max(1),
+    'idle_experts': (load.counts_N == 0).sum((1, 2)),
+    'router_entropy': (load.entropy / tokens).mean(1),
+    'dropped_share': (load.dropped / slots).max(1),
+  }
+
+
+def describe(setup: Setup, windows: Windows) -> str:
+  """Model, devices and data of a run, one line each."""
+  config, mesh = setup.config, setup.mesh
+  active, total = count_parameters(setup)
+  device = next(iter(mesh.devices.flat))
+  axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  epochs = config.train.steps * config.train.batch_size / len(windows)
+  return (
+    f'model    {total:,} parameters, {active:,} active per token\n'
+    f'devices  {mesh.size} {device.device_kind} ({axes})\n'
+    f'data     {config.data.name}: {windows.num_tokens:,} tokens,'
+    f' {epochs:.2f} epochs in {config.train.steps} steps'
+  )
+
+
+def count_parameters(setup: Setup) -> tuple[int, int]:
+  """Parameters that one token meets, and all there are."""
+  moe = setup.config.moe
+  leaves, _ = jax.tree_util.tree_flatten_with_path(setup.abstract['params'])
+  active = total = 0
+  for path, leaf in leaves:
+    total += leaf.size
+    is_expert = re.fullmatch(r'gate_up_ND2F|down_NFD', path[-1].key)
+    share = moe.top_k / moe.num_experts if is_expert else 1
+    active += round(leaf.size * share)
+  return active, total
+
+
+class Journal:
+  """Writes a run's progress: metrics.jsonl, TensorBoard and the terminal.
+
+  The metrics of a step are noted while it runs and written once the next one
+  has been dispatched, so that reading them does not leave the device idle.
+  """
+
+  def __init__(self, setup: Setup, workdir: str, start: int):
+    config = setup.config
+    self._steps = config.train.steps
+    self._tokens_per_step = config.train.batch_size * config.data.seq_len
+    self._start = self._read_at = start
+    self._active = jax.process_index() == 0
+    self._writer = MetricsWriter(workdir, start or None, self._active)
+    self._began = self._since = time.perf_counter()
+    self._paused = 0.0
+    self._noted: tuple[int, dict[str, Any]] | None = None
+    self._results: list[list[str]] = []
+
+  def __enter__(self) -> 'Journal':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._writer.close()
+
+  def say(self, text: str) -> None:
+    """Prints on one process of the run."""
+    if self._active:
+      print(text, flush=True)
+
+  def note(self, step: int, metrics: dict[str, Any]) -> None:
+    """Keeps the metrics of a step that has just been dispatched."""
+    self._noted = step, metrics
+
+  def write(self) -> None:
+    """Writes what was noted, if anything; waits for that step to end.
+
+    Raises:
+      UserError: the loss is not finite.
+    """
+    if self._noted is None:
+      return
+    (step, metrics), self._noted = self._noted, None
+    load = metrics.pop('load')
+    values = {name: float(value) for name, value in metrics.items()}
+    loss = check_finite(values['loss'], step)
+    speed = self._tokens_per_second(step)
+    values |= {'tokens_per_second': speed} | routing_metrics(load)
+    self._writer.write(step, 'train', values)
+    left = (self._steps - step) * self._tokens_per_step / speed
+    self.say(metrics_lib.progress_line(step, self._steps, loss, speed, left))
+    self._results = [['train', f'{loss:.4f}', '', '']]
+
+  def evaluation(
+    self, step: int, split: str, result: dict[str, float], seconds: float
+  ) -> None:
+    """Writes an evaluation that took `seconds`, a pause of the training."""
+    self._paused += seconds
+    self._writer.write(step, split, result)
+    self.say(
+      f'step {step}  {split}: loss {result["loss"]:.4f},'
+      f' {result["bits_per_byte"]:.4f} bits per byte'
+      f' ({metrics_lib.duration(seconds)})'
+    )
+    self._results = self._results[:1] + [
+      [
+        split,
+        f'{result["loss"]:.4f}',
+        f'{result["perplexity"]:.3f}',
+        f'{result["bits_per_byte"]:.4f}',
+      ]
+    ]
+
+  def summary(self) -> str:
+    """The last losses as a short table."""
+    head = ['split', 'loss', 'perplexity', 'bits per byte']
+    elapsed = time.perf_counter() - self._began
+    return (
+      metrics_lib.summary_table([head, *self._results])
+      + f'\n{self._steps - self._start} steps in'
+      f' {metrics_lib.duration(elapsed)}'
+    )
+
+  def _tokens_per_second(self, step: int) -> float:
+    """Since the last reading, pauses left out."""
+    now = time.perf_counter()
+    seconds = max(now - self._since - self._paused, 1e-9)
+    tokens = (step - self._read_at) * self._tokens_per_step
+    self._read_at, self._since, self._paused = step, now, 0.0
+    return tokens / seconds
+
+
+def check_finite(loss: float, step: int) -> float:
+  """Returns the loss.
+
+  Raises:
+    UserError: it is not finite.
+  """
+  if not math.isfinite(loss):
+    raise UserError(
+      f'the loss is {loss} at step {step}: training has diverged; lower'
+      ' optimizer.learning_rate or raise optimizer.warmup_steps'
+    )
+  return loss

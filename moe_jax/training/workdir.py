@@ -1,0 +1,116 @@
+"""The directory of a run: whose it is, and whether it can be written.
+
+It is a path of a mounted file system; on several hosts, of one they share.
+"""
+
+import os
+import tempfile
+
+from ml_collections import ConfigDict
+
+from moe_jax import saved_config
+from moe_jax.errors import UserError
+
+
+def claim(workdir: str, config: ConfigDict, write: bool) -> None:
+  """Makes `workdir` the directory of a run with `config`, or goes on in it.
+
+  Nothing is written before everything has been checked.
+
+  Args:
+    workdir: the directory; made if it does not exist.
+    config: replaces DIR/config.json, from which it differs in harmless keys.
+    write: False checks only: one process of several writes the file.
+
+  Raises:
+    UserError: the directory belongs to another run, or is not writable.
+  """
+  _refuse_url(workdir)
+  saved = _saved_config(workdir)
+  if saved is not None:
+    new = config.to_dict()
+    keys = saved_config.changed_meaning(saved, new)
+    _refuse(workdir, keys, saved, new)
+  _check_writable(workdir)
+  if write:
+    replace(config_path(workdir), saved_config.to_json(config))
+
+
+def check_model(workdir: str, config: ConfigDict) -> None:
+  """Refuses a `workdir` without a run, or with a run of another model.
+
+  Raises:
+    UserError: as said, naming the keys that differ.
+  """
+  _refuse_url(workdir)
+  saved = _saved_config(workdir)
+  if saved is None:
+    raise UserError(
+      f'workdir {workdir} holds no run: there is no {config_path(workdir)};'
+      ' train first, with the same --config and --workdir'
+    )
+  new = config.to_dict()
+  _refuse(workdir, saved_config.changed_model(saved, new), saved, new)
+
+
+def config_path(workdir: str) -> str:
+  """The file that holds the config of the run in `workdir`."""
+  return os.path.join(workdir, 'config.json')
+
+
+def replace(path: str, text: str) -> None:
+  """Writes a file at once: a crash leaves the old text or the new one."""
+  temporary = f'{path}.tmp'
+  with open(temporary, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _saved_config(workdir: str) -> dict | None:
+  """The config that the run in `workdir` was made with, None without one."""
+  path = config_path(workdir)
+  try:
+    with open(path, encoding='utf-8') as file:
+      return saved_config.from_json(file.read()).to_dict()
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(
+      f'{path} is not the JSON of a config ({error}); mend it or choose'
+      ' another --workdir'
+    ) from error
+  except OSError as error:
+    raise UserError(
+      f'workdir {workdir} cannot be read: {error.strerror}'
+    ) from error
+
+
+def _refuse(workdir: str, keys: list[str], old: dict, new: dict) -> None:
+  if keys:
+    raise UserError(
+      f'workdir {workdir} was made with another config:'
+      f' {saved_config.describe(keys, old, new)};'
+      ' give the old values or another --workdir'
+    )
+
+
+def _check_writable(workdir: str) -> None:
+  """Makes the directory and a nameless file in it, the surest test."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise UserError(
+      f'workdir {workdir} is not writable: {error.strerror};'
+      ' choose another --workdir'
+    ) from error
+
+
+def _refuse_url(workdir: str) -> None:
+  if '://' in workdir:
+    raise UserError(
+      f'workdir {workdir} is a URL; mount the bucket and give its path'
+    )
