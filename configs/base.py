@@ -90,15 +90,15 @@ def get_config() -> ConfigDict:
   config.data.train_split = 'train'
   config.data.tokenizer = 'bytes'
   config.data.seq_len = 256
-  config.data.threads = 2  # that read ahead of the device
+  config.data.threads = 1  # that read ahead of the device
 
   config.checkpoint = ConfigDict()
-  config.checkpoint.every = 200  # steps; the last step is always saved
+  config.checkpoint.every = 200  # steps; and the last one
   config.checkpoint.keep = 3  # the newest n stay
   config.checkpoint.keep_every = 0  # and every step that is a multiple of n
 
   config.eval = ConfigDict()
-  config.eval.every = 200
+  config.eval.every = 200  # steps; and the last one
   config.eval.split = 'validation'
   config.eval.batches = 0  # during training; 0: the whole split
   config.eval.batch_size = 0  # 0: train.batch_size

@@ -155,8 +155,12 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
   if base in known or base == 'all':
     try:
       parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-      # Of a part that ends before it begins, TFDS itself reads something.
-      if all(p.to is None or (p.from_ or 0) < p.to for p in parts):
+      # Of a part that ends before it begins, TFDS itself reads something; one
+      # that begins where the split ends, it cannot open.
+      if all(
+        (p.from_ or 0) < (known[p.splitname] if p.to is None else p.to)
+        for p in parts
+      ):
         return
     except ValueError as error:
       raise _one_line(where, error) from error

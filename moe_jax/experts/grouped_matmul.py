@@ -6,41 +6,14 @@ densely, so there the rows are cut into blocks that lie inside one group each;
 elsewhere it is `lax.ragged_dot`.
 """
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 _BLOCK = 128  # rows: large enough for the matmul, small enough to waste little
-
-
-@jax.custom_vjp
-def _grouped_matmul(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
-) -> jax.Array:
-  return lax.platform_dependent(
-    rows_MD, bank_NDF, sizes_N, cpu=_blocks, default=_ragged
-  )
-
-
-def _forward(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  residuals = rows_MD, bank_NDF, sizes_N
-  return _grouped_matmul(*residuals), residuals
-
-
-def _backward(
-  residuals: tuple[jax.Array, ...], grad_MF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-  grads = lax.platform_dependent(
-    *residuals, grad_MF, cpu=_blocks_backward, default=_ragged_backward
-  )
-  return *grads, None
-
-
-_grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul(
@@ -63,6 +36,19 @@ def grouped_matmul(
   return _grouped_matmul(rows_MD, bank_NDF, sizes_N)
 
 
+class Implementation(NamedTuple):
+  """One way to compute it.
+
+  Attributes:
+    forward: (rows_MD, bank_NDF, sizes_N) -> out_MF.
+    backward: (rows_MD, bank_NDF, sizes_N, grad_MF) -> the gradients of rows
+      and bank.
+  """
+
+  forward: Callable[..., jax.Array]
+  backward: Callable[..., tuple[jax.Array, jax.Array]]
+
+
 def _ragged(
   rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
@@ -77,8 +63,9 @@ def _ragged_backward(
   sizes_N: jax.Array,
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  matmul = functools.partial(_ragged, sizes_N=sizes_N)
-  _, vjp = jax.vjp(lambda rows, bank: matmul(rows, bank), rows_MD, bank_NDF)
+  _, vjp = jax.vjp(
+    lambda rows, bank: _ragged(rows, bank, sizes_N), rows_MD, bank_NDF
+  )
   return vjp(grad_MF)
 
 
@@ -156,3 +143,34 @@ def _blocks_backward(
 
   grad_NDF = jnp.zeros_like(bank_NDF)
   return grad_rows_MD, lax.fori_loop(0, num_blocks, block, grad_NDF)
+
+
+BLOCKS = Implementation(_blocks, _blocks_backward)
+RAGGED = Implementation(_ragged, _ragged_backward)
+
+
+@jax.custom_vjp
+def _grouped_matmul(
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+) -> jax.Array:
+  return lax.platform_dependent(
+    rows_MD, bank_NDF, sizes_N, cpu=BLOCKS.forward, default=RAGGED.forward
+  )
+
+
+def _forward(
+  *operands: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return _grouped_matmul(*operands), operands
+
+
+def _backward(
+  operands: tuple[jax.Array, ...], grad_MF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+  grads = lax.platform_dependent(
+    *operands, grad_MF, cpu=BLOCKS.backward, default=RAGGED.backward
+  )
+  return *grads, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """From a config to a `Decoder`: here, once, strings become objects."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,7 @@ def build(
   """
   model = config.model
   kinds = layer_kinds(config)
-  period = config.moe.every if 'moe' in kinds else 1
-  first = min(config.moe.first_dense, len(kinds)) if 'moe' in kinds else 0
-  # What the period does not divide joins the prefix: the rest still repeats.
-  first += (len(kinds) - first) % period
+  first, period = repetition(kinds, config.moe.every)
   make_block = functools.partial(_block, config, _dispatch(config, mesh))
 
   def make_period(rngs: nnx.Rngs) -> Period:
@@ -81,7 +79,7 @@ def build(
   if first < len(kinds):
     count = (len(kinds) - first) // period
     stacked = nnx.vmap(make_period, in_axes=0, out_axes=0)
-    periods = stacked(rngs.fork(split=count))
+    periods = stacked(rngs.split(count))
   init = nnx.initializers.normal(model.init_std)
   embed_VD = nnx.Param(init(rngs.params(), (vocab_size, model.hidden_size)))
   head_DV = None
@@ -100,6 +98,25 @@ def build(
     shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
     replicate=functools.partial(mesh_lib.replicate, mesh=mesh),
   )
+
+
+def repetition(kinds: Sequence[str], every: int) -> tuple[int, int]:
+  """Where a pattern of layers begins to repeat, and its period.
+
+  Args:
+    kinds: of every layer.
+    every: the period, unless all layers are alike.
+
+  Returns:
+    The fewest leading layers without which the rest is whole repetitions.
+  """
+  period = every if len(set(kinds)) > 1 else 1
+
+  def repeats(first: int) -> bool:
+    rest = kinds[first:]
+    return len(rest) % period == 0 and rest[period:] == rest[:-period]
+
+  return next(f for f in range(len(kinds) + 1) if repeats(f)), period
 
 
 def compute_dtype(

@@ -93,9 +93,6 @@ def train(config: ConfigDict, workdir: str) -> None:
         last = stopped or step == steps
         if _due(config.train.log_every, step, last):
           journal.note(step, metrics)
-        if _due(config.checkpoint.every, step, last):
-          check_finite(float(metrics['loss']), step)
-          store.save(step, state, batches.state(), force=True)
         if eval_windows and _due(config.eval.every, step, step == steps):
           journal.write()
           began = time.perf_counter()
@@ -109,12 +106,16 @@ def train(config: ConfigDict, workdir: str) -> None:
           )
           seconds = time.perf_counter() - began
           journal.evaluation(step, config.eval.split, result, seconds)
+        if _due(config.checkpoint.every, step, last):
+          # Last: what is written of a step outlives a kill during the save.
+          journal.write()
+          check_finite(float(metrics['loss']), step)
+          store.save(step, state, batches.state(), force=True)
         if stopped:
           break
       journal.write()
       journal.say(journal.summary())
     batches.close()
-    store.wait()
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)
 

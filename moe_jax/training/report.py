@@ -1,7 +1,6 @@
 """What a run tells its user: numbers made readable, and where they go."""
 
 import math
-import re
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from moe_jax.data.pipeline import Windows
 from moe_jax.errors import UserError
+from moe_jax.model import sizes
 from moe_jax.routing.balance import Load
 from moe_jax.training import metrics as metrics_lib
 from moe_jax.training.metrics import MetricsWriter
@@ -45,29 +45,17 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
 def describe(setup: Setup, windows: Windows) -> str:
   """Model, devices and data of a run, one line each."""
   config, mesh = setup.config, setup.mesh
-  active, total = count_parameters(setup)
+  counts = sizes.count_parameters(config, setup.abstract['params'])
   device = next(iter(mesh.devices.flat))
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
   epochs = config.train.steps * config.train.batch_size / len(windows)
   return (
-    f'model    {total:,} parameters, {active:,} active per token\n'
+    f'model    {counts.total:,} parameters,'
+    f' {counts.active:,} active per token\n'
     f'devices  {mesh.size} {device.device_kind} ({axes})\n'
     f'data     {config.data.name}: {windows.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps'
   )
-
-
-def count_parameters(setup: Setup) -> tuple[int, int]:
-  """Parameters that one token meets, and all there are."""
-  moe = setup.config.moe
-  leaves, _ = jax.tree_util.tree_flatten_with_path(setup.abstract['params'])
-  active = total = 0
-  for path, leaf in leaves:
-    total += leaf.size
-    is_expert = re.fullmatch(r'gate_up_ND2F|down_NFD', path[-1].key)
-    share = moe.top_k / moe.num_experts if is_expert else 1
-    active += round(leaf.size * share)
-  return active, total
 
 
 class Journal:
@@ -145,6 +133,11 @@ class Journal:
 
   def summary(self) -> str:
     """The last losses as a short table."""
+    if self._start >= self._steps:
+      return (
+        f'nothing to do: {self._start} steps are done, of train.steps ='
+        f' {self._steps}'
+      )
     head = ['split', 'loss', 'perplexity', 'bits per byte']
     elapsed = time.perf_counter() - self._began
     return (

@@ -93,7 +93,7 @@ def make_train_step(
       grads, state['opt_state'], state['params']
     )
     params = optax.apply_updates(state['params'], updates)
-    metrics['gradient_norm'] = optax.global_norm(grads)
+    metrics['gradient_norm'] = optax.tree.norm(grads)
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     return state | new, metrics

@@ -1,0 +1,1 @@
+"""Presets: `base.py` is the schema, every other file is a `--config`."""

@@ -1,0 +1,52 @@
+"""What stands after the colon of `--config=FILE:preset,variant,variant`."""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError, nearest
+
+Change = Callable[[ConfigDict], None]
+
+
+def build(
+  names: str,
+  start: ConfigDict,
+  presets: Mapping[str, Change],
+  variants: Mapping[str, Change],
+) -> ConfigDict:
+  """Returns `start` as the preset and then every variant, in order, change it.
+
+  Args:
+    names: a preset and variants with commas between; the first preset may be
+      left out, so may all.
+    start: the config to change.
+    presets: the presets there are, the default first; may be empty.
+    variants: the variants there are.
+
+  Raises:
+    UserError: a name is unknown, or a preset does not come first.
+  """
+  chosen = [name.strip() for name in names.split(',') if name.strip()]
+  if presets and (not chosen or chosen[0] not in presets):
+    chosen.insert(0, next(iter(presets)))
+  for place, name in enumerate(chosen):
+    known = presets if presets and place == 0 else variants
+    if name not in known:
+      raise UserError(_unknown(name, presets, variants))
+    known[name](start)
+  return start
+
+
+def _unknown(
+  name: str, presets: Mapping[str, Change], variants: Mapping[str, Change]
+) -> str:
+  if name in presets:
+    return f"preset '{name}' must come first after the colon, and alone"
+  known = [
+    f'{kind}: {", ".join(names)}'
+    for kind, names in (('presets', presets), ('variants', variants))
+    if names
+  ]
+  hint = nearest(name, [*presets, *variants])
+  return f"there is no preset or variant '{name}'{hint} ({'; '.join(known)})"

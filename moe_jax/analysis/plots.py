@@ -1,0 +1,276 @@
+"""Draws training curves and the balance of the experts from metrics.jsonl.
+
+python -m moe_jax.analysis.plots runs/quickstart
+python -m moe_jax.analysis.plots runs/a runs/b --output=both.png
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moe_jax.errors import UserError
+
+# Okabe and Ito's colours, told apart by all common kinds of colour vision.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_GREY = '#555555'
+_MOST_NAMED = 6  # layers in the legend
+_SHARE = 15  # smooth curves are means over a 15th of the points
+_STYLE = {
+  'font.size': 9.0,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': '#E6E6E6',
+  'legend.frameon': False,
+  'legend.fontsize': 8.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What metrics.jsonl says of one run; P points and W MoE layers.
+
+  Attributes:
+    name: of the run's directory.
+    steps_P: steps at which training was logged.
+    loss_P: its loss, nats per token.
+    max_load_PW: rows of the busiest expert over the balanced share; W is 0
+      for a dense model.
+    dropped_PW: share of the slots that found no room.
+    evaluations: rows of every evaluation by its split, in order of steps.
+  """
+
+  name: str
+  steps_P: np.ndarray
+  loss_P: np.ndarray
+  max_load_PW: np.ndarray
+  dropped_PW: np.ndarray
+  evaluations: dict[str, list[dict[str, Any]]]
+
+
+def read(workdir: str) -> Run:
+  """Reads DIR/metrics.jsonl.
+
+  Raises:
+    UserError: there is none, or it holds no step of training, or something
+      else than metrics.
+  """
+  path = os.path.join(workdir, 'metrics.jsonl')
+  train, evaluations = [], {}
+  for row in _rows(path):
+    if row['split'] == 'train':
+      train.append(row)
+    else:
+      evaluations.setdefault(row['split'], []).append(row)
+  if not train:
+    raise UserError(f'{path} holds no step of training yet')
+
+  def column(key: str) -> np.ndarray:
+    return np.array([row.get(key, []) for row in train], float)
+
+  try:
+    return Run(
+      os.path.basename(os.path.abspath(workdir)),
+      column('step'),
+      column('loss'),
+      column('max_load').reshape(len(train), -1),
+      column('dropped_share').reshape(len(train), -1),
+      evaluations,
+    )
+  except ValueError as error:
+    raise UserError(f'{path} is not of one run: {error}') from error
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+  """Losses of the runs, and beside them how evenly experts are used.
+
+  Of one run every MoE layer is drawn, of several each run's least balanced.
+  """
+  dropping = any(run.dropped_PW.any() for run in runs)
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    _draw_losses(left.subplots(), runs)
+    if dropping:
+      load, dropped = right.subplots(2, sharex=True, height_ratios=(3, 2))
+      _draw_layers(
+        dropped, runs, [100 * run.dropped_PW for run in runs], legend=False
+      )
+      dropped.set(xlabel='step', ylabel='dropped slots, %')
+      dropped.set_ylim(bottom=0)
+    else:
+      load = right.subplots()
+      load.set_xlabel('step')
+    _draw_layers(load, runs, [run.max_load_PW for run in runs], legend=True)
+    load.axhline(1, color=_GREY, linestyle=':', linewidth=1)
+    load.set_ylim(bottom=0)
+    load.set_ylabel('rows of the busiest expert\n(1 = balanced)')
+    load.set_title('Balance of the experts', loc='left')
+  return figure
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Draws what the command line asks for; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog='python -m moe_jax.analysis.plots',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('workdir', nargs='+', help='the directory of a run')
+  parser.add_argument('--output', help='the picture; WORKDIR/curve.png')
+  flags = parser.parse_args(arguments)
+  output = flags.output or os.path.join(flags.workdir[0], 'curve.png')
+  try:
+    figure = draw([read(workdir) for workdir in flags.workdir])
+    _save(figure, output)
+  except UserError as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  print(f'written to {output}')
+  return 0
+
+
+def smooth(values_P: np.ndarray) -> np.ndarray:
+  """Centred means over a 15th of the points, over fewer at the ends."""
+  width = 2 * (len(values_P) // _SHARE // 2) + 1
+  kernel = np.ones(width)
+  sums = np.convolve(values_P, kernel)
+  counts = np.convolve(np.ones_like(values_P), kernel)
+  begin = width // 2
+  return (sums / counts)[begin : begin + len(values_P)]
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+  """The objects of a metrics.jsonl; a last line cut short is left out."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      lines = file.read().splitlines()
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be read: {error.strerror};'
+      ' give the --workdir of a training run'
+    ) from error
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      rows.append({'step': row['step'], 'split': row['split']} | row)
+    except (ValueError, TypeError, KeyError) as error:
+      if number == len(lines):
+        break
+      raise UserError(
+        f'{path}:{number} is not a JSON object with a step and a split'
+      ) from error
+  return rows
+
+
+def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
+  for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+    prefix = f'{run.name}: ' if len(runs) > 1 else ''
+    axes.plot(run.steps_P, run.loss_P, color=colour, alpha=0.25, linewidth=1)
+    axes.plot(
+      run.steps_P,
+      smooth(run.loss_P),
+      color=colour,
+      linewidth=1.8,
+      label=f'{prefix}training',
+    )
+    splits = zip('osD^v', run.evaluations.items(), strict=False)
+    for marker, (split, rows) in splits:
+      axes.plot(
+        [row['step'] for row in rows],
+        [float(row['loss']) for row in rows],
+        color=colour if len(runs) > 1 else _COLOURS[1],
+        marker=marker,
+        linestyle='none',
+        markeredgecolor='white',
+        markersize=6.5,
+        label=prefix + _evaluation_label(split, rows[-1]),
+      )
+  axes.set(xlabel='step', ylabel='loss, nats per token')
+  title = 'Loss' if len(runs) > 1 else f'Loss ({runs[0].name})'
+  axes.set_title(title, loc='left')
+  _number_steps(axes)
+  axes.legend(loc='upper right')
+
+
+def _evaluation_label(split: str, last: dict[str, Any]) -> str:
+  if 'bits_per_byte' not in last:
+    return split
+  return f'{split} (last: {float(last["bits_per_byte"]):.3f} bits per byte)'
+
+
+def _draw_layers(
+  axes: Axes,
+  runs: Sequence[Run],
+  values: Sequence[np.ndarray],
+  legend: bool,
+) -> None:
+  """A line per layer of one run, or per run the highest of its layers."""
+  if len(runs) > 1:
+    for run, values_PW, colour in zip(
+      runs, values, _cycle(len(runs)), strict=True
+    ):
+      if values_PW.size:
+        highest_P = smooth(values_PW.max(1))
+        axes.plot(run.steps_P, highest_P, color=colour, label=run.name)
+  else:
+    _draw_each_layer(axes, runs[0].steps_P, values[0])
+  _number_steps(axes)
+  if legend and axes.lines:
+    title = 'highest of the MoE layers' if len(runs) > 1 else 'MoE layer'
+    axes.legend(title=title, loc='upper right', ncols=2, title_fontsize=8)
+  elif not axes.lines:
+    axes.text(0.5, 0.5, 'no MoE layer', transform=axes.transAxes, ha='center')
+
+
+def _draw_each_layer(
+  axes: Axes, steps_P: np.ndarray, values_PW: np.ndarray
+) -> None:
+  num_layers = values_PW.shape[1]
+  # Dark to light with depth; the lightest yellow is too pale for a line.
+  colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.88, num_layers))
+  count = min(num_layers, _MOST_NAMED)
+  named = np.linspace(0, num_layers - 1, count).round()
+  for layer in range(num_layers):
+    axes.plot(
+      steps_P,
+      smooth(values_PW[:, layer]),
+      color=colours[layer],
+      linewidth=1.3,
+      label=f'{layer + 1}' if layer in named else '_',
+    )
+
+
+def _number_steps(axes: Axes) -> None:
+  axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+  axes.xaxis.set_major_formatter('{x:,.0f}')
+
+
+def _cycle(count: int) -> list[str]:
+  return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _save(figure: Figure, output: str) -> None:
+  try:
+    figure.savefig(output, dpi=200)
+  except (OSError, ValueError) as error:  # ValueError: an unknown ending
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(
+      f'--output: {output} cannot be written: {reason}'
+    ) from error
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

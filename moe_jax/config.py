@@ -1,0 +1,229 @@
+"""What a config means: its checks, its mesh and the kinds of its layers.
+
+The keys, their defaults and their meaning are `configs/base.py`. Nothing here
+imports jax, so that a mistake is reported before any device is touched.
+"""
+
+import math
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from moe_jax import ranges
+from moe_jax.errors import UserError
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+# Outside the experts, tokens are split over these axes together.
+BATCH_AXES = ('data', 'fsdp', 'expert')
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+  """Refuses values out of range and keys that contradict each other.
+
+  Args:
+    config: has exactly the keys of `configs/base.py`.
+    num_devices: devices of all hosts together.
+
+  Raises:
+    UserError: names the keys, their values and what would be right.
+  """
+  ranges.check(config)
+  _check_experts(config)
+  _check_heads(config)
+  _check_optimizer(config)
+  _check_data(config)
+  mesh = mesh_shape(config, num_devices)
+  _check_split_sizes(config, mesh)
+  _check_batches(config, mesh)
+
+
+def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
+  """Devices along every mesh axis, an axis of -1 having taken what is left.
+
+  Raises:
+    UserError: the axes do not multiply to `num_devices`.
+  """
+  shape = {axis: config.mesh[axis] for axis in MESH_AXES}
+  for axis, size in shape.items():
+    if size < 1 and size != -1:
+      raise UserError(f'mesh.{axis} = {size} must be at least 1, or -1')
+  free = [axis for axis, size in shape.items() if size == -1]
+  if len(free) > 1:
+    names = ' and '.join(f'mesh.{axis}' for axis in free)
+    raise UserError(f'{names} are all -1; only one axis can take what is left')
+  fixed = {axis: size for axis, size in shape.items() if size != -1}
+  product = math.prod(fixed.values())
+  if free and num_devices % product == 0:
+    return shape | {free[0]: num_devices // product}
+  if free:
+    raise UserError(
+      f'{_product(fixed)} does not divide the number of'
+      f' devices, {num_devices}; choose axes whose product does'
+    )
+  if product != num_devices:
+    raise UserError(
+      f'{_product(fixed)}, but the number of devices is'
+      f' {num_devices}; change an axis, or set one to -1: what is left'
+    )
+  return shape
+
+
+def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
+  """'moe' or 'dense' for every layer, from the first."""
+  moe = config.moe
+
+  def kind(layer: int) -> str:
+    early = layer < max(moe.first_dense, moe.offset)
+    chosen = (layer - moe.offset) % moe.every == 0
+    return 'moe' if moe.num_experts and chosen and not early else 'dense'
+
+  return tuple(kind(layer) for layer in range(config.model.num_layers))
+
+
+def head_dim(config: ConfigDict) -> int:
+  """The size of one attention head."""
+  model = config.model
+  return model.head_dim or model.hidden_size // model.num_heads
+
+
+def decay_end(config: ConfigDict) -> int:
+  """The step at which the learning rate has come down to its last value.
+
+  At least one step follows the warm-up, so a short trial of a long recipe
+  runs: it ends while the learning rate still rises.
+  """
+  optimizer = config.optimizer
+  end = optimizer.decay_steps or config.train.steps
+  return max(end, optimizer.warmup_steps + 1)
+
+
+def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
+  """V: `model.vocab_size`, or what the tokenizer needs.
+
+  Raises:
+    UserError: the tokenizer has ids that the model would not.
+  """
+  size = config.model.vocab_size or of_tokenizer
+  if size < of_tokenizer:
+    raise UserError(
+      f'model.vocab_size = {size} is below the {of_tokenizer} ids of'
+      f" data.tokenizer = {config.data.tokenizer!r}; 0 takes the tokenizer's"
+    )
+  return size
+
+
+def eval_batch_size(config: ConfigDict) -> int:
+  """Sequences in a batch of an evaluation, over all devices."""
+  return config.eval.batch_size or config.train.batch_size
+
+
+def _check_experts(config: ConfigDict) -> None:
+  moe = config.moe
+  if not moe.num_experts:
+    return
+  if moe.top_k > moe.num_experts:
+    raise UserError(
+      f'moe.top_k = {moe.top_k} is above moe.num_experts ='
+      f' {moe.num_experts}; a token can choose {moe.num_experts} at most'
+    )
+  _check_divides(config, 'moe.expert_width', moe.factors, 'moe.factors')
+  _check_divides(config, 'moe.shared.width', moe.factors, 'moe.factors')
+  if 'moe' not in layer_kinds(config):
+    raise UserError(
+      f'moe.first_dense = {moe.first_dense}, moe.offset = {moe.offset} and'
+      f' moe.every = {moe.every} leave no MoE layer among model.num_layers ='
+      f' {config.model.num_layers}; set moe.num_experts = 0 for a dense model'
+    )
+
+
+def _check_heads(config: ConfigDict) -> None:
+  model = config.model
+  if not model.head_dim:
+    _check_divides(
+      config, 'model.hidden_size', model.num_heads, 'model.num_heads'
+    )
+  _check_divides(
+    config, 'model.num_heads', model.num_kv_heads, 'model.num_kv_heads'
+  )
+  if head_dim(config) % 2:
+    raise UserError(
+      f'the head size {head_dim(config)} (model.head_dim, or'
+      f' model.hidden_size / model.num_heads = {model.hidden_size} /'
+      f' {model.num_heads}) is odd; rotary positions turn pairs'
+    )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+  warmup, end = config.optimizer.warmup_steps, config.optimizer.decay_steps
+  if end and warmup >= end:
+    raise UserError(
+      f'optimizer.warmup_steps = {warmup} must be below'
+      f' optimizer.decay_steps = {end}, where the decay ends'
+    )
+
+
+def _check_data(config: ConfigDict) -> None:
+  if config.data.name == 'text_folder' and not config.data.path:
+    raise UserError(
+      "data.path = '' must name a folder when data.name = 'text_folder'"
+    )
+
+
+def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
+  """What the mesh splits, it splits evenly."""
+  tensor, kinds = mesh['tensor'], layer_kinds(config)
+  _check_divides(config, 'model.hidden_size', mesh['fsdp'], 'mesh.fsdp')
+  _check_divides(config, 'model.num_heads', tensor, 'mesh.tensor')
+  _check_divides(config, 'model.num_kv_heads', tensor, 'mesh.tensor')
+  if 'dense' in kinds:
+    _check_divides(config, 'model.ffn_width', tensor, 'mesh.tensor')
+  if 'moe' in kinds:
+    _check_divides(config, 'moe.num_experts', mesh['expert'], 'mesh.expert')
+    factors = config.moe.factors
+    for key in ('moe.expert_width', 'moe.shared.width'):
+      _check_divides(
+        config,
+        key,
+        factors * tensor,
+        f'moe.factors x mesh.tensor = {factors} x {tensor}',
+      )
+
+
+def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:
+  """Every device holds as many sequences as every other."""
+  axes = [f'mesh.{axis}' for axis in BATCH_AXES]
+  sizes = [mesh[axis] for axis in BATCH_AXES]
+  key = 'eval.batch_size' if config.eval.batch_size else 'train.batch_size'
+  _check_divides(config, key, math.prod(sizes), _written_out(axes, sizes))
+  axes.append('train.accumulation')
+  sizes.append(config.train.accumulation)
+  _check_divides(
+    config, 'train.batch_size', math.prod(sizes), _written_out(axes, sizes)
+  )
+
+
+def _check_divides(
+  config: ConfigDict, key: str, divisor: int, name: str
+) -> None:
+  """Refuses a value of `key` that `divisor`, called `name`, does not divide."""
+  value = ranges.get(config, key)
+  if value % divisor == 0:
+    return
+  above = value + divisor - value % divisor
+  below = value - value % divisor
+  fitting = f'{below} or {above}' if below else f'{above}'
+  raise UserError(
+    f'{key} = {value} is not divisible by {name} = {divisor};'
+    f' {fitting} would be'
+  )
+
+
+def _product(axes: dict[str, int]) -> str:
+  """`mesh.data x mesh.fsdp = 2 x 4 = 8`."""
+  names = [f'mesh.{axis}' for axis in axes]
+  return f'{_written_out(names, axes.values())} = {math.prod(axes.values())}'
+
+
+def _written_out(names: Iterable[str], sizes: Iterable[int]) -> str:
+  """`a x b = 2 x 4`."""
+  return f'{" x ".join(names)} = {" x ".join(map(str, sizes))}'

@@ -1,0 +1,87 @@
+"""Which values each key may take on its own.
+
+How keys go together is `moe_jax.config`'s business.
+"""
+
+import functools
+import math
+
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError, choose
+
+_CHOICES = {
+  'model.dtype': ('auto', 'float32', 'bfloat16'),
+  'model.remat': ('none', 'dots', 'full'),
+  'moe.dispatch': ('dropless', 'capacity'),
+  'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
+  'router.score': ('linear',),
+  'router.recurrent': ('none', 'gru'),
+  'loss.balance_layers': ('separate', 'joined'),
+}
+
+
+def _keys(**sections: str) -> list[str]:
+  """a='b c' -> ['a.b', 'a.c']."""
+  return [
+    f'{section}.{name}'
+    for section, names in sections.items()
+    for name in names.split()
+  ]
+
+
+_AT_LEAST_ONE = _keys(
+  model='num_layers hidden_size num_heads num_kv_heads ffn_width unroll',
+  moe='top_k expert_width factors every',
+  router='state_size',
+  train='steps batch_size accumulation',
+  data='seq_len threads',
+  checkpoint='keep',
+)
+_AT_LEAST_ZERO = _keys(
+  model='head_dim vocab_size',
+  moe='num_experts offset first_dense shared.width'
+  ' shared.routed_weight shared.shared_weight',
+  loss='balance_weight z_weight',
+  optimizer='warmup_steps decay_steps weight_decay clip_norm',
+  train='log_every',
+  checkpoint='every keep_every',
+  eval='every batches batch_size',
+)
+_ABOVE_ZERO = _keys(
+  model='rope_theta norm_epsilon init_std',
+  moe='capacity_factor',
+  optimizer='learning_rate epsilon',
+)
+_BELOW_ONE = _keys(optimizer='b1 b2')
+_SHARES = _keys(optimizer='final_fraction')
+_SEEDS = ['seed']  # the data pipeline's generator takes 32 bits
+_NOT_EMPTY = _keys(data='name text_key train_split tokenizer', eval='split')
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses the first value out of its range; NaN is outside every range.
+
+  Raises:
+    UserError: names the key, its value and the range.
+  """
+  for keys, inside, wanted in (
+    (_AT_LEAST_ONE, lambda value: value >= 1, 'at least 1'),
+    (_AT_LEAST_ZERO, lambda value: 0 <= value < math.inf, 'at least 0'),
+    (_ABOVE_ZERO, lambda value: 0 < value < math.inf, 'above 0'),
+    (_SHARES, lambda value: 0 <= value <= 1, 'between 0 and 1'),
+    (_SEEDS, lambda value: 0 <= value < 2**32, 'at least 0 and below 2**32'),
+    (_BELOW_ONE, lambda value: 0 <= value < 1, 'at least 0 and below 1'),
+    (_NOT_EMPTY, bool, 'a name, not empty'),
+  ):
+    for key in keys:
+      value = get(config, key)
+      if not inside(value):
+        raise UserError(f'{key} = {value!r} must be {wanted}')
+  for key, known in _CHOICES.items():
+    choose(key, get(config, key), known)
+
+
+def get(config: ConfigDict, key: str) -> int | float | str:
+  """The value of a dotted key."""
+  return functools.reduce(lambda part, name: part[name], key.split('.'), config)

@@ -1,0 +1,122 @@
+"""A run's config beside its checkpoints, and what may change on resume."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+
+# Where things are, how fast they run and what is reported; a section's name
+# stands for all its keys. `data.path` is here because a folder may be moved.
+_HARMLESS = (
+  'mesh',
+  'checkpoint',
+  'eval',
+  'model.remat',
+  'model.unroll',
+  'data.dir',
+  'data.path',
+  'data.threads',
+  'train.log_every',
+)
+# What an evaluation takes over from training; its data and batches are its own.
+_MODEL = ('model', 'moe', 'router', 'data.tokenizer')
+# The same function of the same parameters, computed in another way.
+_COMPUTED = ('model.dtype', 'moe.dispatch', 'moe.capacity_factor')
+
+_DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
+_ABSENT = 'absent'
+
+
+def to_json(config: ConfigDict) -> str:
+  """Readable JSON; `from_json` gives back an equal config."""
+  return json.dumps(config.to_dict(), indent=2) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+  """Returns the config that `to_json` wrote, locked.
+
+  Raises:
+    ValueError: `text` is not a JSON object.
+  """
+  return ConfigDict(json.loads(text)).lock()
+
+
+def changed_meaning(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+  """Keys by which going on with `new` would be another run than `old`.
+
+  A key that only one side has counts as changed: nobody can tell what the
+  version without it did in its place. Of `train.steps` and
+  `optimizer.decay_steps` only the end of the decay counts that they come to.
+
+  Args:
+    old: the config the run was made with, a dictionary of sections.
+    new: the config to go on with.
+  """
+  changed = [key for key in _differing(old, new) if not _under(key, _HARMLESS)]
+  if _decay_end(old) is not None and _decay_end(old) == _decay_end(new):
+    changed = [key for key in changed if key not in _DECAY[:2]]
+  return changed
+
+
+def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Keys by which `new` describes another model than `old`, to evaluate it."""
+  return [
+    key
+    for key in changed_meaning(old, new)
+    if _under(key, _MODEL) and not _under(key, _COMPUTED)
+  ]
+
+
+def describe(
+  keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> str:
+  """`a.b was 1, now 2; ...`, with the remedy where a key has its own."""
+  before, after = flatten(old), flatten(new)
+  parts = [
+    f'{key} was {before.get(key, _ABSENT)!r}, now {after.get(key, _ABSENT)!r}'
+    for key in keys
+  ]
+  end = _decay_end(old)
+  if end is not None and 'train.steps' in keys:
+    parts.append(
+      f'--config.optimizer.decay_steps={end} keeps the learning rates'
+      ' of the run and lets train.steps change'
+    )
+  return '; '.join(parts)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      flat |= {f'{name}.{key}': leaf for key, leaf in flatten(value).items()}
+    else:
+      flat[name] = value
+  return flat
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  before, after = flatten(old), flatten(new)
+  return [
+    key
+    for key in before | after
+    if key not in before or key not in after or before[key] != after[key]
+  ]
+
+
+def _decay_end(config: Mapping[str, Any]) -> int | None:
+  """Where the decay ends; None where a key it depends on is missing."""
+  if all(key in flatten(config) for key in _DECAY):
+    return config_lib.decay_end(ConfigDict(config))
+  return None
+
+
+def _under(key: str, sections: tuple[str, ...]) -> bool:
+  """Whether `key` is one of `sections` or a key of one."""
+  return any(key == name or key.startswith(f'{name}.') for name in sections)

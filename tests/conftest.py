@@ -1,0 +1,14 @@
+"""Eight fake CPU devices for every test, and one compilation cache."""
+
+import pathlib
+
+import jax
+
+# Before any test touches a device: the backend then starts with eight.
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_platforms', 'cpu')
+
+# Most of a run's time is compilation, and most of it the same as last time.
+_CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

@@ -1,0 +1,246 @@
+"""The command line: what is accepted, and each mistake in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from moe_jax import allocator, cli, config_file
+from moe_jax.errors import UserError
+
+BASE = '--config=configs/base.py'
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.chdir(ROOT)
+
+
+def define_step(values: flags.FlagValues) -> None:
+  flags.DEFINE_integer('step', None, 'a step', flag_values=values)
+
+
+def parse(*arguments: str) -> tuple[ConfigDict, dict[str, object]]:
+  return cli.parse(['prog', *arguments], define_step)
+
+
+def test_overrides_in_every_spelling() -> None:
+  config, values = parse(
+    '--config.train.steps=7',
+    '--workdir',
+    'runs/x',
+    '--config.mesh.data',
+    '-1',
+    '--noconfig.moe.renormalize',
+    BASE,
+    '--config.optimizer.learning_rate=3e-4',
+    '--step=5',
+    '--config.data.path=a=b',
+  )
+  assert config.train.steps == 7
+  assert config.mesh.data == -1
+  assert config.moe.renormalize is False
+  assert config.optimizer.learning_rate == 3e-4
+  assert config.data.path == 'a=b'
+  assert values == {'workdir': 'runs/x', 'step': 5}
+  assert config.is_locked
+
+
+def test_a_program_without_a_workdir() -> None:
+  _, values = cli.parse(['prog', BASE], workdir=False)
+  assert values == {}
+
+
+BAD = {
+  'no config': (['--workdir=x'], ['--config is missing']),
+  'no workdir': ([BASE], ['--workdir is missing']),
+  'no such file': (['--config=configs/bse.py', '--workdir=x'], ['base.py']),
+  'misspelt section': ([BASE, '--config.trian.steps=1'], ["'train.steps'"]),
+  'misspelt key': ([BASE, '--config.moe.topk=1'], ["'moe.top_k'"]),
+  'misspelt key, apart': ([BASE, '--config.moe.topk', '1'], ["'moe.top_k'"]),
+  'section left out': ([BASE, '--config.top_k=1'], ["'moe.top_k'"]),
+  'nothing like it': ([BASE, '--config.optimizer.lr=1'], ['learning_rate']),
+  'a section': ([BASE, '--config.moe.shared={}'], ['is a section']),
+  'unknown flag': ([BASE, '--wrkdir=x'], ["'--workdir'"]),
+  'not an integer': (
+    [BASE, '--config.train.steps=1e3'],
+    ['config.train.steps', '1e3'],
+  ),
+  'not a number': (
+    [BASE, '--config.loss.z_weight=x'],
+    ['config.loss.z_weight', 'float'],
+  ),
+  'not a boolean': ([BASE, '--config.moe.bias=2'], ['config.moe.bias']),
+  'flag of a wrong type': ([BASE, '--step=last'], ['--step', 'last']),
+  'no value': ([BASE, '--config.moe.top_k'], ['config.moe.top_k']),
+  'stray word': ([BASE, 'quickly'], ["'quickly'"]),
+  'names it has not': ([BASE + ':big'], ['takes no names']),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_mistakes_on_the_command_line(name: str) -> None:
+  arguments, fragments = BAD[name]
+  workdir = [] if name == 'no workdir' else ['--workdir=x']
+  with pytest.raises(UserError) as error:
+    parse(*workdir, *arguments) if name != 'no config' else parse(*arguments)
+  for fragment in fragments:
+    assert fragment in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+HEAD = 'from configs import base\n\ndef get_config(names=""):\n  '
+BAD_FILES = {
+  'config = base.get_config(); config.moe.topk = 1': [':4: ', "'moe.top_k'"],
+  'config = base.get_config(); config.trian.steps = 1': ["'train'"],
+  'base.get_config().moe.evry': ["'moe.every'", "'eval.every'"],
+  'config = base.get_config(); config.moe.top_k = "2"': [':4: TypeError'],
+  'return base.ConfigDict()': ['is missing'],
+  'return {}': ['returned a dict'],
+  'return 1 / 0': [':4: ZeroDivisionError'],
+  'return (': [':4: '],
+  'config = base.get_config().unlock(); config.new = 1; return config': [
+    "no config key 'new'"
+  ],
+  'return base.ConfigDict({**base.get_config(), "seed": "1"})': [
+    "seed = '1' is not of type int"
+  ],
+}
+
+
+@pytest.mark.parametrize('body', BAD_FILES)
+def test_mistakes_in_a_config_file(body: str, tmp_path: Path) -> None:
+  path = tmp_path / 'mine.py'
+  path.write_text(HEAD + body + '\n')
+  with pytest.raises(UserError) as error:
+    config_file.load(f'{path}:small')
+  for fragment in [str(path), *BAD_FILES[body]]:
+    assert fragment in str(error.value)
+
+
+def test_files_that_are_no_configs(tmp_path: Path) -> None:
+  for name, text, fragment in (
+    ('a.txt', '', 'not a Python file'),
+    ('b.py', 'x = 1', 'has no function get_config'),
+    ('c.py', 'def get_config(names): pass', 'needs a name'),
+  ):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=fragment):
+      config_file.load(str(tmp_path / name))
+
+
+def run_main(
+  run: object, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> int:
+  """The exit status of a program whose work is `run`."""
+  monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x', *arguments])
+  monkeypatch.setenv(allocator.SWITCH, '0')
+  with pytest.raises(SystemExit) as stop:
+    cli.main(run)
+  return stop.value.code
+
+
+def test_exit_status_of_what_run_raises(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  def refuse(config: ConfigDict, workdir: str) -> None:
+    raise UserError(f'{workdir} is\nno good')
+
+  def interrupt(config: ConfigDict, workdir: str) -> None:
+    raise KeyboardInterrupt
+
+  def succeed(config: ConfigDict, workdir: str) -> None:
+    pass
+
+  assert run_main(succeed, monkeypatch) == 0
+  assert run_main(interrupt, monkeypatch) == 130
+  assert capsys.readouterr() == ('', '')
+  assert run_main(refuse, monkeypatch) == 2
+  assert capsys.readouterr() == ('', 'error: x is no good\n')
+
+
+def test_a_programming_error_keeps_its_traceback(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  def fail(config: ConfigDict, workdir: str) -> None:
+    raise ValueError('a bug')
+
+  monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
+  monkeypatch.setenv(allocator.SWITCH, '0')
+  with pytest.raises(ValueError, match='a bug'):
+    cli.main(fail)
+
+
+def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+  with pytest.raises(SystemExit) as stop:
+    parse('--help')
+  assert stop.value.code == 0
+  printed = capsys.readouterr().out
+  for flag in ('--config', '--workdir', '--step'):
+    assert flag in printed
+
+
+def test_programs_exit_with_2_before_importing_jax() -> None:
+  for program in ('train.py', 'eval.py'):
+    done = subprocess.run(
+      [sys.executable, '-X', 'importtime', program, '--config=nowhere.py'],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if not line.startswith('import time:')]
+    assert done.returncode == 2
+    assert said == ['error: --workdir is missing: the directory of the run']
+    assert not any(line.split()[-1] == 'jax' for line in lines)
+
+
+@pytest.mark.parametrize(
+  'platforms, devices, tuned',
+  [
+    ('cpu', ['/dev/nvidia0'], True),  # the user decides
+    ('cuda,cpu', [], False),
+    ('tpu', [], False),
+    ('', [], True),
+    ('', ['/dev/accel0'], False),
+  ],
+)
+def test_the_allocator_is_set_on_cpus_only(
+  monkeypatch: pytest.MonkeyPatch,
+  platforms: str,
+  devices: list[str],
+  tuned: bool,
+) -> None:
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(allocator.glob, 'glob', lambda pattern: devices)
+  assert allocator._runs_on_cpu() == tuned
+
+
+def test_the_allocator_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.setenv(allocator.SWITCH, '0')
+  assert not allocator.tune()
+
+
+@pytest.mark.skipif(
+  not os.path.exists('/lib64/ld-linux-x86-64.so.2'), reason='needs glibc'
+)
+def test_glibc_accepts_the_settings() -> None:
+  # In a process of its own: the settings cannot be taken back.
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      'from moe_jax import allocator as a; print(a.tune())',
+    ],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', allocator.SWITCH: '1'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout == 'True\n'

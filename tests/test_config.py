@@ -1,0 +1,246 @@
+"""Checks of configs, the sizes that follow from them, and their saved form."""
+
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from moe_jax import config as config_lib
+from moe_jax import ranges, saved_config
+from moe_jax.errors import UserError
+
+
+def make(**values: object) -> ConfigDict:
+  """The base config with keys changed, written `moe__top_k=2`."""
+  config = base.get_config()
+  config.update_from_flattened_dict(
+    {key.replace('__', '.'): value for key, value in values.items()}
+  )
+  return config
+
+
+def test_base_is_valid_on_any_number_of_devices_dividing_its_batch() -> None:
+  for num_devices in (1, 2, 8, 16):
+    config_lib.validate(base.get_config(), num_devices)
+
+
+def test_every_number_and_choice_has_a_range() -> None:
+  tables = (
+    ranges._AT_LEAST_ONE
+    + ranges._AT_LEAST_ZERO
+    + ranges._ABOVE_ZERO
+    + ranges._SEEDS
+    + ranges._SHARES
+    + ranges._BELOW_ONE
+    + ranges._NOT_EMPTY
+    + list(ranges._CHOICES)
+  )
+  anything_goes = {'data.dir', 'data.path'}  # '' means a default, or is checked
+  for key, value in saved_config.flatten(base.get_config().to_dict()).items():
+    free = isinstance(value, bool) or key in anything_goes
+    if not free and not key.startswith('mesh.'):
+      assert key in tables
+
+
+# num_devices is 8 in all of them.
+BAD = {
+  'top_k above the experts': (
+    {'moe__top_k': 9},
+    ['moe.top_k = 9', 'moe.num_experts = 8'],
+  ),
+  'negative': ({'train__steps': -1}, ['train.steps = -1', 'at least 1']),
+  'zero width': ({'model__ffn_width': 0}, ['model.ffn_width = 0']),
+  'nan': (
+    {'optimizer__learning_rate': float('nan')},
+    ['optimizer.learning_rate = nan', 'above 0'],
+  ),
+  'infinite': ({'optimizer__clip_norm': float('inf')}, ['clip_norm = inf']),
+  'share': (
+    {'optimizer__final_fraction': 1.5},
+    ['optimizer.final_fraction = 1.5', 'between 0 and 1'],
+  ),
+  'beta of one': ({'optimizer__b2': 1.0}, ['optimizer.b2 = 1.0', 'below 1']),
+  'empty name': ({'eval__split': ''}, ["eval.split = ''"]),
+  'choice': (
+    {'moe__dispatch': 'droples'},
+    ["moe.dispatch = 'droples'", "did you mean 'dropless'?", 'capacity'],
+  ),
+  'score': ({'router__score': 'cosin'}, ["router.score = 'cosin'", 'linear']),
+  'dtype': ({'model__dtype': 'float16'}, ['model.dtype', 'bfloat16']),
+  'heads do not divide the width': (
+    {'model__num_heads': 3, 'model__num_kv_heads': 3},
+    ['model.hidden_size = 256', 'model.num_heads = 3', '255 or 258'],
+  ),
+  'key/value heads': (
+    {'model__num_kv_heads': 3},
+    ['model.num_heads = 4', 'model.num_kv_heads = 3'],
+  ),
+  'odd heads': (
+    {'model__head_dim': 5},
+    ['head size 5', 'model.head_dim', 'odd'],
+  ),
+  'factors': (
+    {'moe__factors': 3},
+    ['moe.expert_width = 512', 'moe.factors = 3', '510 or 513'],
+  ),
+  'shared width': (
+    {'moe__factors': 2, 'moe__shared__width': 7},
+    ['moe.shared.width = 7', 'moe.factors = 2'],
+  ),
+  'no MoE layer': (
+    {'moe__first_dense': 4},
+    ['moe.first_dense = 4', 'model.num_layers = 4', 'moe.num_experts = 0'],
+  ),
+  'warm-up': (
+    {'optimizer__decay_steps': 50},
+    ['optimizer.warmup_steps = 50', 'optimizer.decay_steps = 50'],
+  ),
+  'text_folder': ({'data__name': 'text_folder'}, ["data.path = ''"]),
+  'mesh product': (
+    {'mesh__data': 2, 'mesh__expert': 3},
+    [
+      'mesh.data x mesh.fsdp x mesh.expert x mesh.tensor = 2 x 1 x 3 x 1 = 6',
+      'number of devices is 8',
+      '-1',
+    ],
+  ),
+  'mesh does not divide': (
+    {'mesh__expert': 3},
+    ['mesh.fsdp x mesh.expert x mesh.tensor = 1 x 3 x 1 = 3', 'devices, 8'],
+  ),
+  'two free axes': ({'mesh__fsdp': -1}, ['mesh.data and mesh.fsdp are all -1']),
+  'axis of nothing': ({'mesh__tensor': 0}, ['mesh.tensor = 0']),
+  'batch': (
+    {'train__batch_size': 12},
+    ['train.batch_size = 12', '8 x 1 x 1 = 8', '8 or 16'],
+  ),
+  'batch with accumulation': (
+    {'train__batch_size': 8, 'train__accumulation': 2},
+    ['train.batch_size = 8', 'train.accumulation = 8 x 1 x 1 x 2 = 16'],
+  ),
+  'evaluation batch': ({'eval__batch_size': 4}, ['eval.batch_size = 4']),
+  'experts on devices': (
+    {'mesh__expert': 4, 'moe__num_experts': 6},
+    ['moe.num_experts = 6', 'mesh.expert = 4', '4 or 8'],
+  ),
+  'width on devices': (
+    {'mesh__tensor': 4, 'moe__expert_width': 514},
+    ['moe.expert_width = 514', 'mesh.tensor = 1 x 4 = 4'],
+  ),
+  'heads on devices': (
+    {'mesh__tensor': 8},
+    ['model.num_heads = 4', 'mesh.tensor = 8'],
+  ),
+  'parameters on devices': (
+    {
+      'mesh__fsdp': 8,
+      'mesh__data': 1,
+      'model__hidden_size': 260,
+      'model__head_dim': 64,
+    },
+    ['model.hidden_size = 260', 'mesh.fsdp = 8'],
+  ),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_values_are_refused_with_both_numbers(name: str) -> None:
+  values, fragments = BAD[name]
+  with pytest.raises(UserError) as error:
+    config_lib.validate(make(**values), num_devices=8)
+  for fragment in fragments:
+    assert fragment in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_experts_are_not_checked_in_a_dense_model() -> None:
+  config_lib.validate(make(moe__num_experts=0, moe__expert_width=7), 1)
+
+
+def test_mesh_shape_gives_the_free_axis_what_is_left() -> None:
+  config = make(mesh__expert=4, mesh__tensor=2)
+  shape = config_lib.mesh_shape(config, num_devices=16)
+  assert shape == {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+  'values, kinds',
+  [
+    ({}, 'mmmm'),
+    ({'moe__every': 2}, 'mdmd'),  # CartesianMoE: from the first
+    ({'moe__every': 2, 'moe__offset': 1}, 'dmdm'),
+    ({'moe__first_dense': 1}, 'dmmm'),
+    ({'moe__every': 2, 'moe__first_dense': 1}, 'ddmd'),
+    ({'moe__offset': 2}, 'ddmm'),  # counted from the third, not before it
+    ({'moe__num_experts': 0}, 'dddd'),
+  ],
+)
+def test_layer_kinds(values: dict[str, int], kinds: str) -> None:
+  assert ''.join(
+    kind[0] for kind in config_lib.layer_kinds(make(**values))
+  ) == (kinds)
+
+
+def test_a_trial_shorter_than_the_warm_up_still_has_a_schedule() -> None:
+  config = make(train__steps=20, optimizer__warmup_steps=50)
+  config_lib.validate(config, 1)
+  assert config_lib.decay_end(config) == 51
+
+
+def test_json_gives_back_an_equal_config() -> None:
+  config = make(optimizer__learning_rate=0.1 + 0.2)
+  again = saved_config.from_json(saved_config.to_json(config))
+  assert again.to_dict() == config.to_dict()
+  assert again.is_locked
+
+
+@pytest.mark.parametrize(
+  'values, changed',
+  [
+    ({}, []),
+    ({'mesh__data': 2, 'eval__batches': 3, 'checkpoint__keep': 9}, []),
+    ({'data__dir': '/x', 'data__threads': 9, 'train__log_every': 1}, []),
+    ({'model__remat': 'full', 'model__unroll': 2, 'data__path': '/y'}, []),
+    ({'moe__top_k': 1, 'seed': 1}, ['moe.top_k', 'seed']),
+    ({'train__steps': 2000}, ['train.steps']),
+    # The decay ended at train.steps = 1000 before and still does.
+    ({'train__steps': 2000, 'optimizer__decay_steps': 1000}, []),
+    ({'optimizer__decay_steps': 500}, ['optimizer.decay_steps']),
+  ],
+)
+def test_changed_meaning(values: dict[str, object], changed: list[str]) -> None:
+  old, new = base.get_config().to_dict(), make(**values).to_dict()
+  assert sorted(saved_config.changed_meaning(old, new)) == sorted(changed)
+
+
+def test_longer_training_names_its_remedy() -> None:
+  old, new = base.get_config().to_dict(), make(train__steps=2000).to_dict()
+  message = saved_config.describe(['train.steps'], old, new)
+  assert 'train.steps was 1000, now 2000' in message
+  assert '--config.optimizer.decay_steps=1000' in message
+
+
+def test_a_key_of_another_version_counts_as_changed() -> None:
+  old, new = base.get_config().to_dict(), base.get_config().to_dict()
+  del old['moe']['bias']
+  assert saved_config.changed_meaning(old, new) == ['moe.bias']
+  assert saved_config.changed_meaning(new, old) == ['moe.bias']
+  message = saved_config.describe(['moe.bias'], old, new)
+  assert re.search("moe.bias was 'absent', now False", message)
+  del old['eval'], old['optimizer']['decay_steps']
+  assert saved_config.changed_meaning(old, new) == [
+    'moe.bias',
+    'optimizer.decay_steps',
+  ]
+
+
+def test_evaluation_may_change_all_but_the_model() -> None:
+  old = base.get_config().to_dict()
+  new = make(train__batch_size=3, data__name='c4', moe__dispatch='capacity')
+  assert saved_config.changed_model(old, new.to_dict()) == []
+  other = make(moe__top_k=1, seed=5, data__tokenizer='gpt2').to_dict()
+  assert sorted(saved_config.changed_model(old, other)) == [
+    'data.tokenizer',
+    'moe.top_k',
+  ]

@@ -1,0 +1,71 @@
+"""Configs small enough to build in every test."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import base
+from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
+
+VOCAB = 61
+
+# The four models that the project is about, as overrides.
+MODELS = {
+  'linear': {},
+  'rmoe': {'router.recurrent': 'gru'},
+  'cartesian': {'moe.factors': 2},
+  'cartesian rmoe': {'moe.factors': 2, 'router.recurrent': 'gru'},
+}
+
+
+def config(**overrides: Any) -> ConfigDict:
+  """A tiny model; `moe__top_k=1` or `**{'moe.top_k': 1}` changes a key."""
+  made = base.get_config()
+  sizes = {
+    'model.num_layers': 2,
+    'model.hidden_size': 32,
+    'model.ffn_width': 48,
+    'model.init_std': 0.1,
+    'model.dtype': 'float32',
+    'moe.num_experts': 8,
+    'moe.expert_width': 24,
+    'router.state_size': 16,
+    'data.seq_len': 16,
+    'data.threads': 1,
+    'train.batch_size': 8,
+    'train.steps': 20,
+    'optimizer.warmup_steps': 4,
+  }
+  for key, value in (sizes | overrides).items():
+    path = key.replace('__', '.').split('.')
+    section = made
+    for name in path[:-1]:
+      section = section[name]
+    section[path[-1]] = value
+  return made
+
+
+def decoder(
+  made: ConfigDict, seed: int = 0, mesh: jax.sharding.Mesh | None = None
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+  """A graph definition and parameters of it, biases and scales not trivial."""
+
+  def create(key: jax.Array) -> Decoder:
+    return build(made, VOCAB, mesh, rngs=nnx.Rngs(params=key))
+
+  @jax.jit
+  def params(key: jax.Array) -> dict[str, Any]:
+    first = nnx.to_pure_dict(nnx.state(create(key), nnx.Param))
+    leaves, tree = jax.tree.flatten(first)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+      leaf + 0.1 * jax.random.normal(k, leaf.shape)
+      for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
+  return graphdef, params(jax.random.key(seed))

@@ -1,0 +1,230 @@
+"""Checkpoints: what is kept, restored and refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from configs import base
+from moe_jax.errors import UserError
+from moe_jax.training import checkpoint, workdir
+
+
+def make(**values: object) -> ConfigDict:
+  """The base config, every step due, with keys changed: `moe__top_k=2`."""
+  config = base.get_config()
+  config.checkpoint.every = 1
+  config.update_from_flattened_dict(
+    {key.replace('__', '.'): value for key, value in values.items()}
+  )
+  return config
+
+
+def make_mesh(*shape: int) -> jax.sharding.Mesh:
+  names = ('a', 'b')[: len(shape)]
+  return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def place(state: dict, mesh: jax.sharding.Mesh, *spec: str | None) -> dict:
+  """`state` with its matrices split over `mesh` by `spec`."""
+  return jax.tree.map(
+    lambda leaf: jax.device_put(
+      leaf,
+      NamedSharding(mesh, PartitionSpec(*spec if leaf.ndim == 2 else ())),
+    ),
+    state,
+  )
+
+
+def make_state(step: int = 0, rows: int = 8) -> dict:
+  params = {'layers': {'w': jnp.arange(rows * 4.0).reshape(rows, 4) + step}}
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  state = {
+    'step': jnp.asarray(step, jnp.int32),
+    'params': params,
+    'opt_state': tx.init(params),
+    'key': jax.random.key_data(jax.random.key(7)),
+  }
+  return place(state, make_mesh(8), 'a')
+
+
+def abstract(state: dict) -> dict:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+
+
+def test_restores_everything_onto_another_mesh(tmp_path: Path) -> None:
+  state = make_state(step=3)
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    assert store.latest_step() is None
+    assert store.save(3, state, {'position': 48})
+  other = place(make_state(), make_mesh(2, 4), 'b', 'a')
+  with checkpoint.Store.open(str(tmp_path), make(), read_only=True) as store:
+    restored, data = store.restore(abstract(other))
+    assert store.latest_step() == 3
+  assert data == {'position': 48}
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  jax.tree.map(
+    lambda got, wanted: (
+      pytest.fail('elsewhere') if got.sharding != wanted.sharding else None
+    ),
+    restored,
+    other,
+  )
+  saved = json.loads((tmp_path / 'checkpoints/3/config/metadata').read_text())
+  assert saved == make().to_dict()
+
+
+def test_a_part_of_the_state_is_enough(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    store.save(1, make_state(1), {})
+    params = {'params': abstract(make_state())['params']}
+    restored, _ = store.restore(params)
+  assert list(restored) == ['params']
+  assert restored['params']['layers']['w'][0, 0] == 1
+
+
+def test_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
+  config = make(checkpoint__keep=2, checkpoint__keep_every=4)
+  with checkpoint.Store.open(str(tmp_path), config) as store:
+    for step in range(1, 8):
+      store.save(step, make_state(step), {'at': step})
+    store.wait()
+    assert store.steps() == [4, 6, 7]
+    restored, data = store.restore(abstract(make_state()), step=6)
+  assert restored['step'] == 6 and data == {'at': 6}
+
+
+def test_saves_what_is_due_once(tmp_path: Path) -> None:
+  config = make(checkpoint__every=10)
+  with checkpoint.Store.open(str(tmp_path), config) as store:
+    saved = [store.save(step, make_state(), {}) for step in (5, 10, 10)]
+    assert saved == [False, True, False]
+    assert store.save(11, make_state(), {}, force=True)
+    assert store.steps() == [10, 11]
+  config.checkpoint.every = 0
+  with checkpoint.Store.open(str(tmp_path), config) as store:
+    assert not store.save(20, make_state(), {})
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path: Path) -> None:
+  overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+  w = jnp.ones((1000, 1000))
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    store.save(1, {'w': w}, {})
+    overwritten = overwrite(w)
+    restored, _ = store.restore(abstract({'w': overwritten}))
+  assert (restored['w'] == 1).all() and (overwritten == -1).all()
+
+
+def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    store.save(1, make_state(1), {})
+  # What a crash leaves: a directory of that name, with half of its files.
+  checkpoints = tmp_path / 'checkpoints'
+  shutil.copytree(checkpoints / '1', checkpoints / '2.orbax-checkpoint-tmp')
+  shutil.rmtree(checkpoints / '2.orbax-checkpoint-tmp' / 'state')
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    assert store.latest_step() == 1
+    assert store.restore(abstract(make_state()))[0]['step'] == 1
+    store.save(2, make_state(2), {})
+  assert sorted(os.listdir(checkpoints)) == ['1', '2']
+
+
+def test_names_the_steps_there_are(tmp_path: Path) -> None:
+  target = abstract(make_state())
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    with pytest.raises(UserError, match='no checkpoint yet'):
+      store.restore(target)
+    for step in (1, 2):
+      store.save(step, make_state(step), {})
+    with pytest.raises(UserError, match='checkpoint of step 5; there are 1, 2'):
+      store.restore(target, step=5)
+
+
+def test_refuses_another_model_naming_the_leaf(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    store.save(1, make_state(), {})
+    with pytest.raises(UserError) as error:
+      store.restore(abstract(make_state(rows=16)))
+    for fragment in ('another model', 'layers.w', '[8, 4]', '[16, 4]'):
+      assert fragment in str(error.value)
+    target = abstract(make_state())
+    target['params']['new'] = target['step']
+    with pytest.raises(UserError, match=r'params.new is missing in the ch'):
+      store.restore(target)
+    del target['params']['new'], target['params']['layers']
+    with pytest.raises(UserError, match=r'and missing by this config'):
+      store.restore(target)
+
+
+def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()):
+    pass
+  before = (tmp_path / 'config.json').read_text()
+  with (
+    pytest.raises(UserError) as error,
+    checkpoint.Store.open(str(tmp_path), make(moe__top_k=1)),
+  ):
+    pytest.fail('was opened')
+  for fragment in ('moe.top_k was 2, now 1', str(tmp_path), '--workdir'):
+    assert fragment in str(error.value)
+  assert (tmp_path / 'config.json').read_text() == before
+  with checkpoint.Store.open(str(tmp_path), make(train__log_every=3)):
+    pass
+  assert (
+    json.loads((tmp_path / 'config.json').read_text())['train']['log_every']
+    == 3
+  )
+
+
+def test_evaluation_needs_a_run_of_its_model(tmp_path: Path) -> None:
+  def evaluate(config: ConfigDict) -> None:
+    with checkpoint.Store.open(str(tmp_path), config, read_only=True) as store:
+      assert store.latest_step() is None
+      store.restore({})
+
+  with pytest.raises(UserError, match='holds no run'):
+    evaluate(make())
+  assert not os.listdir(tmp_path)
+  workdir.claim(str(tmp_path), make(), write=True)
+  with pytest.raises(UserError, match='moe.top_k was 2, now 1'):
+    evaluate(make(moe__top_k=1))
+  with pytest.raises(UserError, match='no checkpoint yet'):
+    evaluate(make(seed=1, train__batch_size=3))
+  assert os.listdir(tmp_path) == ['config.json']
+
+
+def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
+  file = tmp_path / 'file'
+  file.write_text('')
+  for path, fragment in (
+    (str(file), 'Not a directory'),
+    (str(file / 'inside'), 'Not a directory'),
+    ('/proc/moe_jax/run', 'not writable'),  # not even for root
+    ('gs://bucket/run', 'is a URL'),
+  ):
+    with pytest.raises(UserError, match=fragment) as error:
+      workdir.claim(path, make(), write=True)
+    assert path in str(error.value)
+  broken = tmp_path / 'broken'
+  broken.mkdir()
+  (broken / 'config.json').write_text('{"seed"')
+  with pytest.raises(UserError, match='not the JSON of a config'):
+    workdir.claim(str(broken), make(), write=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
+def test_a_read_only_workdir(tmp_path: Path) -> None:
+  tmp_path.chmod(0o500)
+  with pytest.raises(UserError, match='is not writable: Permission denied'):
+    workdir.claim(str(tmp_path), make(), write=True)
