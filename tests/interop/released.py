@@ -1,0 +1,25 @@
+"""The released checkpoints, and what the tests of them share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from moe_jax.model.build import build
+
+RELEASED = Path(__file__).parents[1] / 'reference' / 'hf'
+LAYOUTS = {'rmoe_gru': 'rmoe', 'cartesian': 'cartesian'}
+both = pytest.mark.parametrize('name', LAYOUTS)
+
+
+def save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+  save_file(tensors, folder / 'model.safetensors')
+
+
+def shape_of_model(config: ConfigDict) -> nnx.Module:
+  return nnx.eval_shape(
+    lambda: build(config, config.model.vocab_size, None, rngs=nnx.Rngs(0))
+  )
