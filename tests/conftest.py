@@ -1,8 +1,12 @@
 """Eight fake CPU devices for every test, and one compilation cache."""
 
+import os
 import pathlib
 
-import jax
+# Tests compile far longer than they compute. Processes they start inherit it.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+
+import jax  # noqa: E402 (reads the flags above)
 
 # Before any test touches a device: the backend then starts with eight.
 jax.config.update('jax_num_cpu_devices', 8)

@@ -40,7 +40,11 @@ class Setup:
   def init(self) -> TrainState:
     """Makes the state from `config.seed`, every leaf already in its place."""
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-    create = jax.jit(self._create, out_shardings=out_shardings)
+    create = jax.jit(
+      self._create,
+      out_shardings=out_shardings,
+      compiler_options=_init_options(self.mesh),
+    )
     return create(jax.random.key(self.config.seed))
 
   def _create(self, key: jax.Array) -> TrainState:
@@ -80,6 +84,12 @@ def setup(
     mesh_lib.shardings(shapes, mesh),
   )
   return dataclasses.replace(made, abstract=abstract)
+
+
+def _init_options(mesh: Mesh) -> dict[str, int] | None:
+  """On CPU, random numbers compile three times sooner and run as fast so."""
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return {'xla_backend_optimization_level': 1} if on_cpu else None
 
 
 def _init_params(

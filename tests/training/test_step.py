@@ -1,0 +1,151 @@
+"""The training step: its loss, its gradient and what it updates."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.training import optimizer, state
+from moe_jax.training.state import Setup
+from moe_jax.training.step import make_eval_step, make_train_step
+
+
+def setup(config: ConfigDict, **axes: int) -> Setup:
+  shape = {axis: 1 for axis in mesh_lib.AXES} | axes
+  size = int(np.prod(list(shape.values())))
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
+  return state.setup(config, tiny.VOCAB, mesh, optimizer.make(config))
+
+
+def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
+  """Sequences with something to learn: every second token repeats."""
+  rng = np.random.default_rng(seed)
+  size, length = config.train.batch_size, config.data.seq_len
+  ids = rng.integers(0, tiny.VOCAB, (size, length + 1)).astype(np.int32)
+  ids[:, 1::2] = ids[:, :-1:2]
+  mask = np.ones((size, length), bool)
+  mask[-1, length // 2 :] = False
+  return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+
+
+def to_numpy(tree: Any) -> Any:
+  return jax.tree.map(np.asarray, tree)
+
+
+def test_losses_equal_the_oracle() -> None:
+  config = tiny.config(**tiny.MODELS['cartesian rmoe'])
+  made = setup(config)
+  params, data = made.init()['params'], batch(config)
+  sums = make_eval_step(made)(params, data)
+  nll, counts, probabilities = 0.0, np.zeros((4, 8)), np.zeros((4, 8))
+  for row in range(config.train.batch_size):
+    length = int(data['mask'][row].sum())
+    sequence = oracle.Sequence(config, to_numpy(params))
+    logits = sequence.run(data['inputs'][row, :length])
+    chosen = np.take_along_axis(
+      np.log(oracle.softmax(logits)), data['targets'][row, :length, None], 1
+    )
+    nll -= chosen.sum()
+    for i, (p, experts) in enumerate(sequence.routed):
+      counts[i] += np.bincount(np.concatenate(experts), minlength=8)
+      probabilities[i] += p.sum(0)
+  tokens = data['mask'].sum()
+  _, metrics = make_train_step(made)(made.init(), data)
+  # N * sum_n f_n P_n, summed over the four sub-layers.
+  balance = 8 * (counts / tokens * probabilities / tokens).sum()
+  np.testing.assert_allclose(sums['nll'], nll, rtol=1e-6)
+  assert int(sums['targets']) == tokens
+  np.testing.assert_allclose(metrics['loss'], nll / tokens, rtol=1e-6)
+  np.testing.assert_allclose(metrics['balance_loss'], balance, rtol=1e-5)
+
+
+def test_first_update_is_adam_with_clipping_and_decay() -> None:
+  """After one step Adam moves every entry by lr * sign(g), plus decay."""
+  config = tiny.config(**{
+    'router.recurrent': 'gru',
+    'optimizer.warmup_steps': 0,
+    'optimizer.weight_decay': 0.5,
+    'optimizer.learning_rate': 1e-2,
+    'optimizer.epsilon': 1e-30,
+  })
+  made = setup(config)
+  before = to_numpy(made.init()['params'])
+  after, metrics = make_train_step(made)(made.init(), batch(config))
+  assert float(metrics['learning_rate']) == pytest.approx(1e-2)
+  moved = jax.tree.map(lambda a, b: a - b, to_numpy(after['params']), before)
+  head, scale = moved['head_DV'], moved['norm']['scale_D']
+  # Undecayed: the norm's scale, the cell's weights and biases.
+  np.testing.assert_allclose(np.abs(scale), 1e-2, rtol=1e-3)
+  for name, change in moved['cell'].items():
+    np.testing.assert_allclose(np.abs(change), 1e-2, rtol=1e-3, err_msg=name)
+  # Decayed: sign(g) + 0.5 w, times the rate.
+  pulled = head + 1e-2 * 0.5 * before['head_DV']
+  np.testing.assert_allclose(np.abs(pulled), 1e-2, rtol=1e-2)
+
+
+def test_every_parameter_has_a_gradient() -> None:
+  config = tiny.config(**tiny.MODELS['cartesian rmoe'])
+  made = setup(config)
+  first, _ = make_train_step(made)(made.init(), batch(config))
+  moments = first['opt_state'][1][0].mu
+  for path, leaf in jax.tree_util.tree_leaves_with_path(moments):
+    assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_accumulation_changes_nothing_but_the_balance_loss() -> None:
+  plain = {'router.recurrent': 'gru', 'loss.balance_weight': 0.0}
+  data = batch(tiny.config())
+  results = []
+  for micro_batches in (1, 4):
+    made = setup(
+      tiny.config(**plain, **{'train.accumulation': micro_batches}), data=2
+    )
+    new, metrics = make_train_step(made)(made.init(), data)
+    results.append((new['params'], metrics['loss'], metrics['gradient_norm']))
+    load = metrics['load']
+    np.testing.assert_array_equal(load.tokens, data['mask'].sum())
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    *results,
+  )
+
+
+def test_schedule() -> None:
+  config = tiny.config(**{
+    'train.steps': 100,
+    'optimizer.warmup_steps': 10,
+    'optimizer.learning_rate': 1.0,
+    'optimizer.final_fraction': 0.1,
+  })
+  rate = optimizer.schedule(config)
+  assert float(rate(0)) == 0
+  assert float(rate(5)) == pytest.approx(0.5)
+  assert float(rate(10)) == pytest.approx(1.0)
+  assert float(rate(55)) == pytest.approx(0.55)  # half way down the cosine
+  assert float(rate(100)) == pytest.approx(0.1)
+  assert float(rate(1000)) == pytest.approx(0.1)
+
+
+def test_state_is_donated() -> None:
+  config = tiny.config()
+  made = setup(config)
+  old = made.init()
+  make_train_step(made)(old, batch(config))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['params']))
+
+
+def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
+  config = tiny.config(**{'model.dtype': 'bfloat16'})
+  made = setup(config)
+  new, metrics = make_train_step(made)(made.init(), batch(config))
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(new['params'])}
+  assert dtypes == {np.dtype(np.float32)}
+  assert metrics['load'].probability_N.dtype == np.float32
+  full = setup(tiny.config())
+  _, exact = make_train_step(full)(full.init(), batch(config))
+  np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=1e-2)
