@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
   config.model.norm_epsilon = 1e-6
   config.model.tie_embeddings = False  # output head = input embedding
   config.model.init_std = 0.02  # of every weight matrix
-  config.model.dtype = 'auto'  # of the arithmetic; auto: bfloat16, on CPU float32
+  config.model.dtype = 'auto'  # of the arithmetic: bfloat16, on CPU float32
   config.model.remat = 'none'  # none | dots | full: what backward recomputes
   config.model.unroll = 1  # periods unrolled per step of the scan over layers
 
@@ -43,8 +43,8 @@ def get_config() -> ConfigDict:
   config.moe.factors = 1  # 1 conventional, 2 Cartesian product, 3 one further
   config.moe.every = 1  # MoE in every n-th layer ...
   config.moe.offset = 0  # ... counted from this one
-  config.moe.first_dense = 0  # the first n layers are dense whatever `every` says
-  config.moe.renormalize = True  # the chosen weights of a token sum to 1 (top_k > 1)
+  config.moe.first_dense = 0  # these first layers are dense all the same
+  config.moe.renormalize = True  # chosen weights sum to 1, if top_k > 1
   config.moe.dispatch = 'dropless'  # dropless | capacity
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
   config.moe.bias = False  # a learned vector added to the routed output
@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
   config.optimizer.b2 = 0.95
   config.optimizer.epsilon = 1e-8
   config.optimizer.weight_decay = 0.1  # not on norms, biases and router cell
-  config.optimizer.clip_norm = 1.0  # of the global gradient norm; 0: no clipping
+  config.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0: never
 
   config.train = ConfigDict()
   config.train.steps = 1000

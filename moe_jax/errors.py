@@ -32,7 +32,7 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
   known = list(known)
   if name not in known:
     raise UserError(
-        f'{kind} = {name!r} is not known{nearest(name, known)}'
-        f' (known: {", ".join(known)})'
+      f'{kind} = {name!r} is not known{nearest(name, known)}'
+      f' (known: {", ".join(known)})'
     )
   return name

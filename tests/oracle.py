@@ -115,9 +115,7 @@ class Sequence:
     if shared.mixing == 'sum':
       return routed_LD + shared_LD
     if shared.mixing == 'fixed':
-      return (
-        shared.routed_weight * routed_LD + shared.shared_weight * shared_LD
-      )
+      return shared.routed_weight * routed_LD + shared.shared_weight * shared_LD
     mixing = layer['mixing']
     c_L2 = softmax(u_LD @ f64(mixing['coefficient_D2']) + f64(mixing['bias_2']))
     return c_L2[:, :1] * routed_LD + c_L2[:, 1:] * shared_LD

@@ -1,12 +1,12 @@
 """Draws training curves and the balance of the experts from metrics.jsonl.
 
-python -m moe_jax.analysis.plots runs/quickstart
-python -m moe_jax.analysis.plots runs/a runs/b --output=both.png
+  python -m moe_jax.analysis.plots runs/quickstart
+  python -m moe_jax.analysis.plots runs/a runs/b --output=both.png
+
+The picture of one run shows every MoE layer, that of several compares them.
 """
 
 import argparse
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_jax.analysis.runs import Run, read
 from moe_jax.errors import UserError
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
@@ -35,61 +36,6 @@ _STYLE = {
   'legend.frameon': False,
   'legend.fontsize': 8.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What metrics.jsonl says of one run; P points and W MoE layers.
-
-  Attributes:
-    name: of the run's directory.
-    steps_P: steps at which training was logged.
-    loss_P: its loss, nats per token.
-    max_load_PW: rows of the busiest expert over the balanced share; W is 0
-      for a dense model.
-    dropped_PW: share of the slots that found no room.
-    evaluations: rows of every evaluation by its split, in order of steps.
-  """
-
-  name: str
-  steps_P: np.ndarray
-  loss_P: np.ndarray
-  max_load_PW: np.ndarray
-  dropped_PW: np.ndarray
-  evaluations: dict[str, list[dict[str, Any]]]
-
-
-def read(workdir: str) -> Run:
-  """Reads DIR/metrics.jsonl.
-
-  Raises:
-    UserError: there is none, or it holds no step of training, or something
-      else than metrics.
-  """
-  path = os.path.join(workdir, 'metrics.jsonl')
-  train, evaluations = [], {}
-  for row in _rows(path):
-    if row['split'] == 'train':
-      train.append(row)
-    else:
-      evaluations.setdefault(row['split'], []).append(row)
-  if not train:
-    raise UserError(f'{path} holds no step of training yet')
-
-  def column(key: str) -> np.ndarray:
-    return np.array([row.get(key, []) for row in train], float)
-
-  try:
-    return Run(
-      os.path.basename(os.path.abspath(workdir)),
-      column('step'),
-      column('loss'),
-      column('max_load').reshape(len(train), -1),
-      column('dropped_share').reshape(len(train), -1),
-      evaluations,
-    )
-  except ValueError as error:
-    raise UserError(f'{path} is not of one run: {error}') from error
 
 
 def draw(runs: Sequence[Run]) -> Figure:
@@ -113,10 +59,11 @@ def draw(runs: Sequence[Run]) -> Figure:
       load = right.subplots()
       load.set_xlabel('step')
     _draw_layers(load, runs, [run.max_load_PW for run in runs], legend=True)
-    load.axhline(1, color=_GREY, linestyle=':', linewidth=1)
-    load.set_ylim(bottom=0)
     load.set_ylabel('rows of the busiest expert\n(1 = balanced)')
     load.set_title('Balance of the experts', loc='left')
+    if load.lines:
+      load.axhline(1, color=_GREY, linestyle=':', linewidth=1)
+      load.set_ylim(bottom=0)
   return figure
 
 
@@ -149,30 +96,6 @@ def smooth(values_P: np.ndarray) -> np.ndarray:
   counts = np.convolve(np.ones_like(values_P), kernel)
   begin = width // 2
   return (sums / counts)[begin : begin + len(values_P)]
-
-
-def _rows(path: str) -> list[dict[str, Any]]:
-  """The objects of a metrics.jsonl; a last line cut short is left out."""
-  try:
-    with open(path, encoding='utf-8') as file:
-      lines = file.read().splitlines()
-  except OSError as error:
-    raise UserError(
-      f'{path} cannot be read: {error.strerror};'
-      ' give the --workdir of a training run'
-    ) from error
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      row = json.loads(line)
-      rows.append({'step': row['step'], 'split': row['split']} | row)
-    except (ValueError, TypeError, KeyError) as error:
-      if number == len(lines):
-        break
-      raise UserError(
-        f'{path}:{number} is not a JSON object with a step and a split'
-      ) from error
-  return rows
 
 
 def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
@@ -232,6 +155,7 @@ def _draw_layers(
     title = 'highest of the MoE layers' if len(runs) > 1 else 'MoE layer'
     axes.legend(title=title, loc='upper right', ncols=2, title_fontsize=8)
   elif not axes.lines:
+    axes.set_axis_off()
     axes.text(0.5, 0.5, 'no MoE layer', transform=axes.transAxes, ha='center')
 
 

@@ -65,9 +65,7 @@ def test_values_and_gradients(
     dense_loop(rows, bank, sizes),
     atol=2e-5,
   )
-  gradients = implementation.backward(
-    *operands, jnp.asarray(grad, jnp.float32)
-  )
+  gradients = implementation.backward(*operands, jnp.asarray(grad, jnp.float32))
   expected = dense_gradients(rows, bank, sizes, grad)
   for ours, theirs in zip(gradients, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

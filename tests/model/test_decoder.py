@@ -165,12 +165,14 @@ def test_depth_does_not_grow_the_program() -> None:
   """A scan over periods: 24 layers lower to the text of 4, but for sizes."""
 
   def lines(num_layers: int) -> int:
-    config = tiny.config(**{
-      'model.num_layers': num_layers,
-      'moe.every': 2,
-      'moe.factors': 2,
-      'router.recurrent': 'gru',
-    })
+    config = tiny.config(
+      **{
+        'model.num_layers': num_layers,
+        'moe.every': 2,
+        'moe.factors': 2,
+        'router.recurrent': 'gru',
+      }
+    )
     graphdef, params = tiny.decoder(config)
     ids = jnp.asarray(random_ids())
     lowered = jax.jit(

@@ -49,9 +49,7 @@ def compare(model: str, meshes: dict[str, dict[str, int]], steps: int) -> None:
   assert alone[-1] < alone[0]
   for name, axes in meshes.items():
     together = losses(setup(config, **axes), steps)
-    np.testing.assert_allclose(
-      together[:5], alone[:5], rtol=1e-5, err_msg=name
-    )
+    np.testing.assert_allclose(together[:5], alone[:5], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(together, alone, rtol=1e-3, err_msg=name)
 
 
@@ -82,10 +80,13 @@ def test_parameters_and_moments_are_split() -> None:
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_train_step_lowers_for_accelerators(platform: str) -> None:
   """What lowers on CPU alone cannot land."""
-  config = tiny.config(**tiny.MODELS['cartesian rmoe'], **{
-    'model.dtype': 'bfloat16',
-    'model.remat': 'full',
-  })
+  config = tiny.config(
+    **tiny.MODELS['cartesian rmoe'],
+    **{
+      'model.dtype': 'bfloat16',
+      'model.remat': 'full',
+    },
+  )
   made = setup(config, expert=2, data=2, tensor=2)
   data = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch(config)

@@ -66,13 +66,15 @@ def test_losses_equal_the_oracle() -> None:
 
 def test_first_update_is_adam_with_clipping_and_decay() -> None:
   """After one step Adam moves every entry by lr * sign(g), plus decay."""
-  config = tiny.config(**{
-    'router.recurrent': 'gru',
-    'optimizer.warmup_steps': 0,
-    'optimizer.weight_decay': 0.5,
-    'optimizer.learning_rate': 1e-2,
-    'optimizer.epsilon': 1e-30,
-  })
+  config = tiny.config(
+    **{
+      'router.recurrent': 'gru',
+      'optimizer.warmup_steps': 0,
+      'optimizer.weight_decay': 0.5,
+      'optimizer.learning_rate': 1e-2,
+      'optimizer.epsilon': 1e-30,
+    }
+  )
   made = setup(config)
   before = to_numpy(made.init()['params'])
   after, metrics = make_train_step(made)(made.init(), batch(config))
@@ -116,12 +118,14 @@ def test_accumulation_changes_nothing_but_the_balance_loss() -> None:
 
 
 def test_schedule() -> None:
-  config = tiny.config(**{
-    'train.steps': 100,
-    'optimizer.warmup_steps': 10,
-    'optimizer.learning_rate': 1.0,
-    'optimizer.final_fraction': 0.1,
-  })
+  config = tiny.config(
+    **{
+      'train.steps': 100,
+      'optimizer.warmup_steps': 10,
+      'optimizer.learning_rate': 1.0,
+      'optimizer.final_fraction': 0.1,
+    }
+  )
   rate = optimizer.schedule(config)
   assert float(rate(0)) == 0
   assert float(rate(5)) == pytest.approx(0.5)
