@@ -1,0 +1,76 @@
+# Everything from a fresh clone, with Python 3.11 or newer and a package index.
+#
+#   make quickstart EXTRAS=cuda     jax for NVIDIA GPUs (tpu: for TPUs)
+#   make test PYTHON=python3.12     another Python than the first that will do
+#   make test PYTEST_ARGS='-k mesh' arguments for pytest
+
+EXTRAS ?=
+PYTEST_ARGS ?=
+WORKDIR ?= runs/quickstart
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+comma := ,
+# One for each choice of extras, so that asking for another one installs it.
+INSTALLED := $(VENV)/.installed-$(or $(EXTRAS),cpu)
+
+# The first Python that is new enough, asked only when there is no environment.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow test-tree-mode test-all lint \
+  clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
+
+install: $(INSTALLED) ## the environment in .venv, with all that is needed
+
+quickstart: $(INSTALLED) ## train a small model, evaluate it, draw its curves
+	$(RUN) train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(RUN) eval.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(RUN) -m moe_jax.analysis.plots $(WORKDIR)
+	@printf '\nThe run is in %s:\n' $(WORKDIR)
+	@printf '  %-16s %s\n' \
+	  metrics.jsonl 'every logged step and evaluation' \
+	  curve.png 'the loss over the steps' \
+	  evaluation/ 'the loss of the newest checkpoint on the whole split' \
+	  checkpoints/ 'to go on from: make quickstart again resumes' \
+	  tensorboard/ 'the same numbers: tensorboard --logdir=$(WORKDIR)'
+
+test: $(INSTALLED) ## the tests, without the slow ones
+	$(RUN) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the slow tests only
+	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+
+# Flax means to make tree mode its default: the models have to be ready.
+test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
+	  $(RUN) -m pytest tests/model tests/routing tests/experts $(PYTEST_ARGS)
+
+test-all: lint test test-slow test-tree-mode ## all of the above, and lint
+
+lint: $(INSTALLED) ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove the environment and all caches, but no runs
+	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Only again when what it reads has changed.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { \
+	  test -n '$(PYTHON)' && $(PYTHON) -c \
+	    'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'error: Python 3.11 or newer is needed; name one:' \
+	      'make $(MAKECMDGOALS) PYTHON=/path/to/python3.12' >&2; exit 1; }; \
+	  echo '$(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo 'Installing into $(VENV); the first time takes some minutes.'
+	$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measurements; each program prints one JSON line per case."""

@@ -1,0 +1,109 @@
+"""What the measurements share: the train step, batches and the devices."""
+
+import importlib.metadata
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax.data import tokenizers
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.training import optimizer, state
+from moe_jax.training.state import Setup
+from moe_jax.training.step import Batch, make_train_step
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'moe_jax')
+
+
+def setup(config: ConfigDict) -> Setup:
+  """What `config` makes on all devices, before any array exists.
+
+  Raises:
+    UserError: anything wrong with the config.
+  """
+  config_lib.validate(config, jax.device_count())
+  tokenizer = tokenizers.build(config.data.tokenizer)
+  vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
+  shape = config_lib.mesh_shape(config, jax.device_count())
+  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  return state.setup(config, vocab_size, mesh, optimizer.make(config))
+
+
+def compile_train_step(made: Setup) -> tuple[jax.stages.Compiled, float]:
+  """The train step as a program, and the seconds it took to get there.
+
+  They include tracing and lowering. JAX's cache of compiled programs has to be
+  off, or they tell of the cache.
+  """
+  began = time.perf_counter()
+  lowered = make_train_step(made).lower(made.abstract, _abstract_batch(made))
+  compiled = lowered.compile()
+  return compiled, time.perf_counter() - began
+
+
+def random_batches(made: Setup, count: int) -> list[Batch]:
+  """Batches of uniformly random tokens without padding, on the devices."""
+  rng = np.random.default_rng(0)
+
+  def batch() -> Batch:
+    ids = rng.integers(made.vocab_size, size=(2, *_shape(made)), dtype=np.int32)
+    mask = np.ones(_shape(made), bool)
+    rows = {'inputs': ids[0], 'targets': ids[1], 'mask': mask}
+    return jax.device_put(rows, mesh_lib.batch_sharding(made.mesh))
+
+  return [batch() for _ in range(count)]
+
+
+def place() -> dict[str, Any]:
+  """The devices and versions that a measurement holds for."""
+  device = jax.devices()[0]
+  return {
+    'device': device.device_kind,
+    'platform': device.platform,
+    'num_devices': jax.device_count(),
+    'versions': {name: _version(name) for name in _PACKAGES},
+  }
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> tuple[int, str]:
+  """The most bytes in use on any device, and whose figure that is.
+
+  `device`: the allocator's own, which counts everything since the process
+  began. `compiler`: where the device keeps no count (CPU), what the program
+  needs at once: its arguments, results and temporaries.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [each.get('peak_bytes_in_use', 0) for each in stats]
+  if any(peaks):
+    return max(peaks), 'device'
+  needs = compiled.memory_analysis()
+  # Donated arguments are results too, and stand in both.
+  total = (
+    needs.argument_size_in_bytes
+    + needs.output_size_in_bytes
+    - needs.alias_size_in_bytes
+    + needs.temp_size_in_bytes
+  )
+  return total, 'compiler'
+
+
+def _abstract_batch(made: Setup) -> Batch:
+  dtypes = {'inputs': np.int32, 'targets': np.int32, 'mask': np.bool_}
+  return {
+    name: jax.ShapeDtypeStruct(_shape(made), dtype)
+    for name, dtype in dtypes.items()
+  }
+
+
+def _shape(made: Setup) -> tuple[int, int]:
+  return made.config.train.batch_size, made.config.data.seq_len
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:  # run from a checkout
+    return 'not installed'

@@ -1,0 +1,91 @@
+"""Times the training step of a config on random tokens.
+
+  python -m benchmarks.train_step --config=configs/quickstart.py --json
+
+Compilation and warm-up are not in the step's time; neither is the data.
+"""
+
+import json as json_lib
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from moe_jax import cli
+from moe_jax.errors import UserError
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The flags that train.py does not have."""
+  flags.DEFINE_boolean('json', False, 'print one JSON line', flag_values=values)
+  flags.DEFINE_integer('steps', 10, 'that are measured', flag_values=values)
+  flags.DEFINE_integer('warmup', 3, 'steps before them', flag_values=values)
+
+
+def run(config: ConfigDict, json: bool, steps: int, warmup: int) -> None:
+  """Prints what `measure` returns."""
+  # jax must not be imported before the command line has set the allocator.
+  import jax
+
+  jax.config.update('jax_enable_compilation_cache', False)
+  row = measure(config, steps, warmup)
+  if json:
+    print(json_lib.dumps(row))
+  else:
+    for name, value in row.items():
+      print(f'{name:20}{value}')
+
+
+def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
+  """Times `steps` steps of training, after `warmup` that are not timed.
+
+  Returns:
+    `tokens_per_second` (at the median step, over all devices),
+    `step_seconds` (the median), `step_seconds_min` and `_max`,
+    `compile_seconds` (tracing and lowering too), `peak_memory_bytes` (of one
+    device; see `common.peak_memory`) and `peak_memory_source`, `loss` (of the
+    last step: that it is finite shows that something was trained),
+    `tokens_per_step`, and where it ran.
+
+  Raises:
+    UserError: anything wrong with the config or the numbers of steps.
+  """
+  import jax
+  import numpy as np
+
+  from benchmarks import common
+
+  if steps < 1 or warmup < 0:
+    raise UserError(
+      f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
+    )
+  made = common.setup(config)
+  compiled, compile_seconds = common.compile_train_step(made)
+  batches = common.random_batches(made, warmup + steps)
+  state = jax.block_until_ready(made.init())
+  seconds = []
+  for batch in batches:
+    began = time.perf_counter()
+    state, metrics = jax.block_until_ready(compiled(state, batch))
+    seconds.append(time.perf_counter() - began)
+  median = float(np.median(seconds[warmup:]))
+  tokens = config.train.batch_size * config.data.seq_len
+  peak, source = common.peak_memory(compiled)
+  return {
+    'benchmark': 'train_step',
+    'tokens_per_second': tokens / median,
+    'step_seconds': median,
+    'step_seconds_min': min(seconds[warmup:]),
+    'step_seconds_max': max(seconds[warmup:]),
+    'compile_seconds': compile_seconds,
+    'peak_memory_bytes': peak,
+    'peak_memory_source': source,
+    'loss': float(metrics['loss']),
+    'tokens_per_step': tokens,
+    'steps': steps,
+  } | common.place()
+
+
+if __name__ == '__main__':
+  cli.main(run, define_flags, workdir=False)

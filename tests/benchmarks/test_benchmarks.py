@@ -1,0 +1,99 @@
+"""The measurements run and report what they promise; times are not judged."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks import common, compile_depth, train_step
+from moe_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_train_step_reports_a_step_that_trains() -> None:
+  config = tiny.config(**tiny.MODELS['cartesian rmoe'])
+  row = train_step.measure(config, steps=3, warmup=1)
+  tokens = config.train.batch_size * config.data.seq_len
+  assert row['tokens_per_second'] == tokens / row['step_seconds']
+  assert (
+    0 < row['step_seconds_min'] <= row['step_seconds']
+    and row['step_seconds'] <= row['step_seconds_max']
+  )
+  assert row['compile_seconds'] > 0
+  assert row['peak_memory_source'] == 'compiler'  # the CPU keeps no count
+  state = jax.tree.leaves(common.setup(config).abstract)
+  assert row['peak_memory_bytes'] >= _bytes_of_one_device(state)
+  assert np.isfinite(row['loss'])
+  assert row['device'] == jax.devices()[0].device_kind
+  assert row['versions']['jax'] == jax.__version__
+  json.dumps(row)
+
+
+def _bytes_of_one_device(leaves: list[jax.ShapeDtypeStruct]) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in leaves
+  )
+
+
+def test_random_batches_are_of_the_vocabulary_and_differ() -> None:
+  made = common.setup(tiny.config())
+  first, second = common.random_batches(made, 2)
+  ids = np.asarray(first['inputs'])
+  assert ids.shape == (8, 16)
+  assert ids.min() >= 0 and ids.max() < made.vocab_size == 257
+  assert np.any(ids != np.asarray(second['inputs']))
+  assert np.asarray(first['mask']).all()
+
+
+@pytest.mark.slow
+def test_compile_depth_reports_the_ratio() -> None:
+  config = tiny.config()
+  row = compile_depth.measure(config, depths=(2, 4), repeats=1)
+  seconds = row['compile_seconds']
+  assert seconds.keys() == {'2', '4'}
+  assert row['ratio'] == seconds['4'] / seconds['2']
+  assert config.model.num_layers == 2 and config.moe.every == 1  # untouched
+
+
+def test_numbers_of_steps_are_checked() -> None:
+  with pytest.raises(UserError, match='--steps = 0'):
+    train_step.measure(tiny.config(), steps=0, warmup=1)
+  with pytest.raises(UserError, match='--repeats = 0'):
+    compile_depth.measure(tiny.config(), depths=(2, 4), repeats=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program', ['train_step', 'compile_depth'])
+def test_programs_print_one_json_line(program: str) -> None:
+  sizes = {
+    'model.hidden_size': 32,
+    'model.ffn_width': 48,
+    'moe.expert_width': 24,
+    'data.seq_len': 16,
+    'train.batch_size': 8,
+  }
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      f'benchmarks.{program}',
+      '--config=configs/base.py',
+      '--json',
+      '--repeats=1' if program == 'compile_depth' else '--steps=2',
+      *(f'--config.{key}={value}' for key, value in sizes.items()),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  (line,) = done.stdout.splitlines()
+  assert json.loads(line)['benchmark'] == program

@@ -1,0 +1,87 @@
+"""Runs of train.py and eval.py, as processes of their own or in this one."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from moe_jax import allocator, saved_config
+from moe_jax.training import loop
+from moe_jax.training.checkpoint import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(config: ConfigDict, workdir: Path | str) -> list[str]:
+  """The command line of a run with `config`."""
+  old = saved_config.flatten(base.get_config().to_dict())
+  new = saved_config.flatten(config.to_dict())
+  changed = [f'--config.{k}={v}' for k, v in new.items() if v != old[k]]
+  return ['--config=configs/base.py', f'--workdir={workdir}', *changed]
+
+
+def start(
+  program: str, flags: list[str], cache: Path | None = None
+) -> subprocess.Popen[str]:
+  """Starts a program on one CPU device, whatever this process runs on."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  if cache:
+    env['JAX_COMPILATION_CACHE_DIR'] = str(cache)
+    env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+  return subprocess.Popen(
+    [sys.executable, program, *flags],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def call(program: str, flags: list[str]) -> int:
+  """Runs a program in this process, on its devices; returns its exit status."""
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    patch.chdir(ROOT)
+    patch.setattr(sys, 'argv', [program, *flags])
+    # It would tune malloc for the rest of the tests too.
+    patch.setenv(allocator.SWITCH, '0')
+    runpy.run_path(str(ROOT / program), run_name='__main__')
+  return stop.value.code
+
+
+def rows(workdir: Path, split: str | None = None) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl, all or those of a split."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  return [row for row in found if split in (None, row['split'])]
+
+
+def checkpoints(workdir: Path) -> list[int]:
+  """The steps that there are checkpoints of."""
+  return sorted(int(name) for name in os.listdir(workdir / 'checkpoints'))
+
+
+def restore(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
+  """The whole state of a checkpoint, as numpy arrays."""
+  abstract = loop.prepare(config).setup.abstract
+  with Store.open(str(workdir), config, read_only=True) as store:
+    state, position = store.restore(abstract, step)
+  assert position == {'step': step}
+  return jax.tree.map(np.asarray, state)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+  """Everything below `folder`: the bytes of files, None for folders."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }

@@ -1,0 +1,192 @@
+"""The loss of a split, against the oracle token by token."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import runs
+from ml_collections import ConfigDict
+
+from moe_jax.data import corpora
+from moe_jax.data.pipeline import Windows, eval_batches
+from moe_jax.data.tokenizers import ByteTokenizer
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.evaluation import perplexity
+from moe_jax.training import loop, optimizer, state
+from moe_jax.training.step import make_eval_step
+
+STEPS, HALF = 4, 2
+EOS = 256
+
+
+@pytest.fixture(scope='module')
+def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
+  return make_config(
+    **{
+      'moe.factors': 2,
+      'router.recurrent': 'gru',
+      'train.steps': STEPS,
+      'checkpoint.every': HALF,
+      'eval.every': HALF,
+      'eval.batch_size': 48,
+    }
+  )
+
+
+@pytest.fixture(scope='module')
+def workdir(
+  config: ConfigDict, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+  """A run with checkpoints of steps 2 and 4."""
+  workdir = tmp_path_factory.mktemp('run')
+  loop.train(config, str(workdir))
+  return workdir
+
+
+def documents(config: ConfigDict) -> list[bytes]:
+  """The validation documents, in the order of the stream."""
+  found = corpora.open_documents(config.data, 'validation')
+  return [found[i].encode() for i in range(len(found))]
+
+
+def windows(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Inputs and targets of every window, the last one as short as it is."""
+  pieces = [[EOS, *text] for text in documents(config)]
+  stream = np.concatenate([*pieces, [EOS]])
+  length = config.data.seq_len
+  return [
+    (stream[i : i + length][: len(stream) - 1 - i], stream[i + 1 :][:length])
+    for i in range(0, len(stream) - 1, length)
+  ]
+
+
+def nats(config: ConfigDict, params: Any) -> float:
+  """Minus the log probability of the whole stream, in float64."""
+  total = 0.0
+  for inputs_L, targets_L in windows(config):
+    logits_LV = oracle.Sequence(config, params).run(inputs_L)
+    shares_LV = oracle.softmax(logits_LV)
+    total -= np.log(shares_LV[np.arange(len(targets_L)), targets_L]).sum()
+  return total
+
+
+def test_the_split_is_what_the_tests_below_need(
+  config: ConfigDict, texts: Path
+) -> None:
+  files = [path.read_bytes() for path in texts.iterdir()]
+  assert len(documents(config)) == 2 and set(documents(config)) < set(files)
+  cut = windows(config)
+  assert len(cut) % config.eval.batch_size > 0
+  assert 0 < len(cut[-1][0]) < config.data.seq_len
+
+
+@pytest.mark.parametrize('step', [None, HALF])
+def test_equals_the_oracle(
+  config: ConfigDict, workdir: Path, step: int | None
+) -> None:
+  named = step or STEPS
+  params = runs.restore(config, workdir, named)['params']
+  total = nats(config, params)
+  num_bytes = sum(map(len, documents(config)))
+  num_tokens = num_bytes + len(documents(config))  # an eos after each
+
+  result = perplexity.evaluate(config, str(workdir), step=step)
+
+  loss = total / num_tokens
+  assert result == {
+    'step': named,
+    'loss': pytest.approx(loss, rel=1e-6),
+    'perplexity': pytest.approx(math.exp(loss), rel=1e-5),
+    'bits_per_byte': pytest.approx(total / math.log(2) / num_bytes, rel=1e-6),
+    'tokens': num_tokens,
+  }
+
+
+def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
+  logged = runs.rows(workdir, 'validation')
+  for row, step in zip(logged, (HALF, STEPS), strict=True):
+    result = perplexity.evaluate(config, str(workdir), step=step)
+    assert row == {'split': 'validation'} | result
+
+
+def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
+  tokenizer = ByteTokenizer()
+  split = Windows(
+    corpora.open_documents(config.data, 'validation'),
+    tokenizer,
+    config.data.seq_len,
+  )
+  params = runs.restore(config, workdir, STEPS)['params']
+  shapes = {1: {}, 8: {'data': 2, 'expert': 2, 'tensor': 2}}
+  losses = {}
+  for count, shape in shapes.items():
+    mesh = mesh_lib.make_mesh(
+      dict.fromkeys(mesh_lib.AXES, 1) | shape, jax.devices()[:count]
+    )
+    # Other batches too: one device need not divide anything.
+    here = config.copy_and_resolve_references()
+    here.eval.batch_size = {1: 7, 8: 20}[count]
+    setup = state.setup(here, tokenizer.vocab_size, mesh, optimizer.make(here))
+    placed = jax.tree.map(
+      lambda array, leaf: jax.device_put(array, leaf.sharding),
+      params,
+      setup.abstract['params'],
+    )
+    losses[count] = perplexity.evaluate_split(
+      make_eval_step(setup), placed, split, here, mesh
+    )
+  assert losses[1].keys() == losses[8].keys()
+  for name, value in losses[1].items():
+    assert losses[8][name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_padding_is_not_counted_as_routed(
+  config: ConfigDict, workdir: Path
+) -> None:
+  prepared = loop.prepare(config)
+  size = config.eval.batch_size
+  *_, last = eval_batches(
+    prepared.eval_windows, batch_size=size, rows=range(size)
+  )
+  assert not last['mask'].all()
+  params = runs.restore(config, workdir, STEPS)['params']
+  load = make_eval_step(prepared.setup)(params, last)['load']
+
+  full = len(windows(config)) // size * size
+  counts = np.zeros(load.counts_N.shape)
+  entropy = np.zeros(load.entropy.shape)
+  tokens = 0
+  for inputs_L, _ in windows(config)[full:]:
+    sequence = oracle.Sequence(config, params)
+    sequence.run(inputs_L)
+    tokens += len(inputs_L)
+    for i, (shares_LN, chosen) in enumerate(sequence.routed):
+      place = divmod(i, config.moe.factors)
+      np.add.at(counts[place], np.concatenate(chosen), 1)
+      entropy[place] -= (shares_LN * np.log(shares_LN)).sum()
+  np.testing.assert_array_equal(load.counts_N, counts)
+  np.testing.assert_array_equal(load.tokens, np.full(entropy.shape, tokens))
+  np.testing.assert_allclose(load.entropy, entropy, rtol=1e-5)
+
+
+def test_the_program(
+  config: ConfigDict, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  before = runs.snapshot(workdir)
+  flags = [*runs.arguments(config, workdir), f'--step={HALF}']
+  assert runs.call('eval.py', [*flags, '--split=train[:40%]']) == 0
+  printed = capsys.readouterr().out
+  after = runs.snapshot(workdir)
+  (new,) = after.keys() - before.keys() - {'evaluation'}
+  assert before.items() <= after.items()
+  assert new in printed and 'bits per byte' in printed
+  row = json.loads(after[new])
+  assert row['split'] == 'train[:40%]' and row['step'] == HALF
+  assert f'{row["loss"]:.4f}' in printed and f'{row["tokens"]:,}' in printed
+  assert row['perplexity'] == pytest.approx(math.exp(row['loss']))

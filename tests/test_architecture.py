@@ -1,0 +1,193 @@
+"""Who may import whom: `ROOMS` is the house's floor plan.
+
+A room is a package or a module of `moe_jax`; a module belongs to the longest
+name that fits. Imports inside functions count like all others.
+"""
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Room(NamedTuple):
+  """What a room may import beside itself and the standard library."""
+
+  rooms: str = ''  # of moe_jax, all earlier in the table
+  packages: str = ''  # others' packages
+
+
+_CONFIG = 'config errors'
+_MODEL = f'{_CONFIG} routing experts distributed.mesh'
+_STATE = 'jax flax optax orbax ml_collections numpy'
+
+# A room imports only from those before it.
+ROOMS = {
+  '__init__': Room(),
+  'errors': Room(),
+  'allocator': Room(),
+  'ranges': Room('errors', 'ml_collections'),
+  'config': Room('errors ranges', 'ml_collections'),
+  'saved_config': Room('config', 'ml_collections'),
+  # The schema is a file of the checkout, `configs/base.py`: here is the door.
+  'config_file': Room('errors saved_config', 'ml_collections configs'),
+  'cli': Room('allocator config_file errors', 'absl ml_collections'),
+  # The papers' equations know nothing of meshes, files or training.
+  'routing': Room('', 'jax flax'),
+  'experts': Room('routing', 'jax flax'),
+  'distributed.mesh': Room('errors', 'jax'),
+  'distributed.hosts': Room('', 'jax numpy'),
+  # No jax, so that reading data never touches a device.
+  'data': Room(
+    'errors', 'tensorflow_datasets grain numpy etils ml_collections'
+  ),
+  'model': Room(_MODEL, 'jax flax ml_collections'),
+  'interop': Room(
+    f'{_CONFIG} model', 'jax flax ml_collections numpy safetensors'
+  ),
+  'training': Room(
+    f'{_MODEL} saved_config data distributed.hosts model',
+    f'{_STATE} tensorboardX',
+  ),
+  'evaluation': Room(
+    f'{_CONFIG} data distributed.mesh distributed.hosts training',
+    'jax ml_collections',
+  ),
+  # The one page that knows everyone.
+  'training.loop': Room(
+    f'{_CONFIG} data distributed.mesh distributed.hosts training evaluation',
+    'jax ml_collections',
+  ),
+  'analysis': Room('errors', 'matplotlib numpy'),
+  'plan': Room(
+    f'{_CONFIG} cli data distributed.mesh model training',
+    'jax absl ml_collections',
+  ),
+}
+
+
+def modules() -> dict[str, Path]:
+  """Every module by its dotted name below `moe_jax`."""
+  package = ROOT / 'moe_jax'
+  found = {}
+  for path in sorted(package.rglob('*.py')):
+    parts = path.relative_to(package).with_suffix('').parts
+    found['.'.join(parts)] = path
+  return found
+
+
+def room_of(name: str) -> str | None:
+  """The longest room that `name` lies in."""
+  parts = name.split('.')
+  fitting = ('.'.join(parts[:n]) for n in range(len(parts), 0, -1))
+  return next((room for room in fitting if room in ROOMS), None)
+
+
+def imports(path: Path) -> set[str]:
+  """The dotted names a file imports, `from a import b` as `a.b`."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path} has a relative import'
+      found |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return found
+
+
+def below(name: str) -> str | None:
+  """`moe_jax.a.b` -> `a.b`; None for what is not ours."""
+  package, _, rest = name.partition('.')
+  return rest if package == 'moe_jax' and rest else None
+
+
+@pytest.mark.parametrize('name', modules())
+def test_modules_import_only_what_their_room_may(name: str) -> None:
+  room = room_of(name)
+  if name.endswith('__init__') and room is None:
+    room = '__init__'
+  assert room, f'moe_jax.{name} has no room in ROOMS'
+  may = ROOMS[room]
+  for imported in imports(modules()[name]):
+    ours = below(imported)
+    if ours:
+      into = room_of(ours)
+      assert into == room or into in may.rooms.split(), (
+        f'{name} ({room}) imports {imported} ({into})'
+      )
+      continue
+    package = imported.split('.')[0]
+    standard = package in sys.stdlib_module_names
+    assert standard or package in may.packages.split(), (
+      f'{name} ({room}) imports {imported}'
+    )
+
+
+def test_rooms_import_only_from_earlier_ones() -> None:
+  order = list(ROOMS)
+  for place, (room, may) in enumerate(ROOMS.items()):
+    for other in may.rooms.split():
+      assert other in order[:place], f'{room} may not import {other}'
+
+
+def test_modules_do_not_import_in_circles() -> None:
+  known = modules()
+  edges = {}
+  for name, path in known.items():
+    ours = {below(imported) for imported in imports(path)} - {None}
+    # The name after the last dot may be a module or something in one.
+    edges[name] = {
+      module
+      for each in ours
+      for module in (each, each.rpartition('.')[0])
+      if module in known
+    }
+
+  finished: set[str] = set()
+
+  def visit(name: str, path: tuple[str, ...]) -> None:
+    assert name not in path, f'a circle: {" -> ".join((*path, name))}'
+    if name not in finished:
+      for other in edges[name]:
+        visit(other, (*path, name))
+      finished.add(name)
+
+  for name in known:
+    visit(name, ())
+
+
+def test_only_the_door_imports_configs_and_nothing_imports_tests() -> None:
+  for name, path in modules().items():
+    packages = {imported.split('.')[0] for imported in imports(path)}
+    assert not packages & {'tests', 'tiny', 'oracle', 'benchmarks'}, name
+    assert 'configs' not in packages or name == 'config_file', name
+
+
+@pytest.mark.parametrize(
+  'folder', ['moe_jax', 'configs', 'benchmarks', 'tests']
+)
+def test_no_file_imports_the_private_parts_of_jax_or_flax(folder: str) -> None:
+  for path in sorted((ROOT / folder).rglob('*.py')):
+    for imported in imports(path):
+      parts = imported.split('.')
+      private = any(part.startswith('_') for part in parts[1:])
+      assert parts[0] not in ('jax', 'flax', 'optax') or not private, (
+        f'{path} imports {imported}'
+      )
+
+
+def test_no_file_reaches_into_jax_src() -> None:
+  for path in [*modules().values(), *(ROOT / 'benchmarks').rglob('*.py')]:
+    assert 'jax._src' not in path.read_text('utf-8'), path
+
+
+def test_configs_import_nothing_that_imports_jax() -> None:
+  for path in sorted((ROOT / 'configs').glob('*.py')):
+    for imported in imports(path):
+      allowed = ('collections', 'ml_collections', 'configs', 'moe_jax')
+      assert imported.split('.')[0] in allowed, f'{path} imports {imported}'
+      assert below(imported) is None or room_of(below(imported)) == 'errors'
