@@ -6,30 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
-from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.training import optimizer, state
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch, make_train_step
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'moe_jax')
-
-
-def setup(config: ConfigDict) -> Setup:
-  """What `config` makes on all devices, before any array exists.
-
-  Raises:
-    UserError: anything wrong with the config.
-  """
-  config_lib.validate(config, jax.device_count())
-  tokenizer = tokenizers.build(config.data.tokenizer)
-  vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
-  shape = config_lib.mesh_shape(config, jax.device_count())
-  mesh = mesh_lib.make_mesh(shape, jax.devices())
-  return state.setup(config, vocab_size, mesh, optimizer.make(config))
 
 
 def compile_train_step(made: Setup) -> tuple[jax.stages.Compiled, float]:

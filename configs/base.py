@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns the defaults: a small conventional MoE on `python_stdlib`."""
   config = ConfigDict()
-  config.seed = 0  # parameters, data order and dropout all follow from it
+  config.seed = 0  # parameters and data order follow from it
 
   # Devices along each axis; one axis may be -1: whatever is left.
   config.mesh = ConfigDict()

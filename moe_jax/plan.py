@@ -21,7 +21,7 @@ from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build, sizes
-from moe_jax.training import optimizer, state
+from moe_jax.training import state
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -70,7 +70,7 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
   vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
   # Shapes are the same on any mesh; one of a single device is always there.
   one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
-  setup = state.setup(config, vocab_size, one, optimizer.make(config))
+  setup = state.setup(config, vocab_size, one)
   params = setup.abstract['params']
   mesh = config_lib.mesh_shape(config, num_devices)
   parts = _memory_parts(setup.abstract, mesh)

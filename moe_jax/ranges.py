@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
 
-_CHOICES = {
+CHOICES = {
   'model.dtype': ('auto', 'float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'moe.dispatch': ('dropless', 'capacity'),
@@ -78,7 +78,7 @@ def check(config: ConfigDict) -> None:
       value = get(config, key)
       if not inside(value):
         raise UserError(f'{key} = {value!r} must be {wanted}')
-  for key, known in _CHOICES.items():
+  for key, known in CHOICES.items():
     choose(key, get(config, key), known)
 
 

@@ -39,7 +39,7 @@ ROOMS = {
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   'experts': Room('routing', 'jax flax'),
-  'distributed.mesh': Room('errors', 'jax'),
+  'distributed.mesh': Room('config errors', 'jax'),
   'distributed.hosts': Room('', 'jax numpy'),
   # No jax, so that reading data never touches a device.
   'data': Room(

@@ -34,7 +34,7 @@ def test_every_number_and_choice_has_a_range() -> None:
     + ranges._SHARES
     + ranges._BELOW_ONE
     + ranges._NOT_EMPTY
-    + list(ranges._CHOICES)
+    + list(ranges.CHOICES)
   )
   anything_goes = {'data.dir', 'data.path'}  # '' means a default, or is checked
   for key, value in saved_config.flatten(base.get_config().to_dict()).items():

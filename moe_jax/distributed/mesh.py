@@ -7,12 +7,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import BATCH_AXES, MESH_AXES
 from moe_jax.errors import UserError
 
-AXES = ('data', 'fsdp', 'expert', 'tensor')
-
-# Outside the experts a batch is split over all of these together.
-TOKEN_AXES = ('data', 'fsdp', 'expert')
+AXES = MESH_AXES
+TOKEN_AXES = BATCH_AXES
 
 # (pattern of a parameter's name, its spec). The first match counts; a name
 # that matches none is an error. Stacked parameters get a leading None, and the

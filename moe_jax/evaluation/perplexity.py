@@ -15,7 +15,7 @@ from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, eval_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.training import optimizer, state
+from moe_jax.training import state
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Store
 from moe_jax.training.metrics import summary_table
@@ -44,23 +44,18 @@ def evaluate(
   Raises:
     UserError: anything wrong with config, data, workdir or step.
   """
-  config_lib.validate(config, jax.device_count())
+  setup = state.from_config(config)
   split = split or config.eval.split
   with Store.open(workdir, config, read_only=True) as store:
     tokenizer = tokenizers.build(config.data.tokenizer)
     windows = Windows(
       corpora.open_documents(config.data, split), tokenizer, config.data.seq_len
     )
-    mesh = mesh_lib.make_mesh(
-      config_lib.mesh_shape(config, jax.device_count()), jax.devices()
-    )
-    vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
-    setup = state.setup(config, vocab_size, mesh, optimizer.make(config))
     step = store.latest_step() if step is None else step
     wanted = {key: setup.abstract[key] for key in ('step', 'params')}
     restored, _ = store.restore(wanted, step)
     result = evaluate_split(
-      make_eval_step(setup), restored['params'], windows, config, mesh
+      make_eval_step(setup), restored['params'], windows, config, setup.mesh
     )
   result = {'step': step} | result
   if jax.process_index() == 0:

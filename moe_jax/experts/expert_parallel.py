@@ -32,7 +32,7 @@ class ExpertParallel:
 
   mesh: jax.sharding.Mesh
   inner: Dispatch
-  token_axes: tuple[str, ...] = ('data', 'fsdp', 'expert')
+  token_axes: tuple[str, ...]
   expert_axis: str = 'expert'
   width_axis: str = 'tensor'
 

@@ -134,15 +134,20 @@ def _blocks_backward(
     grad = lax.dynamic_slice_in_dim(padded_MF, first[i], _BLOCK)
     inside = first[i] + jnp.arange(_BLOCK) < end[i]
     product = lax.dot_general(
-      rows, jnp.where(inside[:, None], grad, 0), (((0,), (0,)), ((), ()))
+      rows,
+      jnp.where(inside[:, None], grad, 0),
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
     )
     total = lax.dynamic_index_in_dim(out_NDF, group[i], keepdims=False)
     return lax.dynamic_update_index_in_dim(
       out_NDF, total + product, group[i], 0
     )
 
-  grad_NDF = jnp.zeros_like(bank_NDF)
-  return grad_rows_MD, lax.fori_loop(0, num_blocks, block, grad_NDF)
+  # Summed over blocks in float32, whatever the operands are in.
+  grad_NDF = jnp.zeros_like(bank_NDF, dtype=jnp.float32)
+  grad_NDF = lax.fori_loop(0, num_blocks, block, grad_NDF)
+  return grad_rows_MD, grad_NDF.astype(bank_NDF.dtype)
 
 
 BLOCKS = Implementation(_blocks, _blocks_backward)

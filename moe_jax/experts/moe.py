@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.feed_forward import ExpertBank, FeedForward
 from moe_jax.routing.balance import Load, load_of
-from moe_jax.routing.recurrent import Cell, State
+from moe_jax.routing.recurrent import Cell, Precision, State
 from moe_jax.routing.router import Router, Tokens
 from moe_jax.routing.selection import Routing
 
@@ -126,6 +126,8 @@ class CoefficientMixing(nnx.Module):
   def __call__(
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
-    logits_T2 = u_TD.astype(jnp.float32) @ self.coefficient_D2[...]
+    logits_T2 = jnp.matmul(
+      u_TD.astype(jnp.float32), self.coefficient_D2[...], precision=Precision
+    )
     c_T2 = jax.nn.softmax(logits_T2 + self.bias_2[...]).astype(u_TD.dtype)
     return c_T2[:, :1] * routed_TD + c_T2[:, 1:] * shared_TD

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.config import layer_kinds
+from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import choose
 from moe_jax.experts.cartesian import Chain, SubLayer
@@ -135,7 +135,7 @@ def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
   dispatch = DISPATCHES[name](config.moe)
   if mesh is None or mesh.size == 1:
     return dispatch
-  return ExpertParallel(mesh, dispatch)
+  return ExpertParallel(mesh, dispatch, mesh_lib.TOKEN_AXES)
 
 
 def _block(
@@ -147,7 +147,7 @@ def _block(
     model.hidden_size,
     model.num_heads,
     model.num_kv_heads,
-    model.head_dim or model.hidden_size // model.num_heads,
+    head_dim(config),
     rope_theta=model.rope_theta,
     init_std=model.init_std,
     rngs=rngs,

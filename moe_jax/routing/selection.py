@@ -50,7 +50,25 @@ def top_k(logits_TN: jax.Array, *, k: int, renormalize: bool) -> Routing:
     A `Routing` with every slot used, most probable expert first.
   """
   probabilities_TN = jax.nn.softmax(logits_TN, axis=-1)
-  weights_TK, indices_TK = jax.lax.top_k(probabilities_TN, k)
+  weights_TK, indices_TK = _largest(probabilities_TN, k)
   if renormalize and k > 1:
     weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
   return Routing(weights_TK, indices_TK, probabilities_TN, logits_TN)
+
+
+def _largest(values_TN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """`jax.lax.top_k` as k passes over [T, N].
+
+  The partitioner splits these by tokens like any other arithmetic; `top_k` it
+  would run on every device for the tokens of all of them.
+  """
+  experts_N = jnp.arange(values_TN.shape[-1], dtype=jnp.int32)
+  left_TN, indices = values_TN, []
+  for _ in range(k):
+    best_T = jnp.argmax(left_TN, axis=-1).astype(jnp.int32)
+    left_TN = jnp.where(experts_N == best_T[:, None], -jnp.inf, left_TN)
+    indices.append(best_T)
+  indices_TK = jnp.stack(indices, axis=-1)
+  chosen_TKN = indices_TK[..., None] == experts_N
+  largest_TK = jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
+  return largest_TK, indices_TK

@@ -63,33 +63,26 @@ class Store:
     return self._manager.latest_step()
 
   def save(
-    self,
-    step: int,
-    state: dict[str, Any],
-    data: dict[str, Any],
-    force: bool = False,
+    self, step: int, state: dict[str, Any], data: dict[str, Any]
   ) -> bool:
-    """Begins to save if `step` is due; returns whether it did.
+    """Begins to save; returns whether it did: a step is never saved twice.
 
     The arrays may be donated as soon as this returns. It waits for the save
     before it, whose failure it raises.
 
     Args:
-      step: steps done so far; due if a multiple of `checkpoint.every`.
+      step: steps done so far.
       state: pytrees of jax.Array.
       data: the position in the data, as JSON can hold it.
-      force: save although the step is not due. A step is never saved twice.
     """
-    every = self._config.checkpoint.every
-    due = force or (every and step % every == 0)
-    if not due or step in self._manager.all_steps():
+    if step in self._manager.all_steps():
       return False
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state),
       data=ocp.args.JsonSave(data),
       config=ocp.args.JsonSave(self._config.to_dict()),
     )
-    # Orbax would skip a due step while an earlier save is in flight.
+    # Orbax would skip a step while an earlier save is in flight.
     return self._manager.save(step, args=items, force=True)
 
   def restore(

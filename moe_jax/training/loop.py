@@ -3,16 +3,13 @@
 import time
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
 from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, train_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.evaluation.perplexity import evaluate_split
-from moe_jax.training import optimizer
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
 from moe_jax.training.interrupt import Interrupt
@@ -35,19 +32,15 @@ def prepare(config: ConfigDict) -> Prepared:
   Raises:
     UserError: anything wrong with config or data.
   """
-  config_lib.validate(config, jax.device_count())
+  setup = state_lib.from_config(config)
   tokenizer = tokenizers.build(config.data.tokenizer)
-  vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
-  mesh = mesh_lib.make_mesh(
-    config_lib.mesh_shape(config, jax.device_count()), jax.devices()
-  )
 
   def windows(split: str) -> Windows:
     documents = corpora.open_documents(config.data, split)
     return Windows(documents, tokenizer, config.data.seq_len)
 
   return Prepared(
-    state_lib.setup(config, vocab_size, mesh, optimizer.make(config)),
+    setup,
     windows(config.data.train_split),
     windows(config.eval.split) if config.eval.every else None,
   )
@@ -56,7 +49,8 @@ def prepare(config: ConfigDict) -> Prepared:
 def train(config: ConfigDict, workdir: str) -> None:
   """Trains in `workdir`, from its newest checkpoint if it has one.
 
-  SIGINT or SIGTERM saves a checkpoint first; the same call goes on from there.
+  SIGINT or SIGTERM saves a checkpoint first (unless `checkpoint.every` is 0);
+  the same call goes on from there.
 
   Args:
     config: see configs/base.py.
@@ -88,6 +82,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         batch = hosts.global_batch(next(batches), sharding, rows, batch_size)
         state, metrics = train_step(state, batch)
         journal.write()  # of the step before, now that this one runs
+        if step == start + 1:
+          journal.compiled(metrics)
 
         stopped = interrupt.signal is not None
         last = stopped or step == steps
@@ -110,7 +106,7 @@ def train(config: ConfigDict, workdir: str) -> None:
           # Last: what is written of a step outlives a kill during the save.
           journal.write()
           check_finite(float(metrics['loss']), step)
-          store.save(step, state, batches.state(), force=True)
+          store.save(step, state, batches.state())
         if stopped:
           break
       journal.write()

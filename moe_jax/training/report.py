@@ -75,7 +75,7 @@ class Journal:
     self._began = self._since = time.perf_counter()
     self._paused = 0.0
     self._noted: tuple[int, dict[str, Any]] | None = None
-    self._results: list[list[str]] = []
+    self._results: dict[str, list[str]] = {}
 
   def __enter__(self) -> 'Journal':
     return self
@@ -87,6 +87,13 @@ class Journal:
     """Prints on one process of the run."""
     if self._active:
       print(text, flush=True)
+
+  def compiled(self, metrics: dict[str, Any]) -> None:
+    """Waits for the first step, whose time is compilation, not training."""
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - self._began
+    self.say(f'first step after {metrics_lib.duration(seconds)}')
+    self._read_at, self._since = self._start + 1, time.perf_counter()
 
   def note(self, step: int, metrics: dict[str, Any]) -> None:
     """Keeps the metrics of a step that has just been dispatched."""
@@ -109,7 +116,7 @@ class Journal:
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed
     self.say(metrics_lib.progress_line(step, self._steps, loss, speed, left))
-    self._results = [['train', f'{loss:.4f}', '', '']]
+    self._results['train'] = [f'{loss:.4f}', '', '']
 
   def evaluation(
     self, step: int, split: str, result: dict[str, float], seconds: float
@@ -122,13 +129,10 @@ class Journal:
       f' {result["bits_per_byte"]:.4f} bits per byte'
       f' ({metrics_lib.duration(seconds)})'
     )
-    self._results = self._results[:1] + [
-      [
-        split,
-        f'{result["loss"]:.4f}',
-        f'{result["perplexity"]:.3f}',
-        f'{result["bits_per_byte"]:.4f}',
-      ]
+    self._results[split] = [
+      f'{result["loss"]:.4f}',
+      f'{result["perplexity"]:.3f}',
+      f'{result["bits_per_byte"]:.4f}',
     ]
 
   def summary(self) -> str:
@@ -139,9 +143,10 @@ class Journal:
         f' {self._steps}'
       )
     head = ['split', 'loss', 'perplexity', 'bits per byte']
+    rows = [[split, *cells] for split, cells in self._results.items()]
     elapsed = time.perf_counter() - self._began
     return (
-      metrics_lib.summary_table([head, *self._results])
+      metrics_lib.summary_table([head, *rows])
       + f'\n{self._steps - self._start} steps in'
       f' {metrics_lib.duration(elapsed)}'
     )

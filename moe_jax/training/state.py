@@ -10,8 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from moe_jax import config as config_lib
+from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from moe_jax.training import optimizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}. The key
 # is the run's random state; whoever needs randomness in a step folds the step
@@ -58,17 +61,36 @@ class Setup:
     }
 
 
-def setup(
-  config: ConfigDict,
-  vocab_size: int,
-  mesh: Mesh,
-  tx: optax.GradientTransformation,
-) -> Setup:
+def from_config(config: ConfigDict) -> Setup:
+  """The setup of a config on all devices there are.
+
+  Raises:
+    UserError: anything wrong with the config.
+  """
+  num_devices = jax.device_count()
+  config_lib.validate(config, num_devices)
+  tokenizer = tokenizers.build(config.data.tokenizer)
+  return setup(
+    config,
+    config_lib.vocab_size(config, tokenizer.vocab_size),
+    mesh_lib.make_mesh(
+      config_lib.mesh_shape(config, num_devices), jax.devices()
+    ),
+  )
+
+
+def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   """Shapes, then shardings; `Setup.init` then makes the arrays.
+
+  Args:
+    config: validated.
+    vocab_size: V.
+    mesh: with the axes of `moe_jax.distributed.mesh`.
 
   Raises:
     UserError: a mesh axis does not divide a dimension of a parameter.
   """
+  tx = optimizer.make(config)
   graphdef = nnx.graphdef(
     nnx.eval_shape(
       lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
@@ -97,8 +119,3 @@ def _init_params(
 ) -> dict[str, Any]:
   model = build(config, vocab_size, mesh, rngs=nnx.Rngs(params=key))
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def num_parameters(params: Any) -> int:
-  """Parameters in a tree of arrays or of their shapes."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -13,6 +13,7 @@ import tiny
 
 from benchmarks import common, compile_depth, train_step
 from moe_jax.errors import UserError
+from moe_jax.training import state as state_lib
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def test_train_step_reports_a_step_that_trains() -> None:
   )
   assert row['compile_seconds'] > 0
   assert row['peak_memory_source'] == 'compiler'  # the CPU keeps no count
-  state = jax.tree.leaves(common.setup(config).abstract)
+  state = jax.tree.leaves(state_lib.from_config(config).abstract)
   assert row['peak_memory_bytes'] >= _bytes_of_one_device(state)
   assert np.isfinite(row['loss'])
   assert row['device'] == jax.devices()[0].device_kind
@@ -44,7 +45,7 @@ def _bytes_of_one_device(leaves: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def test_random_batches_are_of_the_vocabulary_and_differ() -> None:
-  made = common.setup(tiny.config())
+  made = state_lib.from_config(tiny.config())
   first, second = common.random_batches(made, 2)
   ids = np.asarray(first['inputs'])
   assert ids.shape == (8, 16)

@@ -18,7 +18,7 @@ from moe_jax.data.pipeline import Windows, eval_batches
 from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.evaluation import perplexity
-from moe_jax.training import loop, optimizer, state
+from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
 
 STEPS, HALF = 4, 2
@@ -132,7 +132,7 @@ def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
     # Other batches too: one device need not divide anything.
     here = config.copy_and_resolve_references()
     here.eval.batch_size = {1: 7, 8: 20}[count]
-    setup = state.setup(here, tokenizer.vocab_size, mesh, optimizer.make(here))
+    setup = state.setup(here, tokenizer.vocab_size, mesh)
     placed = jax.tree.map(
       lambda array, leaf: jax.device_put(array, leaf.sharding),
       params,

@@ -23,7 +23,8 @@ NO_DROP = Capacity(float(N))  # room for every token in one expert
 
 def parallel(inner: Dispatch, **axes: int) -> Dispatch:
   shape = {axis: 1 for axis in mesh_lib.AXES} | axes
-  return ExpertParallel(mesh_lib.make_mesh(shape, jax.devices()), inner)
+  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  return ExpertParallel(mesh, inner, mesh_lib.TOKEN_AXES)
 
 
 DISPATCHES: dict[str, Callable[[], Dispatch]] = {

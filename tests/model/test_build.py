@@ -2,7 +2,12 @@
 
 import pytest
 
+from moe_jax import ranges
+from moe_jax.experts.dispatch import DISPATCHES
+from moe_jax.model import build
 from moe_jax.model.build import repetition
+from moe_jax.model.decoder import REMAT_POLICIES
+from moe_jax.routing.scores import SCORES
 
 
 @pytest.mark.parametrize(
@@ -24,3 +29,16 @@ def test_repetition(
 ) -> None:
   kinds = tuple({'m': 'moe', 'd': 'dense'}[c] for c in pattern)
   assert repetition(kinds, every) == expected
+
+
+def test_config_knows_every_part_there_is() -> None:
+  """A part that `ranges` does not list could not be chosen."""
+  parts = {
+    'moe.dispatch': DISPATCHES,
+    'moe.shared.mixing': build.MIXINGS,
+    'router.recurrent': build.CELLS,
+    'router.score': SCORES,
+    'model.remat': REMAT_POLICIES,
+  }
+  for key, registry in parts.items():
+    assert set(ranges.CHOICES[key]) == set(registry), key

@@ -104,16 +104,11 @@ def test_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
   assert restored['step'] == 6 and data == {'at': 6}
 
 
-def test_saves_what_is_due_once(tmp_path: Path) -> None:
-  config = make(checkpoint__every=10)
-  with checkpoint.Store.open(str(tmp_path), config) as store:
-    saved = [store.save(step, make_state(), {}) for step in (5, 10, 10)]
-    assert saved == [False, True, False]
-    assert store.save(11, make_state(), {}, force=True)
+def test_never_saves_a_step_twice(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    saved = [store.save(step, make_state(), {}) for step in (10, 11, 11)]
+    assert saved == [True, True, False]
     assert store.steps() == [10, 11]
-  config.checkpoint.every = 0
-  with checkpoint.Store.open(str(tmp_path), config) as store:
-    assert not store.save(20, make_state(), {})
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path: Path) -> None:

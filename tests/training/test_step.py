@@ -19,7 +19,7 @@ def setup(config: ConfigDict, **axes: int) -> Setup:
   shape = {axis: 1 for axis in mesh_lib.AXES} | axes
   size = int(np.prod(list(shape.values())))
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
-  return state.setup(config, tiny.VOCAB, mesh, optimizer.make(config))
+  return state.setup(config, tiny.VOCAB, mesh)
 
 
 def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
