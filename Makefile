@@ -2,15 +2,19 @@
 #
 #   make quickstart EXTRAS=cuda     jax for NVIDIA GPUs (tpu: for TPUs)
 #   make test PYTHON=python3.12     another Python than the first that will do
+#   make test JOBS=8                in so many processes, of 2 GB each
 #   make test PYTEST_ARGS='-k mesh' arguments for pytest
 
 EXTRAS ?=
+JOBS ?= 2
 PYTEST_ARGS ?=
 WORKDIR ?= runs/quickstart
 
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
+# A file's tests stay together, with the runs that they share.
+PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 comma := ,
 # One for each choice of extras, so that asking for another one installs it.
 INSTALLED := $(VENV)/.installed-$(or $(EXTRAS),cpu)
@@ -42,15 +46,16 @@ quickstart: $(INSTALLED) ## train a small model, evaluate it, draw its curves
 	  tensorboard/ 'the same numbers: tensorboard --logdir=$(WORKDIR)'
 
 test: $(INSTALLED) ## the tests, without the slow ones
-	$(RUN) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow'
 
 test-slow: $(INSTALLED) ## the slow tests only
-	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow
 
 # Flax means to make tree mode its default: the models have to be ready.
 test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false \
-	  $(RUN) -m pytest tests/model tests/routing tests/experts $(PYTEST_ARGS)
+	  $(PYTEST) -m 'not slow' \
+	  $(wildcard tests/model tests/routing tests/experts)
 
 test-all: lint test test-slow test-tree-mode ## all of the above, and lint
 

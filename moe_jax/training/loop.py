@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         if stopped:
           break
       journal.write()
-      journal.say(journal.summary())
+      journal.say(journal.summary(int(state['step'])))
     batches.close()
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)

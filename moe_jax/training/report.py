@@ -73,6 +73,7 @@ class Journal:
     self._active = jax.process_index() == 0
     self._writer = MetricsWriter(workdir, start or None, self._active)
     self._began = self._since = time.perf_counter()
+    self._first_seconds = math.nan
     self._paused = 0.0
     self._noted: tuple[int, dict[str, Any]] | None = None
     self._results: dict[str, list[str]] = {}
@@ -91,9 +92,10 @@ class Journal:
   def compiled(self, metrics: dict[str, Any]) -> None:
     """Waits for the first step, whose time is compilation, not training."""
     jax.block_until_ready(metrics)
-    seconds = time.perf_counter() - self._began
-    self.say(f'first step after {metrics_lib.duration(seconds)}')
-    self._read_at, self._since = self._start + 1, time.perf_counter()
+    now = time.perf_counter()
+    self._first_seconds = now - self._began
+    self.say(f'first step after {metrics_lib.duration(self._first_seconds)}')
+    self._read_at, self._since = self._start + 1, now
 
   def note(self, step: int, metrics: dict[str, Any]) -> None:
     """Keeps the metrics of a step that has just been dispatched."""
@@ -135,8 +137,8 @@ class Journal:
       f'{result["bits_per_byte"]:.4f}',
     ]
 
-  def summary(self) -> str:
-    """The last losses as a short table."""
+  def summary(self, done: int) -> str:
+    """The last losses as a short table, and how far the run has come."""
     if self._start >= self._steps:
       return (
         f'nothing to do: {self._start} steps are done, of train.steps ='
@@ -145,14 +147,20 @@ class Journal:
     head = ['split', 'loss', 'perplexity', 'bits per byte']
     rows = [[split, *cells] for split, cells in self._results.items()]
     elapsed = time.perf_counter() - self._began
+    stopped = f', stopped at step {done} of {self._steps}'
     return (
       metrics_lib.summary_table([head, *rows])
-      + f'\n{self._steps - self._start} steps in'
-      f' {metrics_lib.duration(elapsed)}'
+      + f'\n{done - self._start} steps in {metrics_lib.duration(elapsed)}'
+      + (stopped if done < self._steps else '')
     )
 
   def _tokens_per_second(self, step: int) -> float:
-    """Since the last reading, pauses left out."""
+    """Since the last reading, pauses left out.
+
+    For the first step, which nothing was read before, compilation included.
+    """
+    if step == self._start + 1:
+      return self._tokens_per_step / self._first_seconds
     now = time.perf_counter()
     seconds = max(now - self._since - self._paused, 1e-9)
     tokens = (step - self._read_at) * self._tokens_per_step

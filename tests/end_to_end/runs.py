@@ -29,18 +29,12 @@ def arguments(config: ConfigDict, workdir: Path | str) -> list[str]:
   return ['--config=configs/base.py', f'--workdir={workdir}', *changed]
 
 
-def start(
-  program: str, flags: list[str], cache: Path | None = None
-) -> subprocess.Popen[str]:
-  """Starts a program on one CPU device, whatever this process runs on."""
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-  if cache:
-    env['JAX_COMPILATION_CACHE_DIR'] = str(cache)
-    env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+def start(program: str, flags: list[str], **env: str) -> subprocess.Popen[str]:
+  """Starts a program on one CPU device, with `env` in its environment."""
   return subprocess.Popen(
     [sys.executable, program, *flags],
     cwd=ROOT,
-    env=env,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | env,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

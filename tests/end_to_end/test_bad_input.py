@@ -16,7 +16,12 @@ from moe_jax.training.state import Setup
 @pytest.fixture(scope='module')
 def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
   return make_config(
-    **{'train.steps': 2, 'checkpoint.every': 1, 'eval.every': 0}
+    **{
+      'model.num_layers': 1,
+      'train.steps': 2,
+      'checkpoint.every': 1,
+      'eval.every': 0,
+    }
   )
 
 

@@ -35,18 +35,24 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Compiled programs, for one process after the other."""
-  return tmp_path_factory.mktemp('compiled')
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """One cache of compiled programs for all, optimised as a user's are."""
+  return {
+    'XLA_FLAGS': '',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
 
 
 @pytest.fixture(scope='module')
 def straight(
-  config: ConfigDict, cache: Path, tmp_path_factory: pytest.TempPathFactory
+  config: ConfigDict,
+  env: dict[str, str],
+  tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
   """The directory of a run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp('straight')
-  finish(config, workdir, cache)
+  finish(config, workdir, env)
   assert runs.checkpoints(workdir) == [HALF, STEPS]
   return workdir
 
@@ -60,9 +66,9 @@ def halfway(straight: Path, tmp_path: Path) -> Path:
   return workdir
 
 
-def finish(config: ConfigDict, workdir: Path, cache: Path) -> str:
+def finish(config: ConfigDict, workdir: Path, env: dict[str, str]) -> str:
   """Trains to the end in a process of its own; returns what it printed."""
-  process = runs.start('train.py', runs.arguments(config, workdir), cache)
+  process = runs.start('train.py', runs.arguments(config, workdir), **env)
   out, err = process.communicate()
   assert process.returncode == 0, err
   return out
@@ -96,28 +102,29 @@ def test_every_step_is_logged_once(straight: Path) -> None:
 
 
 def test_twenty_and_twenty_steps_are_forty(
-  config: ConfigDict, straight: Path, halfway: Path, cache: Path
+  config: ConfigDict, straight: Path, halfway: Path, env: dict[str, str]
 ) -> None:
-  out = finish(config, halfway, cache)
+  out = finish(config, halfway, env)
   assert f'step {HALF}/' not in out and f'step {HALF + 1}/' in out
   assert_same_run(config, halfway, straight)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
-  config: ConfigDict, straight: Path, tmp_path: Path, cache: Path
+  config: ConfigDict, straight: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
   flags = runs.arguments(config, tmp_path)
-  process = runs.start('train.py', flags, cache)
+  process = runs.start('train.py', flags, **env)
   for line in process.stdout:
     if line.startswith('step 10/'):
       break
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate()
+  out, err = process.communicate()
   assert process.returncode == 128 + signal.SIGTERM, err
   stopped = runs.checkpoints(tmp_path)[-1]
   assert 10 < stopped < STEPS
+  assert out.endswith(f', stopped at step {stopped} of {STEPS}\n')
   assert runs.rows(tmp_path, 'train')[-1]['step'] == stopped
-  out = finish(config, tmp_path, cache)
+  out = finish(config, tmp_path, env)
   assert f'step {stopped + 1}/' in out and f'step {stopped}/' not in out
   assert_same_run(config, tmp_path, straight)
 
