@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ def evaluate_split(
 
 def _report(result: dict[str, float], workdir: str, split: str) -> None:
   print(result_table([(split, result)]))
-  name = split.replace('/', '_')
+  name = re.sub(r'[^\w.+-]', '_', split)
   folder = os.path.join(workdir, 'evaluation')
   path = os.path.join(folder, f'{name}-{result["step"]}.json')
   os.makedirs(folder, exist_ok=True)
