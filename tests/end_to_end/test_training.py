@@ -39,7 +39,7 @@ def workdir(
   workdir = tmp_path_factory.mktemp('training') / 'run'
   process = runs.start('train.py', runs.arguments(config, workdir))
   out, err = process.communicate()
-  assert (process.returncode, err) == (0, '')
+  assert process.returncode == 0, err
   workdir.with_name('printed.txt').write_text(out)
   return workdir
 
