@@ -30,13 +30,13 @@ def get_config(names: str = '') -> ConfigDict:
   config.router.state_size = 64
   config.data.seq_len = 128
   config.train.batch_size = 8
-  config.train.steps = 1000
+  config.train.steps = 800
   config.train.log_every = 20
   config.optimizer.learning_rate = 1.5e-3
   config.optimizer.warmup_steps = 60
   config.optimizer.final_fraction = 0.05
-  config.checkpoint.every = 250
-  config.eval.every = 250
+  config.checkpoint.every = 200
+  config.eval.every = 200
   # The whole split takes minutes to evaluate.
   config.eval.split = 'validation[:30%]'
   config.eval.batches = 8

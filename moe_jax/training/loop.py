@@ -91,6 +91,7 @@ def train(config: ConfigDict, workdir: str) -> None:
           journal.note(step, metrics)
         if eval_windows and _due(config.eval.every, step, step == steps):
           journal.write()
+          jax.block_until_ready(state)  # or its steps would count as evaluation
           began = time.perf_counter()
           result = evaluate_split(
             eval_step,
