@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from moe_jax.data import corpora, tokenizers
