@@ -1,6 +1,7 @@
 """What the measurements share: the train step, batches and the devices."""
 
 import importlib.metadata
+import json
 import time
 from typing import Any
 
@@ -37,6 +38,15 @@ def random_batches(made: Setup, count: int) -> list[Batch]:
     return jax.device_put(rows, mesh_lib.batch_sharding(made.mesh))
 
   return [batch() for _ in range(count)]
+
+
+def show(row: dict[str, Any], as_json: bool) -> None:
+  """Prints a measurement: one JSON line, or a name and a value a line."""
+  if as_json:
+    print(json.dumps(row))
+    return
+  for name, value in row.items():
+    print(f'{name:20}{value}')
 
 
 def place() -> dict[str, Any]:

@@ -6,7 +6,6 @@ The layers are scanned, so it should hardly grow: the goal is a ratio of 1.3.
 Whatever the config says, every second layer is MoE and the others are dense.
 """
 
-import json as json_lib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,13 +31,11 @@ def run(config: ConfigDict, json: bool, repeats: int) -> None:
   # jax must not be imported before the command line has set the allocator.
   import jax
 
+  from benchmarks import common
+
   jax.config.update('jax_enable_compilation_cache', False)
   row = measure(config, DEPTHS, repeats)
-  if json:
-    print(json_lib.dumps(row))
-  else:
-    for name, value in row.items():
-      print(f'{name:20}{value}')
+  common.show(row, json)
 
 
 def measure(

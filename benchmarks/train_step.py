@@ -5,7 +5,6 @@
 Compilation and warm-up are not in the step's time; neither is the data.
 """
 
-import json as json_lib
 import time
 from typing import Any
 
@@ -29,13 +28,11 @@ def run(config: ConfigDict, json: bool, steps: int, warmup: int) -> None:
   # jax must not be imported before the command line has set the allocator.
   import jax
 
+  from benchmarks import common
+
   jax.config.update('jax_enable_compilation_cache', False)
   row = measure(config, steps, warmup)
-  if json:
-    print(json_lib.dumps(row))
-  else:
-    for name, value in row.items():
-      print(f'{name:20}{value}')
+  common.show(row, json)
 
 
 def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
