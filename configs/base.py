@@ -29,12 +29,21 @@ def get_config() -> ConfigDict:
   config.model.ffn_width = 1024  # of the dense layers
   config.model.vocab_size = 0  # 0: the tokenizer's
   config.model.rope_theta = 10_000.0
+  config.model.norm = 'rms'  # rms | layer: RMSNorm, or LayerNorm with biases
+  config.model.norm_place = 'pre'  # pre | post: norm(x + f(x)), no final norm
   config.model.norm_epsilon = 1e-6
+  config.model.positions = 'rotary'  # rotary | span: learned relative keys
+  config.model.span = 0  # positions = span: tokens seen before a token
+  config.model.activation = 'swiglu'  # swiglu | relu, which has biases
+  config.model.dropout = 0.0  # on attention weights, hidden units, MoE outputs
+  config.model.head_bias = False  # a bias on the output head
   config.model.tie_embeddings = False  # output head = input embedding
   config.model.init_std = 0.02  # of every weight matrix
   config.model.dtype = 'auto'  # of the arithmetic: bfloat16, on CPU float32
   config.model.remat = 'none'  # none | dots | full: what backward recomputes
   config.model.unroll = 1  # periods unrolled per step of the scan over layers
+  # Never built: what a published size counts and its code does not read.
+  config.model.idle_parameters = 0
 
   config.moe = ConfigDict()
   config.moe.num_experts = 8  # per sub-layer; 0: a dense model
@@ -51,18 +60,36 @@ def get_config() -> ConfigDict:
 
   config.moe.shared = ConfigDict()
   config.moe.shared.width = 0  # 0: no shared expert; factors share it equally
+  config.moe.shared.parts = 1  # their mean is the shared expert's output
   config.moe.shared.mixing = 'sum'  # sum | fixed | coefficient
   config.moe.shared.routed_weight = 0.5  # mixing = fixed
   config.moe.shared.shared_weight = 0.5  # mixing = fixed
 
   config.router = ConfigDict()
+  # linear | mlp | cosine | xmoe | hyper | random | hash: see scores.py
   config.router.score = 'linear'
-  config.router.recurrent = 'none'  # none | gru
+  config.router.bias = False  # of the linear and mlp scores
+  config.router.mlp_width = 256  # score = mlp or hyper
+  config.router.reduced_size = 16  # score = xmoe
+  config.router.recurrent = 'none'  # none | gru | rnn | lstm
   config.router.state_size = 128
+  config.router.projector = 'layerwise'  # layerwise | shared: the cell's input
+  config.router.passing = 'state'  # state | detached | none: to the next layer
+  config.router.residual = 0.0  # weight of the previous MoE layer's logits
+  config.router.residual_detached = False  # without their gradient
+  config.router.jitter = 0.0  # training multiplies inputs by 1 +- this
+  config.router.selection = 'top_k'  # top_k | top_p
+  config.router.top_p = 0.4  # selection = top_p: probability to be exceeded
+  config.router.weights = 'softmax'  # softmax | chosen | sigmoid: selection.py
+  config.router.groups = 1  # of experts, in equal parts ...
+  config.router.top_groups = 1  # ... of which a token may choose from so many
 
   config.loss = ConfigDict()
   config.loss.balance_weight = 0.01
   config.loss.balance_layers = 'separate'  # separate | joined: see balance.py
+  # micro_batch | sequence | global_batch: whose shares are to be even
+  config.loss.balance_scope = 'micro_batch'
+  config.loss.bias_rate = 0.0  # of balancing by a bias on the choice; 0: none
   config.loss.z_weight = 0.0  # router z-loss
 
   config.optimizer = ConfigDict()
@@ -75,11 +102,13 @@ def get_config() -> ConfigDict:
   config.optimizer.epsilon = 1e-8
   config.optimizer.weight_decay = 0.1  # not on norms, biases and router cell
   config.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0: never
+  config.optimizer.freeze = 'none'  # none | router | router_and_cell
 
   config.train = ConfigDict()
   config.train.steps = 1000
   config.train.batch_size = 16  # sequences per step, over all devices
   config.train.accumulation = 1  # micro-batches a step is computed in
+  config.train.init_from = ''  # start from this workdir's newest parameters
   config.train.log_every = 10
 
   config.data = ConfigDict()
@@ -90,6 +119,7 @@ def get_config() -> ConfigDict:
   config.data.train_split = 'train'
   config.data.tokenizer = 'bytes'
   config.data.seq_len = 256
+  config.data.order = 'shuffled'  # shuffled | contiguous: rows read on and on
   config.data.threads = 1  # that read ahead of the device
 
   config.checkpoint = ConfigDict()
@@ -102,4 +132,5 @@ def get_config() -> ConfigDict:
   config.eval.split = 'validation'
   config.eval.batches = 0  # during training; 0: the whole split
   config.eval.batch_size = 0  # 0: train.batch_size
+  config.eval.disable_top = 0  # each token's so many best experts, everywhere
   return config.lock()

@@ -13,11 +13,30 @@ from moe_jax.errors import UserError, choose
 CHOICES = {
   'model.dtype': ('auto', 'float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
+  'model.norm': ('rms', 'layer'),
+  'model.norm_place': ('pre', 'post'),
+  'model.positions': ('rotary', 'span'),
+  'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
-  'router.score': ('linear',),
-  'router.recurrent': ('none', 'gru'),
+  'router.score': (
+    'linear',
+    'mlp',
+    'cosine',
+    'xmoe',
+    'hyper',
+    'random',
+    'hash',
+  ),
+  'router.recurrent': ('none', 'gru', 'rnn', 'lstm'),
+  'router.projector': ('layerwise', 'shared'),
+  'router.passing': ('state', 'detached', 'none'),
+  'router.selection': ('top_k', 'top_p'),
+  'router.weights': ('softmax', 'chosen', 'sigmoid'),
   'loss.balance_layers': ('separate', 'joined'),
+  'loss.balance_scope': ('micro_batch', 'sequence', 'global_batch'),
+  'optimizer.freeze': ('none', 'router', 'router_and_cell'),
+  'data.order': ('shuffled', 'contiguous'),
 }
 
 
@@ -32,28 +51,29 @@ def _keys(**sections: str) -> list[str]:
 
 _AT_LEAST_ONE = _keys(
   model='num_layers hidden_size num_heads num_kv_heads ffn_width unroll',
-  moe='top_k expert_width factors every',
-  router='state_size',
+  moe='top_k expert_width factors every shared.parts',
+  router='state_size mlp_width reduced_size groups top_groups',
   train='steps batch_size accumulation',
   data='seq_len threads',
   checkpoint='keep',
 )
 _AT_LEAST_ZERO = _keys(
-  model='head_dim vocab_size',
+  model='head_dim vocab_size span idle_parameters',
   moe='num_experts offset first_dense shared.width'
   ' shared.routed_weight shared.shared_weight',
-  loss='balance_weight z_weight',
+  router='residual',
+  loss='balance_weight z_weight bias_rate',
   optimizer='warmup_steps decay_steps weight_decay clip_norm',
   train='log_every',
   checkpoint='every keep_every',
-  eval='every batches batch_size',
+  eval='every batches batch_size disable_top',
 )
 _ABOVE_ZERO = _keys(
   model='rope_theta norm_epsilon init_std',
   moe='capacity_factor',
   optimizer='learning_rate epsilon',
 )
-_BELOW_ONE = _keys(optimizer='b1 b2')
+_BELOW_ONE = _keys(optimizer='b1 b2', model='dropout', router='jitter top_p')
 _SHARES = _keys(optimizer='final_fraction')
 _SEEDS = ['seed']  # the data pipeline's generator takes 32 bits
 _NOT_EMPTY = _keys(data='name text_key train_split tokenizer', eval='split')

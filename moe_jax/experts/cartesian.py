@@ -16,9 +16,17 @@ class SubLayer(Protocol):
   """A feed-forward: dense or a Mixture of Experts."""
 
   def __call__(
-    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self,
+    x_TD: jax.Array,
+    state: State,
+    cell: Cell,
+    tokens: Tokens,
+    key: jax.Array | None,
   ) -> tuple[jax.Array, State, Watched | None]:
-    """y_TD, the router's next state, and what to watch (None if dense)."""
+    """y_TD, the router's next state, and what to watch (None if dense).
+
+    `key` is of the sub-layer's random numbers; None where there are none.
+    """
 
 
 class Chain(nnx.Module):
@@ -41,12 +49,25 @@ class Chain(nnx.Module):
     self.sub_layers = nnx.List(sub_layers)
 
   def __call__(
-    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self,
+    x_TD: jax.Array,
+    state: State,
+    cell: Cell,
+    tokens: Tokens,
+    key: jax.Array | None,
   ) -> tuple[jax.Array, State, Watched | None]:
     """Returns y_TD, the state, and what to watch with a leading axis [S]."""
     watched = []
-    for norm, sub_layer in zip(self.norms, self.sub_layers, strict=True):
-      y_TD, state, seen = sub_layer(norm(x_TD), state, cell, tokens)
+    keys = split(key, len(self.sub_layers))
+    for norm, sub_layer, sub_key in zip(
+      self.norms, self.sub_layers, keys, strict=True
+    ):
+      y_TD, state, seen = sub_layer(norm(x_TD), state, cell, tokens, sub_key)
       x_TD += y_TD
       watched.append(seen)
     return x_TD, state, jax.tree.map(lambda *a: jnp.stack(a), *watched)
+
+
+def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+  """`count` keys; as many times None where there is none."""
+  return [None] * count if key is None else list(jax.random.split(key, count))

@@ -48,9 +48,14 @@ class DenseLayer(nnx.Module):
     self.feed_forward = feed_forward
 
   def __call__(
-    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self,
+    x_TD: jax.Array,
+    state: State,
+    cell: Cell,
+    tokens: Tokens,
+    key: jax.Array | None,
   ) -> tuple[jax.Array, State, None]:
-    del cell, tokens
+    del cell, tokens, key
     return self.feed_forward(x_TD), state, None
 
 

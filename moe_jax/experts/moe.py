@@ -66,10 +66,15 @@ class MoELayer(nnx.Module):
     self.bias_D = bias_D
 
   def __call__(
-    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self,
+    x_TD: jax.Array,
+    state: State,
+    cell: Cell,
+    tokens: Tokens,
+    key: jax.Array | None,
   ) -> tuple[jax.Array, State, Watched]:
     """Returns y_TD, the router's next state and what to watch."""
-    logits_TN, state = self.router(x_TD, state, cell, tokens)
+    logits_TN, state = self.router(x_TD, state, cell, tokens, key)
     routing = self.select(logits_TN).only(tokens.real_T[:, None])
     routing = checkpoint_name(routing, 'routing')  # for the remat policies
     with jax.named_scope('experts'):

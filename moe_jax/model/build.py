@@ -75,11 +75,10 @@ def build(
     pattern = kinds[first : first + period]
     return Period([make_block(kind, rngs) for kind in pattern])
 
-  periods = None
-  if first < len(kinds):
-    count = (len(kinds) - first) // period
+  periods, repeats = None, (len(kinds) - first) // period
+  if repeats:
     stacked = nnx.vmap(make_period, in_axes=0, out_axes=0)
-    periods = stacked(rngs.split(count))
+    periods = stacked(rngs.split(repeats))
   init = nnx.initializers.normal(model.init_std)
   embed_VD = nnx.Param(init(rngs.params(), (vocab_size, model.hidden_size)))
   head_DV = None
@@ -92,6 +91,7 @@ def build(
     periods,
     RMSNorm(model.hidden_size, model.norm_epsilon),
     head_DV,
+    repeats=repeats,
     dtype=compute_dtype(config, mesh),
     remat=model.remat,
     unroll=model.unroll,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.experts.cartesian import split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Period
 from moe_jax.model.layers import RMSNorm
@@ -52,6 +53,7 @@ class Decoder(nnx.Module):
     norm: RMSNorm,
     head_DV: nnx.Param | None,
     *,
+    repeats: int,
     dtype: jnp.dtype,
     remat: str,
     unroll: int,
@@ -67,6 +69,7 @@ class Decoder(nnx.Module):
       periods: part; None where the prefix is all there is.
       norm: part.
       head_DV: parameter or None.
+      repeats: P.
       dtype: of the arithmetic outside routers and norms.
       remat: a key of `REMAT_POLICIES`.
       unroll: periods per step of the scan.
@@ -79,6 +82,7 @@ class Decoder(nnx.Module):
     self.periods = periods
     self.norm = norm
     self.head_DV = head_DV
+    self.repeats = repeats
     self.dtype = dtype
     self.remat = remat
     self.unroll = unroll
@@ -90,6 +94,8 @@ class Decoder(nnx.Module):
     ids_BL: jax.Array,
     real_BL: jax.Array,
     keep: Callable[[Watched], Any] = load_only,
+    *,
+    key: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Runs the model.
 
@@ -97,6 +103,7 @@ class Decoder(nnx.Module):
       ids_BL: int32 vocabulary indices.
       real_BL: bool; False marks padding, at the end of a sequence.
       keep: what to return of each MoE layer's `Watched`.
+      key: of the random numbers of training; None, as in evaluation, for none.
 
     Returns:
       logits_BLV float32, and what `keep` returned, every array with leading
@@ -106,7 +113,8 @@ class Decoder(nnx.Module):
     # into a copy of the activations on every device.
     embed_VD = self.replicate(self.embed_VD[...].astype(self.dtype))
     x_BLD = embed_VD[ids_BL]
-    tokens = Tokens(ids_BL.reshape(-1), real_BL.reshape(-1))
+    tokens = Tokens(ids_BL, real_BL)
+    prefix_key, periods_key = split(key, 2)
     carry = self._shard((x_BLD, self.cell.start(ids_BL.size)))
 
     def step(
@@ -114,19 +122,23 @@ class Decoder(nnx.Module):
       cell: Cell,
       tokens: Tokens,
       period: Period,
+      key: jax.Array | None,
     ) -> tuple[tuple[jax.Array, State], Any]:
-      x_BLD, state, watched = period(*carry, cell, tokens)
+      x_BLD, state, watched = period(*carry, cell, tokens, key)
       return self._shard((x_BLD, state)), _stack([keep(w) for w in watched])
 
-    carry, watched = step(carry, self.cell, tokens, self.prefix)
+    carry, watched = step(carry, self.cell, tokens, self.prefix, prefix_key)
     if self.periods is not None:
       scan = nnx.scan(
         self._rematerialized(step),
-        in_axes=(nnx.Carry, None, None, 0),
+        in_axes=(nnx.Carry, None, None, 0, 0),
         out_axes=(nnx.Carry, 0),
         unroll=self.unroll,
       )
-      carry, scanned = scan(carry, self.cell, tokens, self.periods)
+      keys = (
+        None if key is None else jax.random.split(periods_key, self.repeats)
+      )
+      carry, scanned = scan(carry, self.cell, tokens, self.periods, keys)
       watched = _in_depth_order(watched, scanned)
     x_BLD, _ = carry
     return self._logits(self.norm(x_BLD)), watched

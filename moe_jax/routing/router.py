@@ -13,12 +13,20 @@ class Tokens(NamedTuple):
   """What is known of the tokens beside their hidden states.
 
   Attributes:
-    ids_T: int32 vocabulary indices.
-    real_T: bool; False marks padding, which is never routed or counted.
+    ids_BL: int32 vocabulary indices.
+    real_BL: bool; False marks padding, which is never routed or counted.
   """
 
-  ids_T: jax.Array
-  real_T: jax.Array
+  ids_BL: jax.Array
+  real_BL: jax.Array
+
+  @property
+  def ids_T(self) -> jax.Array:
+    return self.ids_BL.reshape(-1)
+
+  @property
+  def real_T(self) -> jax.Array:
+    return self.real_BL.reshape(-1)
 
 
 class Features(Protocol):
@@ -49,7 +57,12 @@ class Router(nnx.Module):
     self.score = score
 
   def __call__(
-    self, x_TD: jax.Array, state: State, cell: Cell, tokens: Tokens
+    self,
+    x_TD: jax.Array,
+    state: State,
+    cell: Cell,
+    tokens: Tokens,
+    key: jax.Array | None,
   ) -> tuple[jax.Array, State]:
     """Returns logits_TN float32 and the state for the next MoE layer."""
     with jax.named_scope('router'):
