@@ -13,10 +13,10 @@ sizes reproduce:
   variant          base perplexity, size    large perplexity, size
   ,dense           8.55  162.4              6.95   468.2
   ,smoe_share      7.37  842.0 / 247.4      6.13  2884.4 / 770.5
-  ,smoe_top3       7.40  as smoe_share      6.18  as smoe_share (total)
-  ,hash            7.47  as smoe_share      6.28  as smoe_share
+  ,smoe_top3       7.40  842.0              6.18  2884.4
+  ,hash            7.47  (no router)        6.28  (no router)
   ,fine_grained    7.33  842.0 / 247.5      6.16  2884.6 / 770.7
-  ,top_p           7.41  as smoe_share      6.14  as smoe_share (total)
+  ,top_p           7.41  842.0              6.14  2884.4
   (none)           7.19  842.0 / 247.5      6.08  2884.6 / 770.7
   ,no_shared       -     799.6 / 205.0      6.15  2733.6 / 619.6
 

@@ -131,23 +131,23 @@ def pretrain_15b(config: ConfigDict) -> None:
   """15B parameters, 2.7B active: fine-grained and shared experts.
 
   Published are these two numbers, that the model follows DeepSeekMoE
-  (arXiv 2401.06066) and a capacity factor of 1. The sizes are ours:
-  DeepSeekMoE 16B with experts of width 1280 instead of 1408, the vocabulary
-  of pretrain_0.9b and its recipe; 14.96B / 2.66B. As there, the first layer is
-  dense, 6 of 64 experts are chosen, two are shared and the weights are the
-  probabilities themselves.
+  (arXiv 2401.06066) and a capacity factor of 1. The sizes are ours: those of
+  DeepSeekMoE 16B with routed experts of width 1280 instead of 1408, the
+  vocabulary and the recipe of pretrain_0.9b; 15.0B / 2.7B. As there, the first
+  layer is dense, 6 of 64 experts are chosen, two more (of 1408) are shared and
+  the weights are the probabilities themselves.
   """
   pretrain(config)
   config.model.num_layers = 28
   config.model.hidden_size = 2048
   config.model.num_heads = 16
   config.model.num_kv_heads = 16
-  config.model.ffn_width = 10_240  # 8 experts' width, as many as a token meets
+  config.model.ffn_width = 10_944
   config.moe.first_dense = 1
   config.moe.num_experts = 64
   config.moe.top_k = 6
   config.moe.expert_width = 1280
-  config.moe.shared.width = 2 * 1280
+  config.moe.shared.width = 2 * 1408
   config.moe.renormalize = False
   config.moe.dispatch = 'capacity'
   config.moe.capacity_factor = 1.0

@@ -5,34 +5,49 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import published
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
-from configs import cartesian_moe
+from configs import cartesian_moe, rmoe
 from moe_jax import plan
+from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.model import sizes
+from moe_jax.training import state
+from moe_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
 BYTES = 257  # V of the byte tokenizer
 
 
-@pytest.mark.parametrize(
-  'names, total, active',
-  [  # CartesianMoE (arXiv 2410.16077), in millions
-    ('base', 842.0, 247.5),
-    ('base,smoe_share', 842.0, 247.4),
-    ('base,no_shared', 799.6, 205.0),
-    ('base,dense', 162.4, 162.4),
-    ('large', 2884.6, 770.7),
-    ('large,smoe_share', 2884.4, 770.5),
-    ('large,no_shared', 2733.6, 619.6),
-    ('large,dense', 468.2, 468.2),
-  ],
-)
-def test_published_sizes(names: str, total: float, active: float) -> None:
-  parameters = plan.make(cartesian_moe.get_config(names), 1)['parameters']
-  assert parameters['total'] / 1e6 == pytest.approx(total, abs=0.15)
-  assert parameters['active'] / 1e6 == pytest.approx(active, abs=0.15)
+def count(config: ConfigDict) -> sizes.Parameters:
+  params = plan.shapes(config).abstract['params']
+  return sizes.count_parameters(config, params)
+
+
+@pytest.mark.parametrize('names', published.CARTESIAN)
+def test_published_sizes_of_cartesian_moe(names: str) -> None:
+  config = cartesian_moe.get_config(names)
+  total, active = published.CARTESIAN[names]
+  counted = count(config)
+  assert counted.total / 1e6 == pytest.approx(total, abs=0.15)
+  if active:
+    assert counted.active / 1e6 == pytest.approx(active, abs=0.15)
+
+
+def test_published_sizes_in_billions() -> None:
+  counted = count(cartesian_moe.get_config('7b'))
+  found = round(counted.total / 1e9, 2), round(counted.active / 1e9, 2)
+  assert found == published.SEVEN_B
+  counted = count(rmoe.get_config('pretrain_15b'))
+  assert (round(counted.total / 1e9), f'{counted.active / 1e9:.1f}') == (
+    15,
+    '2.7',
+  )
 
 
 def test_flops_of_the_recurrent_cartesian_model() -> None:
@@ -46,7 +61,9 @@ def test_flops_of_the_recurrent_cartesian_model() -> None:
   # vector of 32 meets each. A multiplication and an addition, and twice as
   # much backward.
   positions = 2 * 2 * 32 * 8.5
-  assert plan.make(config, 1)['flops_per_token'] == 6 * (weights + positions)
+  made = plan.make(config, 1)
+  assert made['flops_per_token'] == 6 * (weights + positions)
+  assert made['flops_per_token_forward'] == 2 * (weights + positions)
 
 
 def test_flops_of_a_dense_model() -> None:
@@ -80,6 +97,113 @@ def test_memory_on_one_device_and_on_many() -> None:
   assert four['parameters'] == parts['parameters'] - experts * 3 // 4
 
 
+def test_idle_parameters_are_added_to_the_total() -> None:
+  built, counted = (
+    count(tiny.config(model__idle_parameters=idle)) for idle in (0, 1000)
+  )
+  assert counted.idle == 1000 and counted.total == built.total + 1000
+  assert (counted.active, counted.router) == (built.active, built.router)
+
+
+def test_top_p_counts_every_expert_as_active() -> None:
+  counted = count(tiny.config(**{'router.selection': 'top_p'}))
+  assert counted.active == counted.total
+
+
+def test_a_given_vocabulary_needs_no_tokenizer() -> None:
+  config = tiny.config(model__vocab_size=61, data__tokenizer='elsewhere')
+  assert count(config).total == count(tiny.config()).total - 2 * 32 * (
+    BYTES - 61
+  )
+
+
+LARGER = {
+  'model.hidden_size': 64,
+  'model.ffn_width': 128,
+  'model.num_layers': 4,
+  'moe.expert_width': 64,
+  'router.state_size': 32,
+  'data.seq_len': 64,
+  'train.batch_size': 16,
+}
+
+
+@pytest.mark.parametrize(
+  'overrides, axes',
+  [
+    ({'router.recurrent': 'gru', 'model.remat': 'full'}, {}),
+    pytest.param({}, {'expert': 4}, marks=pytest.mark.slow),
+    pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
+    pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
+    pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
+    pytest.param(
+      {'moe.dispatch': 'capacity'}, {'expert': 4}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      {'moe.factors': 2, 'model.remat': 'dots'}, {}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      {}, {'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_memory_of_a_step_is_what_the_compiler_says(
+  overrides: dict[str, object], axes: dict[str, int]
+) -> None:
+  """Within a fifth: the compiler shares and copies buffers as it likes."""
+  config = tiny.config(**(LARGER | overrides))
+  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  config.mesh.update(shape)
+  num_devices = int(np.prod(list(shape.values())))
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:num_devices])
+  compiled = compile_step(state.setup(config, BYTES, mesh)).memory_analysis()
+
+  parts = plan.make(config, num_devices)['memory_parts_per_device']
+  kept = parts.pop('parameters') + parts.pop('optimizer')
+  assert sum(parts.values()) == pytest.approx(
+    compiled.temp_size_in_bytes, rel=0.2
+  )
+  batch = 3 * 4 * config.train.batch_size * config.data.seq_len  # at most
+  assert 0 <= compiled.argument_size_in_bytes - kept <= batch + 64
+
+
+def compile_step(setup: state.Setup) -> jax.stages.Compiled:
+  sharding = mesh_lib.batch_sharding(setup.mesh)
+  rows = setup.config.train.batch_size, setup.config.data.seq_len
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharding)
+    for name, dtype in (
+      ('inputs', 'int32'),
+      ('targets', 'int32'),
+      ('mask', 'bool'),
+    )
+  }
+  return make_train_step(setup).lower(setup.abstract, batch).compile()
+
+
+def test_memory_grows_with_what_a_device_holds() -> None:
+  def parts(num_devices: int = 1, **overrides: object) -> dict[str, int]:
+    config = tiny.config(**LARGER, **overrides)
+    return plan.make(config, num_devices)['memory_parts_per_device']
+
+  one = parts()
+  assert parts(train__accumulation=4)['activations'] * 4 == one['activations']
+  assert parts(train__accumulation=4)['gradients'] == 2 * one['gradients']
+  # Data parallelism splits all of it; along the expert axis every device holds
+  # the rows of its group.
+  assert parts(4)['dispatch'] * 4 == one['dispatch']
+  assert parts(4, mesh__expert=4)['dispatch'] == pytest.approx(
+    one['dispatch'], rel=0.02
+  )
+  full = parts(model__remat='full')
+  assert full['activations'] < one['activations'] / 2
+  # All layers' dispatch and the working set's; without it the latter alone.
+  assert full['dispatch'] * 5 == one['dispatch']
+  halves = parts(model__dtype='bfloat16')
+  assert halves['activations'] < one['activations']
+  assert halves['weight_copies'] > 0 == one['weight_copies']
+
+
 def test_strategy_is_resolved() -> None:
   config = tiny.config(
     model__num_layers=5, model__dtype='auto', moe__every=2, mesh__expert=4
@@ -91,6 +215,8 @@ def test_strategy_is_resolved() -> None:
     'expert_parallelism': 'gather',
     'score': 'linear',
     'recurrent': 'none',
+    'selection': 'top_k 2 of 8',
+    'weights': 'softmax',
     'platform': 'cpu',
     'dtype': 'float32',
     'remat': 'none',
@@ -108,7 +234,14 @@ def test_table_names_everything() -> None:
   text = plan.table(plan.make(tiny.config(), 1))
   rows = {line.split()[0] for line in text.splitlines()}
   assert {'parameters', 'active', 'compute', 'memory', 'layers'} <= rows
-  assert '2 x (moe)' in text and 'KiB per device' in text
+  assert '2 x (moe)' in text and 'MiB per device' in text
+  assert 'idle' not in rows
+  config = tiny.config(
+    model__idle_parameters=1000, **tiny.MODELS['rmoe'], router__passing='none'
+  )
+  text = plan.table(plan.make(config, 1))
+  assert '1,000 counted, never built' in text
+  assert 'projector layerwise, passing none' in text
 
 
 def test_program_prints_one_json_object() -> None:
@@ -134,5 +267,10 @@ def test_program_prints_one_json_object() -> None:
     'memory_bytes_per_device',
     'strategy',
   }
-  assert told['parameters'].keys() == {'total', 'active', 'router'}
+  assert told['parameters'].keys() == {
+    'total',
+    'active',
+    'router',
+    'idle',
+  }
   assert told['strategy']['mesh']['data'] == 2
