@@ -71,6 +71,9 @@ from configs import base, variants
 def get_config(names: str = '') -> ConfigDict:
   """Returns the config; `names` are a preset and variants."""
   config = variants.build(names, base.get_config(), PRESETS, VARIANTS)
+  # Of these scores alone does the code of the small models have a bias.
+  biased = config.router.score in ('linear', 'mlp', 'hyper')
+  config.router.bias = config.router.bias and biased
   config.model.idle_parameters = _idle(config)
   return config
 
@@ -250,6 +253,12 @@ def _idle(config: ConfigDict) -> int:
   return idle * config.model.num_layers
 
 
+def detach_residual(config: ConfigDict) -> None:
+  """detach-r: no gradient through what r-a adds, which is r-0.5 if none is."""
+  config.router.residual = config.router.residual or 0.5
+  config.router.residual_detached = True
+
+
 def _router(score: str, **values: int) -> variants.Change:
   """A router of the paper's Table 1: that score, without recurrence."""
   return variants.sets(
@@ -284,7 +293,7 @@ VARIANTS = {
   'detach': variants.sets({'router.passing': 'detached'}),
   'r0.5': variants.sets({'router.residual': 0.5}),
   'r1.0': variants.sets({'router.residual': 1.0}),
-  'detach_r': variants.sets({'router.residual_detached': True}),
+  'detach_r': detach_residual,
   's_proj': variants.sets({'router.projector': 'shared'}),
   'rnn': variants.sets({'router.recurrent': 'rnn'}),
   'lstm': variants.sets({'router.recurrent': 'lstm'}),

@@ -97,6 +97,74 @@ def test_memory_on_one_device_and_on_many() -> None:
   assert four['parameters'] == parts['parameters'] - experts * 3 // 4
 
 
+# Hidden size 32, state size 16, 8 experts, two layers: of each layer's router
+# the parameters, and the multiplications of one token.
+ROUTERS = {
+  'mlp': (32 * 6 + 6 + 6 * 8 + 8, 32 * 6 + 6 * 8),
+  'cosine': (8 * 32 + 1, 8 * 32),
+  'xmoe': (32 * 4 + 8 * 4 + 1, 32 * 4 + 8 * 4),
+  # The network works once a step; a token meets only the weights it makes.
+  'hyper': (32 + 32 * 6 + 6 + (6 + 1) * (32 * 8 + 8), 32 * 8),
+  'random': (32 * 8, 32 * 8),
+  'hash': (0, 0),  # the table is no parameter, and looked up
+}
+
+
+@pytest.mark.parametrize('score', ROUTERS)
+def test_routers_are_counted_by_hand(score: str) -> None:
+  config = tiny.config(
+    **{
+      'router.score': score,
+      'router.mlp_width': 6,
+      'router.reduced_size': 4,
+      'router.bias': score in ('mlp', 'hyper'),
+    }
+  )
+  parameters, products = ROUTERS[score]
+  linear = count(tiny.config())
+  assert count(config).router == 2 * parameters
+  assert count(config).total - linear.total == 2 * (parameters - 32 * 8)
+
+  def flops(config: ConfigDict) -> tuple[int, int]:
+    params = plan.shapes(config).abstract['params']
+    return sizes.flops_per_token_forward(config, params), sizes.flops_per_token(
+      config, params
+    )
+
+  (forward, training), (linear, linear_training) = (
+    flops(config),
+    flops(tiny.config()),
+  )
+  assert forward - linear == 2 * 2 * (products - 32 * 8)
+  # A fixed matrix has no gradient of its own, only passes one on.
+  times = 2 * 2 if score == 'random' else 3 * 2
+  assert training - linear_training == 2 * (times * products - 6 * 32 * 8)
+
+
+@pytest.mark.parametrize('cell, gates', [('rnn', 1), ('gru', 3), ('lstm', 4)])
+@pytest.mark.parametrize('projector', ['layerwise', 'shared'])
+def test_cells_are_counted_by_hand(
+  cell: str, gates: int, projector: str
+) -> None:
+  config = tiny.config(
+    **{'router.recurrent': cell, 'router.projector': projector}
+  )
+  width, projectors = {'layerwise': (16, 2 * 32 * 16), 'shared': (32, 0)}[
+    projector
+  ]
+  weights = gates * (width * 16 + 16 * 16)
+  scores = 2 * 16 * 8
+  expected = weights + gates * 2 * 16 + projectors + scores
+  assert count(config).router == expected
+  params = plan.shapes(config).abstract['params']
+  linear = plan.shapes(tiny.config()).abstract['params']
+  more = sizes.flops_per_token_forward(config, params) - (
+    sizes.flops_per_token_forward(tiny.config(), linear)
+  )
+  # One cell, used in both layers.
+  assert more == 2 * (2 * weights + projectors + scores - 2 * 32 * 8)
+
+
 def test_idle_parameters_are_added_to_the_total() -> None:
   built, counted = (
     count(tiny.config(model__idle_parameters=idle)) for idle in (0, 1000)

@@ -184,6 +184,10 @@ def test_ablations_compose() -> None:
   router = rmoe.get_config('enwik8_medium,np,r0.5,detach_r').router
   assert (router.recurrent, router.passing) == ('gru', 'none')
   assert (router.residual, router.residual_detached) == (0.5, True)
+  router = rmoe.get_config('enwik8_medium,detach_r,r1.0').router
+  assert (router.residual, router.residual_detached) == (1.0, True)
+  assert not rmoe.get_config('enwik8_medium,xmoe').router.bias
+  assert rmoe.get_config('enwik8_medium,xmoe,smoe_mlp').router.bias
 
 
 def test_balance_weight_is_the_release_s() -> None:

@@ -131,7 +131,8 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
     ids_BL = jnp.zeros((rows, config.data.seq_len), jnp.int32)
 
     def run(params: Any) -> Any:
-      return nnx.merge(graphdef, params)(ids_BL, ids_BL == 0)
+      decoder = nnx.merge(graphdef, params)
+      return decoder(ids_BL, ids_BL == 0, key=jax.random.key(0))
 
     return _residuals(run, params)
 

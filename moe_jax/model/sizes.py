@@ -12,7 +12,7 @@ from moe_jax import config as config_lib
 # once a step, whatever the number of tokens; positions count with attention.
 _ELEMENTWISE = (
   r'scale_.*|.*bias_.*|log_temperature|fixed_table_VN|position_.*'
-  r'|embedding_E|fixed_up_EF|fixed_weights_FXN'
+  r'|embedding_X|fixed_up_XF|fixed_weights_FXN'
 )
 # Of G's shape, the linear weights that HyperMoE's network makes and that each
 # token meets.
