@@ -11,6 +11,8 @@ project uses one legend of letters:
   N  experts (of one sub-layer)    K  experts chosen per token
   M  rows sorted by expert         C  rows of one expert (its capacity)
   S  sub-layers of a layer         P  repetitions of the layer pattern's period
+  J  positions that a token sees   Q  queries of one block
+     before it (`model.span`)
 
 A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Expert-parallel
 code adds a prime in words: `local_NDF` holds the N / devices experts kept here.

@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 
-# Norms, biases and the router's cell are not pulled towards zero.
-_UNDECAYED = r'scale_.*|.*bias_.*|(input|hidden)_R3R'
+# Norms, biases, keys of positions and the router's cell are not pulled towards
+# zero.
+_UNDECAYED = r'(scale|shift|key_pe)_.*|.*bias_.*|(input|hidden)_R3R'
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:

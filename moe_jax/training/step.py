@@ -16,7 +16,8 @@ from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer
 from moe_jax.training.state import Setup, TrainState
 
-# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}
+# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}, and of
+# a contiguous stream 'fresh': bool [B], True where a row begins anew.
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
@@ -57,38 +58,67 @@ def make_train_step(
 
   The loss is the mean over all targets of the global batch, whatever the mesh
   and the number of micro-batches. The balance loss is computed per micro-batch
-  and averaged.
+  and averaged. Rows keep their own memory, whatever micro-batch they are in.
   """
   config, micro_batches = setup.config, setup.config.train.accumulation
+  random = bool(config.model.dropout or config.router.jitter)
   learning_rate = optimizer.schedule(config)
 
   def loss_fn(
-    params: Any, batch: Batch, num_targets: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
+    params: Any,
+    batch: Batch,
+    memory: jax.Array | None,
+    key: jax.Array | None,
+    num_targets: jax.Array,
+  ) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
     model: Decoder = nnx.merge(setup.graphdef, params)
-    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    logits_BLV, load, memory = model(
+      batch['inputs'], batch['mask'], memory=memory, key=key
+    )
     nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
     auxiliary, metrics = auxiliary_loss(load, config)
     metrics = jax.tree.map(lambda m: m / micro_batches, metrics)
     metrics |= {'loss': nll / num_targets, 'load': load}
-    return metrics['loss'] + auxiliary / micro_batches, metrics
+    return metrics['loss'] + auxiliary / micro_batches, (metrics, memory)
 
-  def gradient(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+  def gradient(
+    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
+  ) -> tuple[Any, Metrics, jax.Array | None]:
     num_targets = batch['mask'].sum().astype(jnp.float32)
     grad = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      return grad(params, batch, num_targets)
+      grads, (metrics, memory) = grad(params, batch, memory, key, num_targets)
+      return grads, metrics, memory
 
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-      more = grad(params, micro_batch, num_targets)
-      return jax.tree.map(jnp.add, total, more), None
+    def of_part(part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
+      number, micro_batch, memory = part
+      micro_key = None if key is None else jax.random.fold_in(key, number)
+      grads, (metrics, memory) = grad(
+        params, micro_batch, memory, micro_key, num_targets
+      )
+      return (grads, metrics), memory
 
-    shapes = jax.eval_shape(grad, params, batch, num_targets)
+    def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
+      more, memory = of_part(part)
+      return jax.tree.map(jnp.add, total, more), memory
+
+    parts = (
+      jnp.arange(micro_batches),
+      _split(batch, micro_batches, setup.mesh),
+      _split(memory, micro_batches, setup.mesh, axis=1),
+    )
+    first = jax.tree.map(lambda a: a[0], parts)
+    shapes, _ = jax.eval_shape(of_part, first)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return jax.lax.scan(add, zeros, _split(batch, micro_batches, setup.mesh))[0]
+    (grads, metrics), memory = jax.lax.scan(add, zeros, parts)
+    return grads, metrics, _join(memory, setup.mesh, axis=1)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    grads, metrics = gradient(state['params'], batch)
+    memory = state.get('memory')
+    if memory is not None:
+      memory = jnp.where(batch['fresh'][:, None, None], 0, memory)
+    key = step_key(state) if random else None
+    grads, metrics, memory = gradient(state['params'], batch, memory, key)
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
     )
@@ -96,6 +126,8 @@ def make_train_step(
     metrics['gradient_norm'] = optax.tree.norm(grads)
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    if memory is not None:
+      new['memory'] = memory
     return state | new, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -107,36 +139,70 @@ def make_train_step(
   )
 
 
-def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
+def step_key(state: TrainState) -> jax.Array:
+  """The random key of the step that begins with this state."""
+  return jax.random.fold_in(
+    jax.random.wrap_key_data(state['key']), state['step']
+  )
+
+
+def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   """The jitted evaluation of a batch: sums, so that batches can be added up.
 
   Returns:
-    A function of (params, batch) to {'nll': nats, 'targets': their number,
-    'load': Load or None}.
+    A function of (params, batch) and, where the batch goes on with the rows of
+    the one before, that one's memory, which it donates; to {'nll': nats,
+    'targets': their number, 'load': Load or None, 'memory': for the next
+    batch, None without a span}.
   """
 
-  def eval_step(params: Any, batch: Batch) -> Metrics:
+  def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
     model: Decoder = nnx.merge(setup.graphdef, params)
-    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    logits_BLV, load, memory = model(
+      batch['inputs'], batch['mask'], memory=memory
+    )
     return {
       'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
       'targets': batch['mask'].sum(),
       'load': load,
+      'memory': memory,
     }
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract['params'])
-  return jax.jit(
-    eval_step,
-    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
-    out_shardings=mesh_lib.replicated(setup.mesh),
+  of_memory = mesh_lib.memory_sharding(setup.mesh)
+  sums = dict.fromkeys(
+    ('nll', 'targets', 'load'), mesh_lib.replicated(setup.mesh)
   )
+  jitted = jax.jit(
+    eval_step,
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh), of_memory),
+    out_shardings=sums | {'memory': of_memory},
+    donate_argnums=2,
+  )
+  return lambda params, batch, memory=None: jitted(params, batch, memory)
 
 
-def _split(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Batch:
-  """[B, L] -> [count, B / count, L], every device keeping its sequences."""
+def _split(
+  tree: Any, count: int, mesh: jax.sharding.Mesh, axis: int = 0
+) -> Any:
+  """B at `axis` -> [count, ..., B / count, ...], devices keeping their rows."""
 
-  def split(array_BL: jax.Array) -> jax.Array:
-    micro = array_BL.reshape(-1, count, array_BL.shape[-1]).swapaxes(0, 1)
-    return mesh_lib.shard_tokens(micro, mesh, axis=1)
+  def split(array: jax.Array) -> jax.Array:
+    shape = array.shape
+    parts = array.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
+    parts = jnp.moveaxis(parts, axis + 1, 0)
+    return mesh_lib.shard_tokens(parts, mesh, axis=axis + 1)
 
-  return jax.tree.map(split, batch)
+  return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
+  """What `_split` took apart."""
+
+  def join(parts: jax.Array) -> jax.Array:
+    array = jnp.moveaxis(parts, 0, axis + 1)
+    shape = array.shape
+    array = array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+    return mesh_lib.shard_tokens(array, mesh, axis=axis)
+
+  return jax.tree.map(join, tree)
