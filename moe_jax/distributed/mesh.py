@@ -31,10 +31,17 @@ RULES = (
   (r'up_bias_NF', P('expert', 'tensor')),
   (r'down_bias_ND', P('expert', None)),
   # Small, and read by every token: a copy on every device.
-  (r'projector_DR|weight_XN|coefficient_D2', P(None, None)),
-  (r'(input|hidden)_R3R', P(None, None, None)),
-  (r'(input|hidden)_bias_3R', P(None, None)),
-  (r'key_pe_AJ', P(None, None)),
+  (r'projector_DR|coefficient_D2', P(None, None)),
+  (r'(input|hidden)_[XR]R|(input|hidden)_bias_[34]R', P(None, None)),
+  (r'(input|hidden)_[XR][34]R', P(None, None, None)),
+  (r'(input|hidden|mlp)_bias_[RF]', P(None)),
+  (r'(weight|mlp|reduction|embedding)_(XN|FN|XF|XE|NX|NE)', P(None, None)),
+  (r'embedding_X|(choice_)?bias_N', P(None)),
+  (r'log_temperature', P()),
+  (r'fixed_(weight_XN|table_VN|up_XF|weights_bias_XN|bias_FN)', P(None, None)),
+  (r'fixed_weights_FXN', P(None, None, None)),
+  (r'fixed_(up_bias_F|bias_bias_N)', P(None)),
+  (r'key_pe_AW', P(None, None)),
   (r'scale_D|shift_D|bias_D|bias_2', P(None)),
   (r'up_bias_F|down_bias_D|head_bias_V', P(None)),
   # Of a run: hidden states of every layer, with the sequences they came from.
@@ -63,7 +70,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def memory_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays [layers, B, J, D]: split as the batch they belong to."""
+  """Of arrays [layers, B, W, D]: split as the batch they belong to."""
   return NamedSharding(mesh, P(None, TOKEN_AXES))
 
 

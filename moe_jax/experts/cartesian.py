@@ -9,8 +9,8 @@ from flax import nnx
 
 from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 Norm = Callable[[jax.Array], jax.Array]
 

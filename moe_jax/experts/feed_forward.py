@@ -8,8 +8,8 @@ from flax import nnx
 
 from moe_jax.experts.dropout import dropout, dropout_rows, split
 from moe_jax.experts.grouped_matmul import grouped_matmul
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 
 def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:

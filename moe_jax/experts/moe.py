@@ -1,7 +1,6 @@
 """A Mixture-of-Experts layer: route, select, dispatch, combine, share."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -13,9 +12,9 @@ from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.dropout import dropout, split
 from moe_jax.experts.feed_forward import ExpertBank, FeedForward
 from moe_jax.routing.balance import Load, load_of
-from moe_jax.routing.recurrent import Cell, Precision, State
-from moe_jax.routing.router import Router, Tokens
-from moe_jax.routing.selection import Routing
+from moe_jax.routing.cells import Cell, Precision
+from moe_jax.routing.router import Router, State, Tokens
+from moe_jax.routing.selection import Routing, Select
 
 
 class Watched(NamedTuple):
@@ -43,6 +42,8 @@ class MoELayer(nnx.Module):
     dispatch: moves tokens to experts and back.
     experts: the bank of routed experts.
     shared: an expert that every token visits, or None.
+    shared_parts: networks that `shared` stands for: their outputs' mean is its
+      own, divided by their number.
     mixing: joins routed and shared output.
     bias_D: a learned vector added to the routed output, or None (RMoE's
       released code has it as an option).
@@ -52,11 +53,12 @@ class MoELayer(nnx.Module):
   def __init__(
     self,
     router: Router,
-    select: Callable[[jax.Array], Routing],
+    select: Select,
     dispatch: Dispatch,
     experts: ExpertBank,
     *,
     shared: FeedForward | None = None,
+    shared_parts: int = 1,
     mixing: Mixing | None = None,
     bias_D: nnx.Param | None = None,
     dropout: float = 0.0,
@@ -66,6 +68,7 @@ class MoELayer(nnx.Module):
     self.dispatch = dispatch
     self.experts = experts
     self.shared = shared
+    self.shared_parts = shared_parts
     self.mixing = mixing
     self.bias_D = bias_D
     self.dropout = dropout
@@ -91,9 +94,11 @@ class MoELayer(nnx.Module):
       y_TD += self.bias_D[...].astype(y_TD.dtype)
     if self.shared is not None:
       with jax.named_scope('shared_expert'):
-        y_TD = self.mixing(x_TD, y_TD, self.shared(x_TD, shared_key))
+        shared_TD = self.shared(x_TD, shared_key) / self.shared_parts
+        y_TD = self.mixing(x_TD, y_TD, shared_TD)
     y_TD = dropout(y_TD, self.dropout, output_key)
-    return y_TD, state, Watched(load_of(routing, tokens, dropped), routing)
+    load = load_of(routing, tokens, dropped, self.select.steering)
+    return y_TD, state, Watched(load, routing)
 
   def _with_seeds(self, routing: Routing, key: jax.Array | None) -> Routing:
     """Drawn here, token by token, so that dropout depends on no dispatch."""

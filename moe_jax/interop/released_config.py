@@ -71,7 +71,8 @@ def _config(
     'offset': 0,
   } | moe
   config.router = {'score': 'linear'} | router
-  config.loss = {'balance_layers': 'joined'}  # as the released code computes it
+  # The balance loss as the released code computes it.
+  config.loss = {'balance_layers': 'joined', 'bias_rate': 0.0}
   return config.lock()
 
 
@@ -97,7 +98,14 @@ def _model(keys: Keys) -> dict[str, Any]:
     'ffn_width': keys.integer('intermediate_size'),
     'vocab_size': keys.integer('vocab_size'),
     'rope_theta': keys.number('rope_theta'),
+    'norm': 'rms',
+    'norm_place': 'pre',
     'norm_epsilon': keys.number('rms_norm_eps'),
+    'positions': 'rotary',
+    'span': 0,
+    'activation': 'swiglu',
+    'dropout': 0.0,
+    'head_bias': False,
     'tie_embeddings': keys.flag('tie_word_embeddings'),
     'init_std': 0.02,
     'dtype': 'float32',

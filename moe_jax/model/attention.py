@@ -18,7 +18,7 @@ class Attend(Protocol):
     query_BLHA: jax.Array,
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
-    key_pe_AJ: jax.Array | None,
+    key_pe_AW: jax.Array | None,
     key: jax.Array | None,
   ) -> jax.Array:
     """The weighted values, [B, L, H, A].
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     self,
     context_BLD: jax.Array,
     length: int,
-    key_pe_AJ: jax.Array | None = None,
+    key_pe_AW: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> jax.Array:
     """Attends from the last `length` positions of the context, [B, L, D].
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     Args:
       context_BLD: what came before the sequence, if anything, and itself.
       length: of the sequence.
-      key_pe_AJ: for `SpanAttend`.
+      key_pe_AW: for `SpanAttend`.
       key: of dropout; None for none.
     """
     dtype = context_BLD.dtype
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
       project('BLD,DHA->BLHA', x_BLD, self.query_DHA),
       project('BLD,DGA->BLGA', context_BLD, self.key_DGA),
       project('BLD,DGA->BLGA', context_BLD, self.value_DGA),
-      key_pe_AJ,
+      key_pe_AW,
       key,
     )
     return project('BLHA,HAD->BLD', attended_BLHA, self.out_HAD)
@@ -109,10 +109,10 @@ class RotaryAttend:
     query_BLHA: jax.Array,
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
-    key_pe_AJ: jax.Array | None,
+    key_pe_AW: jax.Array | None,
     key: jax.Array | None,
   ) -> jax.Array:
-    del key_pe_AJ
+    del key_pe_AW
     query_BLHA = rotate(query_BLHA, self.theta)
     key_BLGA = rotate(key_BLGA, self.theta)
     if self.dropout and key is not None:

@@ -11,8 +11,8 @@ from moe_jax.experts.cartesian import Chain, Norm
 from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.attention import Attention
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 
 class Passed(NamedTuple):
@@ -31,12 +31,12 @@ class Past(NamedTuple):
   """What attention sees beside the sequence.
 
   Attributes:
-    memory_BJD: hidden states before the sequence that this block read then.
-    key_pe_AJ: keys of relative positions, the same in all layers and heads.
+    memory_BWD: hidden states before the sequence that this block read then.
+    key_pe_AW: keys of relative positions, the same in all layers and heads.
   """
 
-  memory_BJD: jax.Array
-  key_pe_AJ: jax.Array
+  memory_BWD: jax.Array
+  key_pe_AW: jax.Array
 
 
 class Block(nnx.Module):
@@ -60,12 +60,12 @@ class Block(nnx.Module):
     `key` is of this block's random numbers; None where there are none.
     """
     x_BLD, state = passed
-    context_BLD, memory_BJD = _with_memory(x_BLD, past)
+    context_BLD, memory_BWD = _with_memory(x_BLD, past)
     attention_key, chain_key = split(key, 2)
     with jax.named_scope('attention'):
       x_BLD += self._attend(self.norm(context_BLD), x_BLD, past, attention_key)
     y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
-    return Passed(y_BLD, state), watched, memory_BJD
+    return Passed(y_BLD, state), watched, memory_BWD
 
   def _attend(
     self,
@@ -74,8 +74,8 @@ class Block(nnx.Module):
     past: Past | None,
     key: jax.Array | None,
   ) -> jax.Array:
-    key_pe_AJ = None if past is None else past.key_pe_AJ
-    return self.attention(context_BLD, x_BLD.shape[1], key_pe_AJ, key)
+    key_pe_AW = None if past is None else past.key_pe_AW
+    return self.attention(context_BLD, x_BLD.shape[1], key_pe_AW, key)
 
   def _chain(
     self,
@@ -113,14 +113,14 @@ class PostNormBlock(Block):
     key: jax.Array | None,
   ) -> tuple[Passed, Watched | None, jax.Array | None]:
     x_BLD, state = passed
-    context_BLD, memory_BJD = _with_memory(x_BLD, past)
+    context_BLD, memory_BWD = _with_memory(x_BLD, past)
     attention_key, chain_key = split(key, 2)
     with jax.named_scope('attention'):
       seen_BLD = self._attend(context_BLD, x_BLD, past, attention_key)
       x_BLD = self.norm(x_BLD + seen_BLD)
     y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
     x_BLD = self.outer_norm(x_BLD + y_BLD)
-    return Passed(x_BLD, state), watched, memory_BJD
+    return Passed(x_BLD, state), watched, memory_BWD
 
 
 class Period(nnx.Module):
@@ -144,8 +144,8 @@ class Period(nnx.Module):
     watched, memory = [], []
     keys = split(key, len(self.blocks))
     for block, seen, block_key in zip(self.blocks, past, keys, strict=True):
-      passed, of_block, next_BJD = block(passed, cell, tokens, seen, block_key)
-      memory.append(next_BJD)
+      passed, of_block, next_BWD = block(passed, cell, tokens, seen, block_key)
+      memory.append(next_BWD)
       if of_block is not None:
         watched.append(of_block)
     return passed, watched, memory
@@ -157,7 +157,7 @@ def _with_memory(
   """The context of the attention, and the next sequence's memory."""
   if past is None:
     return x_BLD, None
-  memory_BJD = past.memory_BJD.astype(x_BLD.dtype)
-  context_BLD = jnp.concatenate([memory_BJD, x_BLD], axis=1)
-  newest_BJD = context_BLD[:, -memory_BJD.shape[1] :]
-  return context_BLD, jax.lax.stop_gradient(newest_BJD)
+  memory_BWD = past.memory_BWD.astype(x_BLD.dtype)
+  context_BLD = jnp.concatenate([memory_BWD, x_BLD], axis=1)
+  newest_BWD = context_BLD[:, -memory_BWD.shape[1] :]
+  return context_BLD, jax.lax.stop_gradient(newest_BWD)

@@ -11,8 +11,8 @@ from moe_jax.experts.cartesian import Norm
 from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Passed, Past, Period
-from moe_jax.routing.recurrent import Cell
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import Tokens, start
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
 _KEEP_ROUTING = jax.checkpoint_policies.save_only_these_names('routing')
@@ -39,7 +39,7 @@ class Output(NamedTuple):
     logits_BLV: float32.
     watched: of every MoE layer what was asked for, each array with leading axes
       [MoE layers, S]; None for a model without MoE layers.
-    memory: [layers, B, J, D], to be given back with the tokens that follow;
+    memory: [layers, B, W, D], to be given back with the tokens that follow;
       None for a model that sees nothing before its sequence.
   """
 
@@ -59,7 +59,7 @@ class Decoder(nnx.Module):
     norm: before the head; None if the blocks end with one.
     head_DV: the output head; None if tied to the embedding.
     head_bias_V: of the output head, or None.
-    key_pe_AJ: keys of relative positions, shared by all layers and heads; None
+    key_pe_AW: keys of relative positions, shared by all layers and heads; None
       for other kinds of positions.
   """
 
@@ -73,8 +73,9 @@ class Decoder(nnx.Module):
     head_DV: nnx.Param | None,
     *,
     head_bias_V: nnx.Param | None,
-    key_pe_AJ: nnx.Param | None,
+    key_pe_AW: nnx.Param | None,
     repeats: int,
+    num_residual_logits: int,
     dtype: jnp.dtype,
     remat: str,
     unroll: int,
@@ -91,8 +92,9 @@ class Decoder(nnx.Module):
       norm: part or None.
       head_DV: parameter or None.
       head_bias_V: parameter or None.
-      key_pe_AJ: parameter or None.
+      key_pe_AW: parameter or None.
       repeats: P.
+      num_residual_logits: N where routers add up their logits, else 0.
       dtype: of the arithmetic outside routers and norms.
       remat: a key of `REMAT_POLICIES`.
       unroll: periods per step of the scan.
@@ -107,8 +109,9 @@ class Decoder(nnx.Module):
     self.norm = norm
     self.head_DV = head_DV
     self.head_bias_V = head_bias_V
-    self.key_pe_AJ = key_pe_AJ
+    self.key_pe_AW = key_pe_AW
     self.repeats = repeats
+    self.num_residual_logits = num_residual_logits
     self.dtype = dtype
     self.remat = remat
     self.unroll = unroll
@@ -140,19 +143,20 @@ class Decoder(nnx.Module):
     x_BLD = embed_VD[ids_BL]
     tokens = Tokens(ids_BL, real_BL)
     prefix_key, periods_key = split(key, 2)
-    passed = self._shard(Passed(x_BLD, self.cell.start(ids_BL.size)))
+    state = start(self.cell, ids_BL.size, self.num_residual_logits)
+    passed = self._shard(Passed(x_BLD, state))
     first, remembered = self._memories(memory, x_BLD)
 
     def step(
       passed: Passed,
       cell: Cell,
       tokens: Tokens,
-      key_pe_AJ: jax.Array | None,
+      key_pe_AW: jax.Array | None,
       period: Period,
       memory: jax.Array | None,
       key: jax.Array | None,
     ) -> tuple[Passed, tuple[Any, jax.Array | None]]:
-      past = _past(memory, key_pe_AJ, len(period.blocks))
+      past = _past(memory, key_pe_AW, len(period.blocks))
       passed, watched, memory = period(passed, cell, tokens, past, key)
       kept = _stack([keep(w) for w in watched])
       return self._shard(passed), (kept, self._stack_memory(memory))
@@ -175,22 +179,22 @@ class Decoder(nnx.Module):
     return Output(self._logits(x_BLD), *made)
 
   def _key_pe(self) -> jax.Array | None:
-    return None if self.key_pe_AJ is None else self.key_pe_AJ[...]
+    return None if self.key_pe_AW is None else self.key_pe_AW[...]
 
   def _memories(
     self, memory: jax.Array | None, x_BLD: jax.Array
   ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The memory [blocks, B, J, D] of the prefix, and of the periods [P, ...].
+    """The memory [blocks, B, W, D] of the prefix, and of the periods [P, ...].
 
     Zeros at the beginning of a text.
     """
-    if self.key_pe_AJ is None:
+    if self.key_pe_AW is None:
       return None, None
     first = len(self.prefix.blocks)
     period = len(self.periods.blocks) if self.periods is not None else 0
     if memory is None:
       batch, _, size = x_BLD.shape
-      layers, span = first + self.repeats * period, self.key_pe_AJ.shape[-1]
+      layers, span = first + self.repeats * period, self.key_pe_AW.shape[-1]
       memory = jnp.zeros((layers, batch, span, size), x_BLD.dtype)
     repeating = memory[first:].reshape(-1, max(period, 1), *memory.shape[1:])
     return memory[:first], repeating
@@ -227,12 +231,12 @@ class Decoder(nnx.Module):
 
 
 def _past(
-  memory: jax.Array | None, key_pe_AJ: jax.Array | None, num_blocks: int
+  memory: jax.Array | None, key_pe_AW: jax.Array | None, num_blocks: int
 ) -> list[Past | None]:
   """What each of a period's blocks sees beside its sequence."""
   if memory is None:
     return [None] * num_blocks
-  return [Past(memory[i], key_pe_AJ) for i in range(num_blocks)]
+  return [Past(memory[i], key_pe_AW) for i in range(num_blocks)]
 
 
 def _stack(watched: Sequence[Any]) -> Any:

@@ -94,7 +94,7 @@ def _uses(config: ConfigDict, keys: list[str]) -> float:
   """Matmuls that each weight of a parameter is part of, for one token."""
   if re.fullmatch(_ELEMENTWISE, keys[-1]):
     return 0
-  if keys[-1] == 'key_pe_AJ':
+  if keys[-1] == 'key_pe_AW':
     return 0  # part of the attention
   if keys[-1] in ('key_DGA', 'value_DGA'):
     return 1 + config.model.span / config.data.seq_len

@@ -14,10 +14,11 @@ from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build, compute_dtype
+from moe_jax.model.decoder import Decoder
 from moe_jax.training import optimizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and for
-# models that see tokens before their sequence 'memory': [layers, B, J, D]. The
+# models that see tokens before their sequence 'memory': [layers, B, W, D]. The
 # key is the run's random state; whoever needs randomness in a step folds the
 # step into it.
 TrainState = dict[str, Any]
@@ -29,12 +30,14 @@ class Setup:
 
   Attributes:
     graphdef: merged with a dict of parameters, the model.
+    eval_graphdef: the same for evaluation, where `eval.disable_top` counts.
     tx: the optimizer.
     abstract: the state as `ShapeDtypeStruct`s with shardings.
     mesh: where it lives.
   """
 
   graphdef: nnx.GraphDef
+  eval_graphdef: nnx.GraphDef
   tx: optax.GradientTransformation
   abstract: TrainState
   mesh: Mesh
@@ -93,12 +96,15 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     UserError: a mesh axis does not divide a dimension of a parameter.
   """
   tx = optimizer.make(config)
-  graphdef = nnx.graphdef(
-    nnx.eval_shape(
-      lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
-    )
+  made = Setup(
+    _graphdef(config, vocab_size, mesh, disable_top=0),
+    _graphdef(config, vocab_size, mesh, config.eval.disable_top),
+    tx,
+    {},
+    mesh,
+    config,
+    vocab_size,
   )
-  made = Setup(graphdef, tx, {}, mesh, config, vocab_size)
   shapes = jax.eval_shape(made._create, jax.random.key(0))
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -126,6 +132,21 @@ def empty_memory(
     compute_dtype(config, mesh),
     device=mesh_lib.memory_sharding(mesh),
   )
+
+
+def _graphdef(
+  config: ConfigDict, vocab_size: int, mesh: Mesh, disable_top: int
+) -> nnx.GraphDef:
+  def make() -> Decoder:
+    return build(
+      config,
+      vocab_size,
+      mesh,
+      rngs=nnx.Rngs(params=0),
+      disable_top=disable_top,
+    )
+
+  return nnx.graphdef(nnx.eval_shape(make))
 
 
 def _init_options(mesh: Mesh) -> dict[str, int] | None:

@@ -33,22 +33,39 @@ def cross_entropy(
 
 
 def auxiliary_loss(
-  load: Load | None, config: ConfigDict
+  load: Load | None,
+  config: ConfigDict,
+  share: float = 1.0,
+  whole: Load | None = None,
 ) -> tuple[jax.Array | float, Metrics]:
-  """The weighted balance and z losses, and both unweighted as metrics."""
+  """The weighted balance and z losses, and both unweighted as metrics.
+
+  Args:
+    load: of a micro-batch; None without MoE layers.
+    config: the whole config; reads `loss`.
+    share: of the micro-batch in the losses' mean over micro-batches.
+    whole: of the global batch, if its shares are to be even, else None.
+  """
   if load is None:
     return 0.0, {}
+  steering = load.steering.sum()
   if config.loss.balance_layers == 'joined':
-    load = balance.joined(load)
+    load, whole = balance.joined(load), whole and balance.joined(whole)
+  if config.loss.balance_scope == 'sequence':
+    balance_loss = share * balance.sequence_balance_loss(load)
+  elif whole is not None:
+    balance_loss = balance.balance_loss(load, whole)
+  else:
+    balance_loss = share * balance.balance_loss(load)
   metrics = {
-    'balance_loss': balance.balance_loss(load),
-    'z_loss': balance.z_loss(load),
+    'balance_loss': balance_loss,
+    'z_loss': share * balance.z_loss(load),
   }
   weighted = (
     config.loss.balance_weight * metrics['balance_loss']
     + config.loss.z_weight * metrics['z_loss']
   )
-  return weighted, metrics
+  return weighted + steering, metrics
 
 
 def make_train_step(
@@ -57,11 +74,12 @@ def make_train_step(
   """The jitted update; it donates the state it is given.
 
   The loss is the mean over all targets of the global batch, whatever the mesh
-  and the number of micro-batches. The balance loss is computed per micro-batch
-  and averaged. Rows keep their own memory, whatever micro-batch they are in.
+  and the number of micro-batches. What the balance loss is taken over,
+  `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
+  the global batch, for which a first pass over its micro-batches counts. Rows
+  keep their own memory, whatever micro-batch they are in.
   """
   config, micro_batches = setup.config, setup.config.train.accumulation
-  random = bool(config.model.dropout or config.router.jitter)
   learning_rate = optimizer.schedule(config)
 
   def loss_fn(
@@ -70,16 +88,16 @@ def make_train_step(
     memory: jax.Array | None,
     key: jax.Array | None,
     num_targets: jax.Array,
+    whole: Load | None,
   ) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
     model: Decoder = nnx.merge(setup.graphdef, params)
     logits_BLV, load, memory = model(
       batch['inputs'], batch['mask'], memory=memory, key=key
     )
     nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
-    auxiliary, metrics = auxiliary_loss(load, config)
-    metrics = jax.tree.map(lambda m: m / micro_batches, metrics)
+    auxiliary, metrics = auxiliary_loss(load, config, 1 / micro_batches, whole)
     metrics |= {'loss': nll / num_targets, 'load': load}
-    return metrics['loss'] + auxiliary / micro_batches, (metrics, memory)
+    return metrics['loss'] + auxiliary, (metrics, memory)
 
   def gradient(
     params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
@@ -87,43 +105,47 @@ def make_train_step(
     num_targets = batch['mask'].sum().astype(jnp.float32)
     grad = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      grads, (metrics, memory) = grad(params, batch, memory, key, num_targets)
+      grads, (metrics, memory) = grad(
+        params, batch, memory, key, num_targets, None
+      )
       return grads, metrics, memory
 
     def of_part(part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
-      number, micro_batch, memory = part
-      micro_key = None if key is None else jax.random.fold_in(key, number)
-      grads, (metrics, memory) = grad(
-        params, micro_batch, memory, micro_key, num_targets
-      )
+      grads, (metrics, memory) = grad(params, *part, num_targets, whole)
       return (grads, metrics), memory
 
-    def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
-      more, memory = of_part(part)
-      return jax.tree.map(jnp.add, total, more), memory
-
     parts = (
-      jnp.arange(micro_batches),
       _split(batch, micro_batches, setup.mesh),
       _split(memory, micro_batches, setup.mesh, axis=1),
+      None if key is None else jax.random.split(key, micro_batches),
     )
-    first = jax.tree.map(lambda a: a[0], parts)
-    shapes, _ = jax.eval_shape(of_part, first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    (grads, metrics), memory = jax.lax.scan(add, zeros, parts)
+    whole = None
+    if config.loss.balance_scope == 'global_batch':
+      whole, _ = _sum(lambda part: (load_of(params, *part), None), parts)
+    (grads, metrics), memory = _sum(of_part, parts)
     return grads, metrics, _join(memory, setup.mesh, axis=1)
+
+  def load_of(
+    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
+  ) -> Load | None:
+    model: Decoder = nnx.merge(setup.graphdef, params)
+    inputs, mask = batch['inputs'], batch['mask']
+    return model(inputs, mask, memory=memory, key=key).watched
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     memory = state.get('memory')
     if memory is not None:
       memory = jnp.where(batch['fresh'][:, None, None], 0, memory)
-    key = step_key(state) if random else None
-    grads, metrics, memory = gradient(state['params'], batch, memory, key)
+    grads, metrics, memory = gradient(
+      state['params'], batch, memory, _step_key(state, config)
+    )
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
     )
     params = optax.apply_updates(state['params'], updates)
-    metrics['gradient_norm'] = optax.tree.norm(grads)
+    metrics['gradient_norm'] = optimizer.trained_norm(
+      grads, config.optimizer.freeze
+    )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     if memory is not None:
@@ -139,13 +161,6 @@ def make_train_step(
   )
 
 
-def step_key(state: TrainState) -> jax.Array:
-  """The random key of the step that begins with this state."""
-  return jax.random.fold_in(
-    jax.random.wrap_key_data(state['key']), state['step']
-  )
-
-
 def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   """The jitted evaluation of a batch: sums, so that batches can be added up.
 
@@ -157,7 +172,7 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   """
 
   def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
-    model: Decoder = nnx.merge(setup.graphdef, params)
+    model: Decoder = nnx.merge(setup.eval_graphdef, params)
     logits_BLV, load, memory = model(
       batch['inputs'], batch['mask'], memory=memory
     )
@@ -180,6 +195,31 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
     donate_argnums=2,
   )
   return lambda params, batch, memory=None: jitted(params, batch, memory)
+
+
+def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:
+  """Of the random numbers of a step; None where it draws none."""
+  if not config.model.dropout and not config.router.jitter:
+    return None
+  key = jax.random.wrap_key_data(state['key'])
+  return jax.random.fold_in(key, state['step'])
+
+
+def _sum(function: Callable[[Any], tuple[Any, Any]], parts: Any) -> Any:
+  """Calls `function` for one part after the other, the leading axis of `parts`.
+
+  Returns:
+    The sum of its first results, and its second results stacked.
+  """
+
+  def add(total: Any, part: Any) -> tuple[Any, Any]:
+    more, kept = function(part)
+    return jax.tree.map(jnp.add, total, more), kept
+
+  first = jax.tree.map(lambda a: a[0], parts)
+  shapes, _ = jax.eval_shape(function, first)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zeros, parts)
 
 
 def _split(
