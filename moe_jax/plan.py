@@ -23,6 +23,8 @@ from moe_jax.errors import UserError
 from moe_jax.model import build, memory, sizes
 from moe_jax.training import state
 
+# Rows of the table.
+_STATE = ('parameters', 'gradients', 'optimizer', 'segments')
 _ROUTER = (
   'score',
   'recurrent',
@@ -94,11 +96,10 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
 def shapes(config: ConfigDict) -> state.Setup:
   """The setup of a validated config: the same shapes on any mesh.
 
-  The tokenizer is asked only where `model.vocab_size` leaves V to it.
+  A data set is read only where `model.vocab_size` leaves V to its dictionary.
   """
-  vocab_size = config.model.vocab_size
-  if not vocab_size:
-    vocab_size = tokenizers.build(config.data.tokenizer).vocab_size
+  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  vocab_size = config_lib.vocab_size(config, of_tokenizer)
   # One device is always there.
   one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
   return state.setup(config, vocab_size, one)
@@ -120,7 +121,7 @@ def table(plan: dict[str, Any]) -> str:
     'compute': f'{plan["flops_per_token"]:,} FLOPs per token in training,'
     f' {plan["flops_per_token_forward"]:,} forward',
     'memory': f'{_bytes(plan["memory_bytes_per_device"])} per device',
-    '  state': _listed(parts, 'parameters', 'gradients', 'optimizer'),
+    '  state': _listed(parts, *_STATE),
     '  step': _listed(parts, *memory.Temporaries._fields),
     'batch': f'{plan["tokens_per_step"]:,} tokens per step',
     'layers': ', '.join(pattern),
@@ -140,7 +141,8 @@ def table(plan: dict[str, Any]) -> str:
 
 def _listed(parts: dict[str, int], *names: str) -> str:
   """`a 1.5 GiB, b 3.0 GiB`."""
-  return ', '.join(f'{name} {_bytes(parts[name])}' for name in names)
+  shown = [f'{name} {_bytes(parts[name])}' for name in names if parts[name]]
+  return ', '.join(shown)
 
 
 def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
@@ -162,11 +164,13 @@ def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
   # Of the parameters' shapes, dtypes and shardings; and with micro-batches
   # the sum of those done.
   copies = 1 if config.train.accumulation == 1 else 2
+  segments = {name: abstract[name] for name in ('memory',) if name in abstract}
   temporaries = memory.temporaries(config, setup.vocab_size, mesh)
   return {
     'parameters': parameters,
     'gradients': copies * parameters,
     'optimizer': on_device(abstract['opt_state']),
+    'segments': on_device(segments),  # hidden states that a span reaches back
     **temporaries._asdict(),
   }
 

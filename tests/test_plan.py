@@ -39,6 +39,13 @@ def test_published_sizes_of_cartesian_moe(names: str) -> None:
     assert counted.active / 1e6 == pytest.approx(active, abs=0.15)
 
 
+@pytest.mark.parametrize('names', published.RMOE)
+def test_published_sizes_of_rmoe(names: str) -> None:
+  config = rmoe.get_config(names)
+  config.model.vocab_size = published.ENWIK8_SYMBOLS
+  assert f'{count(config).total / 1e6:.2f}' == published.RMOE[names]
+
+
 def test_published_sizes_in_billions() -> None:
   counted = count(cartesian_moe.get_config('7b'))
   found = round(counted.total / 1e9, 2), round(counted.active / 1e9, 2)
@@ -178,8 +185,10 @@ def test_top_p_counts_every_expert_as_active() -> None:
   assert counted.active == counted.total
 
 
-def test_a_given_vocabulary_needs_no_tokenizer() -> None:
-  config = tiny.config(model__vocab_size=61, data__tokenizer='elsewhere')
+def test_a_given_vocabulary_reads_no_data() -> None:
+  config = tiny.config(
+    model__vocab_size=61, data__tokenizer='words', data__dir='/nowhere'
+  )
   assert count(config).total == count(tiny.config()).total - 2 * 32 * (
     BYTES - 61
   )

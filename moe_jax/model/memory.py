@@ -132,7 +132,8 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
 
     def run(params: Any) -> Any:
       decoder = nnx.merge(graphdef, params)
-      return decoder(ids_BL, ids_BL == 0, key=jax.random.key(0))
+      made = decoder(ids_BL, ids_BL == 0, key=jax.random.key(0))
+      return made.logits_BLV, made.watched
 
     return _residuals(run, params)
 

@@ -11,7 +11,7 @@ from moe_jax import config as config_lib
 # No matmul per token: added, multiplied or looked up. HyperMoE's network works
 # once a step, whatever the number of tokens; positions count with attention.
 _ELEMENTWISE = (
-  r'scale_.*|.*bias_.*|log_temperature|fixed_table_VN|position_.*'
+  r'(scale|shift)_.*|.*bias_.*|log_temperature|fixed_table_VN|key_pe_AW'
   r'|embedding_X|fixed_up_XF|fixed_weights_FXN'
 )
 # Of G's shape, the linear weights that HyperMoE's network makes and that each
@@ -67,9 +67,10 @@ def flops_per_token(config: ConfigDict, params: Any) -> int:
 
   Counted are the matmuls: two operations per weight and use forward, four
   backward (two where the weight is fixed); and in attention the positions that
-  the causal mask lets a token see, on average over a sequence of
-  `data.seq_len`, or all `model.span` of them. Not counted are what is done
-  element by element, the optimizer, the embedding's look-up, and what an
+  a token sees: `model.span` of them, whose keys and values in the memory are
+  made anew for each sequence of `data.seq_len`, or what the causal mask lets it
+  see, on average over such a sequence. Not counted are what is done element by
+  element, the optimizer, the embedding's look-up, and what an
   implementation computes beyond need: masked or padded positions, recomputed
   activations.
 
@@ -138,7 +139,7 @@ def _uses(config: ConfigDict, keys: list[str]) -> float:
   if keys[0] == 'cell':  # shared by every MoE sub-layer
     kinds = config_lib.layer_kinds(config)
     return kinds.count('moe') * config.moe.factors
-  if config.model.positions == 'span' and re.match(r'(key|value)_D', name):
+  if config.model.positions == 'span' and name in ('key_DGA', 'value_DGA'):
     # Those of the segment memory are projected again with every segment.
     return 1 + config.model.span / config.data.seq_len
   return 1
