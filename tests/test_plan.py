@@ -194,6 +194,15 @@ def test_a_given_vocabulary_reads_no_data() -> None:
   )
 
 
+SPAN = {
+  'model.norm': 'layer',
+  'model.norm_place': 'post',
+  'model.positions': 'span',
+  'model.span': 128,
+  'model.activation': 'relu',
+  'model.dropout': 0.1,
+  'data.order': 'contiguous',
+}
 LARGER = {
   'model.hidden_size': 64,
   'model.ffn_width': 128,
@@ -212,6 +221,12 @@ LARGER = {
     pytest.param({}, {'expert': 4}, marks=pytest.mark.slow),
     pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
     pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
+    pytest.param(SPAN, {'data': 2, 'expert': 2}, marks=pytest.mark.slow),
+    pytest.param(
+      {'router.selection': 'top_p', 'moe.renormalize': False},
+      {},
+      marks=pytest.mark.slow,
+    ),
     pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
     pytest.param(
       {'moe.dispatch': 'capacity'}, {'expert': 4}, marks=pytest.mark.slow
@@ -236,7 +251,7 @@ def test_memory_of_a_step_is_what_the_compiler_says(
   compiled = compile_step(state.setup(config, BYTES, mesh)).memory_analysis()
 
   parts = plan.make(config, num_devices)['memory_parts_per_device']
-  kept = parts.pop('parameters') + parts.pop('optimizer')
+  kept = sum(map(parts.pop, ('parameters', 'optimizer', 'segments')))
   assert sum(parts.values()) == pytest.approx(
     compiled.temp_size_in_bytes, rel=0.2
   )
@@ -255,7 +270,24 @@ def compile_step(setup: state.Setup) -> jax.stages.Compiled:
       ('mask', 'bool'),
     )
   }
+  if 'memory' in setup.abstract:
+    batch['fresh'] = jax.ShapeDtypeStruct(rows[:1], 'bool', sharding=sharding)
   return make_train_step(setup).lower(setup.abstract, batch).compile()
+
+
+def test_a_span_costs_memory_and_operations() -> None:
+  config = tiny.config(**(LARGER | SPAN))
+  made = plan.make(config, 1)
+  # Four layers keep 128 hidden states of 64 numbers for each of 16 rows.
+  assert made['memory_parts_per_device']['segments'] == 4 * 16 * 128 * 64 * 4
+  assert 'segments 2.00 MiB' in plan.table(made)
+  attention = 4 * 64 * 64 + 2 * 64 * 64 * 128 / 64  # memory's keys and values
+  experts, router = 2 * 2 * 64 * 64, 64 * 8
+  # A query meets the keys of 128 positions and distances, and their values.
+  positions = 3 * 128 * 64
+  weights = 4 * (attention + experts + router + positions) + 64 * BYTES
+  assert made['flops_per_token_forward'] == 2 * weights
+  assert made['flops_per_token'] == 6 * weights
 
 
 def test_memory_grows_with_what_a_device_holds() -> None:
