@@ -47,7 +47,7 @@ class Sequence:
         if kind == 'moe':
           x_LD = x_LD + self.moe(u_LD, sub_layer)
         else:
-          x_LD = x_LD + swiglu(u_LD, sub_layer['feed_forward'])
+          x_LD = x_LD + feed_forward(u_LD, sub_layer['feed_forward'])
     head_DV = params.get('head_DV')
     head_DV = f64(params['embed_VD']).T if head_DV is None else f64(head_DV)
     return self.norm(x_LD, params['norm']) @ head_DV
@@ -94,13 +94,7 @@ class Sequence:
         weights = weights / weights.sum()
       for n, weight in zip(best, weights, strict=True):
         expert = {name: bank[n] for name, bank in layer['experts'].items()}
-        y_LD[token] += weight * swiglu(
-          u_LD[token],
-          {
-            'gate_up_D2F': expert['gate_up_ND2F'],
-            'down_FD': expert['down_NFD'],
-          },
-        )
+        y_LD[token] += weight * feed_forward(u_LD[token], expert)
       chosen.append(best)
     self.routed.append((probabilities_LN, chosen))
     if 'bias_D' in layer:
@@ -111,7 +105,7 @@ class Sequence:
     shared = self.config.moe.shared
     if not shared.width:
       return routed_LD
-    shared_LD = swiglu(u_LD, layer['shared'])
+    shared_LD = feed_forward(u_LD, layer['shared'])
     if shared.mixing == 'sum':
       return routed_LD + shared_LD
     if shared.mixing == 'fixed':
@@ -147,10 +141,15 @@ def gru(u_R: Array, h_R: Array, cell: dict[str, Array]) -> Array:
   return (1 - z) * n + z * h_R
 
 
-def swiglu(x: Array, weights: Any) -> Array:
-  gate_up = np.tensordot(x, f64(weights['gate_up_D2F']), 1)
-  gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-  return (gate * sigmoid(gate) * up) @ f64(weights['down_FD'])
+def feed_forward(x: Array, weights: Any) -> Array:
+  """One network, of a bank or not: by the names of its weights."""
+  part = {name.rpartition('_')[0]: f64(w) for name, w in weights.items()}
+  if 'gate_up' in part:
+    gate_up = np.tensordot(x, part['gate_up'], 1)
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    return (gate * sigmoid(gate) * up) @ part['down']
+  hidden = np.maximum(x @ part['up'] + part['up_bias'], 0)
+  return hidden @ part['down'] + part['down_bias']
 
 
 def blocks(params: Any) -> list[Any]:
