@@ -16,9 +16,16 @@ from moe_jax.config import layer_kinds
 Array = np.ndarray
 
 
-def logits(config: ConfigDict, params: Any, ids_BL: Array) -> Array:
-  """[B, L, V] float64."""
-  return np.stack([Sequence(config, params).run(ids_L) for ids_L in ids_BL])
+def logits(
+  config: ConfigDict, params: Any, ids_BL: Array, disable_top: int = 0
+) -> Array:
+  """[B, L, V] float64; `disable_top` experts left out of every choice."""
+  sequences = [
+    Sequence(config, params, disable_top=disable_top) for _ in ids_BL
+  ]
+  return np.stack(
+    [s.run(ids) for s, ids in zip(sequences, ids_BL, strict=True)]
+  )
 
 
 class Sequence:
@@ -31,7 +38,11 @@ class Sequence:
   """
 
   def __init__(
-    self, config: ConfigDict, params: Any, constants: Routers | None = None
+    self,
+    config: ConfigDict,
+    params: Any,
+    constants: Routers | None = None,
+    disable_top: int = 0,
   ) -> None:
     """Stands before the first layer.
 
@@ -39,9 +50,11 @@ class Sequence:
       config: of the model.
       params: the library's tree.
       constants: what detached values are read from: see `Routers`.
+      disable_top: every token's so many best experts are left out.
     """
     self.config = config
     self.params = params
+    self.select = Selection.of(config, disable_top)
     self.routed: list[tuple[Array, list[list[int]]]] = []
     self.routers = Routers(config.router, params.get('cell'), constants)
 
@@ -98,8 +111,8 @@ class Sequence:
 
   def moe(self, u_LD: Array, layer: Any) -> Array:
     logits_LN = self.routers(u_LD, layer['router'], self.ids_L)
-    how, bias_N = Selection.of(self.config), choice_bias(layer)
-    tokens = [select(logits_N, how, bias_N) for logits_N in logits_LN]
+    bias_N = choice_bias(layer)
+    tokens = [select(logits_N, self.select, bias_N) for logits_N in logits_LN]
     y_LD = np.zeros_like(u_LD)
     for at, token in enumerate(tokens):
       for n, weight in zip(token.experts, token.weights, strict=True):

@@ -28,12 +28,12 @@ class Selection:
   disable_top: int = 0
 
   @classmethod
-  def of(cls, config: ConfigDict) -> 'Selection':
+  def of(cls, config: ConfigDict, disable_top: int) -> 'Selection':
     names = 'selection top_p weights groups top_groups'.split()
     return cls(
       top_k=config.moe.top_k,
       renormalize=config.moe.renormalize,
-      disable_top=config.eval.disable_top,
+      disable_top=disable_top,
       **{name: config.router[name] for name in names},
     )
 

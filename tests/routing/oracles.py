@@ -190,7 +190,7 @@ class Routers:
   def advance(self, u_TD: Array, features: Weights) -> Array:
     """RMoE eq. 4-5: every token's state takes one step."""
     if self.router.projector == 'layerwise':
-      u_TD = u_TD @ features['projector_DR']
+      u_TD = u_TD @ features['project']['projector_DR']
     if not self.last or self.router.passing == 'none':
       zero = start(self.router.recurrent, self.router.state_size)
       self.last = [zero] * len(u_TD)
