@@ -222,3 +222,37 @@ def test_a_bias_moves_the_choice_and_never_the_weights() -> None:
     np.asarray(plain.probabilities_TN), np.asarray(biased.indices_TK), -1
   )
   np.testing.assert_array_equal(biased.weights_TK, found)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('weights', ['softmax', 'chosen', 'sigmoid'])
+@pytest.mark.parametrize('pick', PICKS)
+def test_a_broken_token_breaks_no_other(
+  pick: str, weights: str, bad: float
+) -> None:
+  """Its experts are experts all the same, and the rest is as without it."""
+  how = Selection(**PICKS[pick] | LIMITS['groups'], weights=weights)
+  broken = np.float32(logits())
+  broken[7, 2] = bad
+  found = make(how)(jnp.asarray(broken))
+  plain = make(how)(jnp.float32(logits()))
+  others = np.arange(len(broken)) != 7
+  for ours, expected in zip(
+    jax.tree.leaves(found), jax.tree.leaves(plain), strict=True
+  ):
+    np.testing.assert_array_equal(ours[others], expected[others])
+  indices = np.asarray(found.indices_TK[7])
+  assert ((indices >= 0) & (indices <= N)).all()
+  real = indices[indices < N]
+  assert len(set(real.tolist())) == len(real)
+
+
+@pytest.mark.parametrize('weights', ['softmax', 'chosen', 'sigmoid'])
+def test_an_expert_at_minus_infinity_is_not_chosen(weights: str) -> None:
+  how = dataclasses.replace(PLAIN, weights=weights)
+  masked = np.float32(logits())
+  masked[:, 2] = -np.inf
+  routing = make(how)(jnp.asarray(masked))
+  assert (np.asarray(routing.indices_TK) != 2).all()
+  for leaf in (routing.weights_TK, routing.probabilities_TN):
+    assert np.isfinite(leaf).all()
