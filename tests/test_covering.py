@@ -99,15 +99,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
   'backbone': {'llama': {}, 'span': SPAN},
 }
 
-# What `moe_jax.config` refuses: nothing there for the second to act on.
+# What `moe_jax.config` refuses.
 REFUSED = [
   ({'score': ['hash']}, {'recurrent': ['gru', 'rnn', 'lstm']}),
   ({'score': ['random', 'hash']}, {'bias': ['bias']}),
   ({'choice': ['top_p']}, {'dispatch': ['capacity']}),
-]
-
-# What changes nothing: settings of a cell where there is none.
-IDLE = [
   (
     {'recurrent': ['none']},
     {'projector': ['shared'], 'passing': ['detached', 'none']},
@@ -115,7 +111,7 @@ IDLE = [
 ]
 
 DIMENSIONS = {name: list(values) for name, values in SETTINGS.items()}
-ROWS = covering.cover(DIMENSIONS, REFUSED + IDLE)
+ROWS = covering.cover(DIMENSIONS, REFUSED)
 
 
 def configure(row: covering.Row) -> ConfigDict:
@@ -161,7 +157,7 @@ def unwanted(pair: covering.Row) -> bool:
   return any(
     any(pair.get(name) in values for name, values in left.items())
     and any(pair.get(name) in values for name, values in right.items())
-    for left, right in REFUSED + IDLE
+    for left, right in REFUSED
   )
 
 

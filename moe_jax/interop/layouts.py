@@ -58,11 +58,11 @@ def _rmoe(config: ConfigDict) -> Rules:
   score = 'weight2' if recurrent else 'gate.weight'
   experts = 'block_sparse_moe.experts.{*}.'
   return {
-    'cell/input_R3R': ('goi->igo', 'model.rnn_router.weight_i{r|z|n}'),
+    'cell/input_X3R': ('goi->igo', 'model.rnn_router.weight_i{r|z|n}'),
     'cell/hidden_R3R': ('goi->igo', 'model.rnn_router.weight_h{r|z|n}'),
     'cell/input_bias_3R': ('gR->gR', 'model.rnn_router.bias_i{r|z|n}'),
     'cell/hidden_bias_3R': ('gR->gR', 'model.rnn_router.bias_h{r|z|n}'),
-    f'{sub}/router/features/projector_DR': (
+    f'{sub}/router/features/project/projector_DR': (
       'RD->DR',
       'block_sparse_moe.weight1',
     ),

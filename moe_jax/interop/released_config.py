@@ -71,7 +71,8 @@ def _config(
     'offset': 0,
   } | moe
   config.router = {'score': 'linear'} | router
-  config.loss = {'balance_layers': 'joined'}  # as the released code computes it
+  # The balance loss as the released code computes it.
+  config.loss = {'balance_layers': 'joined', 'bias_rate': 0.0}
   return config.lock()
 
 
