@@ -79,8 +79,8 @@ def linear(x_X: Array, token: int, weights: Weights) -> Array:
 
 
 def mlp(x_X: Array, token: int, weights: Weights) -> Array:
-  hidden_F = gelu(x_X @ weights['up_XF'] + weights['up_bias_F'])
-  return hidden_F @ weights['weight_XN'] + weights.get('bias_N', 0.0)
+  hidden_F = gelu(x_X @ weights['mlp_XF'] + weights.get('mlp_bias_F', 0.0))
+  return hidden_F @ weights['weight_FN'] + weights.get('bias_N', 0.0)
 
 
 def cosine(x_X: Array, token: int, weights: Weights) -> Array:
@@ -104,7 +104,7 @@ def cosines(x_E: Array, embedding_NE: Array, log_temperature: float) -> Array:
 def hyper(x_X: Array, token: int, weights: Weights) -> Array:
   """HyperMoE: a fixed network makes the router from a learned embedding."""
   hidden_F = gelu(
-    weights['embedding_E'] @ weights['fixed_up_EF'] + weights['fixed_up_bias_F']
+    weights['embedding_X'] @ weights['fixed_up_XF'] + weights['fixed_up_bias_F']
   )
   made_XN = weights['fixed_weights_bias_XN'].copy()
   for hidden, weights_XN in zip(

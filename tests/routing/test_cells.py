@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from routing import oracles
 
-from moe_jax.routing.recurrent import GRUCell, LSTMCell, Memoryless, RNNCell
+from moe_jax.routing.cells import GRUCell, LSTMCell, Memoryless, RNNCell
 
 CELLS = {'gru': GRUCell, 'rnn': RNNCell, 'lstm': LSTMCell}
 
@@ -90,4 +90,4 @@ def test_the_state_starts_at_zero() -> None:
     graphdef, params = make(name)
     start = nnx.merge(graphdef, params).start(5)
     assert all(not leaf.any() for leaf in jax.tree.leaves(start))
-  assert not jax.tree.leaves(Memoryless().start(5))
+  assert not jax.tree.leaves(Memoryless(4, 3, rngs=nnx.Rngs(0)).start(5))

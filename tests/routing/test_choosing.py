@@ -27,8 +27,8 @@ LIMITS = {
   'best disabled': {'disable_top': 1},
   'best two disabled, groups': {
     'disable_top': 2,
-    'groups': 2,
-    'top_groups': 1,
+    'groups': 4,
+    'top_groups': 3,
   },
 }
 PICKS = {
@@ -186,16 +186,20 @@ def test_of_equals_the_lower_index(weights: str) -> None:
   np.testing.assert_array_equal(routing.indices_TK, [[2, 3, 4]])
 
 
+@pytest.mark.parametrize('bias', [None, 10.0 * np.arange(N)])
 @pytest.mark.parametrize(('pick', 'weights'), PAIRS)
-def test_extreme_logits(pick: str, weights: str) -> None:
-  """At +-1e4 every number and every gradient is finite, the sums as ever."""
+def test_extreme_logits(pick: str, weights: str, bias: Any) -> None:
+  """At +-1e4 every number and every gradient is finite, the sums as ever.
+
+  A bias on the choice brings in experts that have no weight at all.
+  """
   how = Selection(**PICKS[pick], weights=weights)
   signs = np.sign(logits(9))
   signs[0], signs[1] = 1, -1
   extreme = jnp.float32(1e4 * signs)
 
   def total(logits_TN: jax.Array) -> tuple[jax.Array, Routing]:
-    routing = make(how)(logits_TN)
+    routing = make(how, bias)(logits_TN)
     watched = routing.weights_TK[:, 0] + routing.probabilities_TN[:, 1]
     return watched.sum(), routing
 

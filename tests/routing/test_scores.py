@@ -27,6 +27,7 @@ def make(name: str, bias: bool) -> tuple[nnx.GraphDef, Any]:
     width=7,
     reduced_size=3,
     bias=bias,
+    salt=0,
     init_std=0.5,
   )
   score = SCORES[name](options, rngs=nnx.Rngs(params=0))
@@ -105,7 +106,7 @@ def test_a_zero_token_has_finite_logits_and_gradients(name: str) -> None:
 
 def test_the_temperature_starts_at_xmoes() -> None:
   for name in ('cosine', 'xmoe'):
-    options = ScoreOptions(5, 6, 13, 7, 3, False, 0.5)
+    options = ScoreOptions(5, 6, 13, 7, 3, False, 0, 0.5)
     score = SCORES[name](options, rngs=nnx.Rngs(params=0))
     assert float(np.exp(score.log_temperature[...])) == pytest.approx(0.3)
 
