@@ -80,11 +80,19 @@ SIZES = {
   'router.state_size': 5,
   'router.mlp_width': 6,
   'router.reduced_size': 3,
-  'model.dtype': 'float64',
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+FAST = ['lstm detached', 'residual detached', 'sigmoid in groups, lstm']
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES
+  ],
+)
 def test_logits_and_gradients(name: str) -> None:
   config = tiny.config(**SIZES | CASES[name])
   ids_L = np.array([3, 17, 3, 60, 8])
@@ -95,18 +103,18 @@ def test_logits_and_gradients(name: str) -> None:
     return oracle.Sequence(config, params, constants.routers).run(ids_L)
 
   graphdef, params = tiny.decoder(config)
-  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-  with jax.enable_x64(True):
 
-    def ours(params: Any) -> jax.Array:
-      real_BL = jnp.ones((1, len(ids_L)), bool)
-      return nnx.merge(graphdef, params)(ids_L[None], real_BL)[0][0]
+  def ours(params: Any) -> jax.Array:
+    real_BL = jnp.ones((1, len(ids_L)), bool)
+    ids_BL = jnp.asarray(ids_L)[None]
+    return nnx.merge(graphdef, params)(ids_BL, real_BL)[0][0]
 
-    gradients.check(ours, expected, params, rtol=1e-6)
+  # The library in float32: routers and what passes between them always are.
+  gradients.check(ours, expected, params, rtol=5e-6)
 
 
 def test_with_the_best_experts_disabled() -> None:
-  config = tiny.config(**SIZES | {'model.dtype': 'float32', 'moe.factors': 2})
+  config = tiny.config(**SIZES | {'moe.factors': 2})
   _, params = tiny.decoder(config)
   ids_BL = np.array([[3, 17, 3, 60, 8]])
   model = nnx.eval_shape(

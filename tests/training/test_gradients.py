@@ -95,7 +95,16 @@ def partitions(micro_batch: list[oracle.Sequence], layer: int) -> float:
   return choosing.z_loss(np.concatenate(logits))
 
 
-@pytest.mark.parametrize('name', CASES)
+FAST = ['global batch, two micro-batches, sigmoid']
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES
+  ],
+)
 def test_losses_and_gradients(name: str) -> None:
   config = tiny.config(**SIZES | CASES[name])
   made = setup(config)
