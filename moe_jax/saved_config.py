@@ -23,8 +23,16 @@ _HARMLESS = (
 )
 # What an evaluation takes over from training; its data and batches are its own.
 _MODEL = ('model', 'moe', 'router', 'data.tokenizer')
-# The same function of the same parameters, computed in another way.
-_COMPUTED = ('model.dtype', 'moe.dispatch', 'moe.capacity_factor')
+# The same function of the same parameters, computed in another way, or what
+# happens in training alone.
+_COMPUTED = (
+  'model.dtype',
+  'model.dropout',
+  'model.idle_parameters',
+  'moe.dispatch',
+  'moe.capacity_factor',
+  'router.jitter',
+)
 
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
 _ABSENT = 'absent'

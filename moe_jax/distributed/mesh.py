@@ -100,7 +100,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
   spec = _rule(names[-1])
-  if 'periods' in names and spec:
+  if 'periods' in names:
     spec = P(None, *spec)
   if len(spec) != len(shape):
     raise ValueError(f'{"/".join(names)} of shape {shape} has the rule {spec}')
