@@ -54,31 +54,38 @@ def temporaries(
   """
   shards = math.prod(mesh[axis] for axis in BATCH_AXES)
   rows = config.train.batch_size // config.train.accumulation // shards
-  local = _one_device(config, mesh['tensor'])
-  kept, weights = _kept(local, vocab_size)
-  whole, _ = _kept(_changed(local, {'model.remat': 'none'}), vocab_size)
-  dispatch_alone, dispatch = 0, 0
-  if 'moe' in layer_kinds(config):
-    dispatch_alone = _dispatch(local, 1)
-    dispatch = _dispatch(local, mesh['expert'])
-  layers, sub_layers = _kept_layers(config), config.moe.factors
-  period = _period(config)
-  others = whole - layer_kinds(config).count('moe') * sub_layers * (
-    dispatch_alone
-  )
-  activations = (
-    kept
-    - layers * sub_layers * dispatch_alone
-    + others * len(period) // config.model.num_layers
-  )
-  held = layers + period.count('moe')
+  one = _one_device(config, mesh['tensor'])
+  kept, copies = _kept(one, vocab_size)
+  whole = kept
+  if config.model.remat != 'none':
+    whole, _ = _kept(_changed(one, {'model.remat': 'none'}), vocab_size)
+  alone, dispatch = _dispatches(one, mesh['expert'])
+  # The traces are of one device: take its dispatch out, put the mesh's in.
+  period, held = _period(config), _kept_layers(config)
+  kept -= held * alone
+  whole -= layer_kinds(config).count('moe') * alone
+  working = whole * len(period) // config.model.num_layers
+  held += period.count('moe')
   split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
   return Temporaries(
-    activations=rows * activations,
-    dispatch=rows * held * sub_layers * dispatch,
+    activations=rows * (kept + working),
+    dispatch=rows * held * dispatch,
     logits=rows * 2 * 4 * config.data.seq_len * vocab_size // split,
-    weight_copies=weights // (mesh['fsdp'] * mesh['expert']),
+    weight_copies=copies // (mesh['fsdp'] * mesh['expert']),
   )
+
+
+def _dispatches(config: ConfigDict, expert: int) -> tuple[int, int]:
+  """Bytes per sequence and MoE layer: of one device, and of so many in a row.
+
+  Every sub-layer has its own.
+  """
+  if 'moe' not in layer_kinds(config):
+    return 0, 0
+  alone = config.moe.factors * _dispatch(config, 1)
+  if expert == 1:
+    return alone, alone
+  return alone, config.moe.factors * _dispatch(config, expert)
 
 
 def _kept_layers(config: ConfigDict) -> int:
