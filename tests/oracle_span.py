@@ -25,7 +25,7 @@ class Sequence(oracle.Sequence):
     zeros = np.zeros((model.span, model.hidden_size))
     before = [zeros] * model.num_layers if memory is None else memory
     self.memory = []
-    self.h_LR = np.zeros((len(ids_L), self.config.router.state_size))
+    self.ids_L = ids_L
     x_LD = f64(self.params['embed_VD'])[ids_L]
     for kind, block, past in zip(
       layer_kinds(self.config), oracle.blocks(self.params), before, strict=True

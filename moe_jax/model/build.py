@@ -38,7 +38,7 @@ from moe_jax.routing import recurrent
 from moe_jax.routing.cells import CELLS, Cell
 from moe_jax.routing.router import Features, Router
 from moe_jax.routing.scores import SCORES, ScoreOptions
-from moe_jax.routing.selection import SELECTIONS, WEIGHTS, Select
+from moe_jax.routing.selection import SCALES, SELECTIONS, Select
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
@@ -352,7 +352,7 @@ def _select(parts: Parts) -> Select:
   return Select(
     config.moe.num_experts,
     SELECTIONS[pick](config),
-    weights=choose('router.weights', router.weights, WEIGHTS),
+    weights=choose('router.weights', router.weights, SCALES),
     renormalize=config.moe.renormalize,
     groups=router.groups,
     top_groups=router.top_groups,
