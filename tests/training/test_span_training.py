@@ -93,6 +93,20 @@ def test_micro_batches_keep_their_rows_memory() -> None:
   )
 
 
+def test_it_lowers_for_accelerators() -> None:
+  config = tiny.config(**SPAN, **{'model.dtype': 'bfloat16'})
+  config.data.seq_len = 300  # blocks of queries
+  made = setup(config, expert=2, data=2, tensor=2)
+  data = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batches(config, 1)[0]
+  )
+  assert made.abstract['memory'].dtype == jax.numpy.bfloat16
+  exported = jax.export.export(make_train_step(made), platforms=['tpu'])(
+    made.abstract, data
+  )
+  assert exported.platforms == ('tpu',)
+
+
 def test_a_fresh_row_forgets() -> None:
   """Step 2 with a memory only in row 3, which is fresh, is one without."""
   config = tiny.config(**SPAN)
