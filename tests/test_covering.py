@@ -126,10 +126,11 @@ def spelled(row: covering.Row) -> str:
 
 
 def most_varied(rows: list[covering.Row], count: int) -> list[covering.Row]:
-  """Rows that between them have as many of the settings as can be."""
+  """Rows of different scores that together have most of the settings."""
   picked, seen = [], set()
   for _ in range(count):
-    row = max(rows, key=lambda row: len(row.items() - seen))
+    others = [row for row in rows if ('score', row['score']) not in seen]
+    row = max(others, key=lambda row: len(row.items() - seen))
     picked.append(row)
     seen |= row.items()
   return picked
