@@ -73,7 +73,7 @@ class Sequence:
         if kind == 'moe':
           x_LD = x_LD + self.moe(u_LD, sub_layer)
         else:
-          x_LD = x_LD + swiglu(u_LD, sub_layer['feed_forward'])
+          x_LD = x_LD + feed_forward(u_LD, sub_layer['feed_forward'])
     head_DV = params.get('head_DV')
     head_DV = f64(params['embed_VD']).T if head_DV is None else f64(head_DV)
     return self.norm(x_LD, params['norm']) @ head_DV
@@ -117,13 +117,7 @@ class Sequence:
     for at, token in enumerate(tokens):
       for n, weight in zip(token.experts, token.weights, strict=True):
         expert = {name: bank[n] for name, bank in layer['experts'].items()}
-        y_LD[at] += weight * swiglu(
-          u_LD[at],
-          {
-            'gate_up_D2F': expert['gate_up_ND2F'],
-            'down_FD': expert['down_NFD'],
-          },
-        )
+        y_LD[at] += weight * feed_forward(u_LD[at], expert)
     probabilities_LN = np.stack([token.probabilities_N for token in tokens])
     self.routed.append((probabilities_LN, [token.experts for token in tokens]))
     if 'bias_D' in layer:
@@ -135,7 +129,7 @@ class Sequence:
     if not shared.width:
       return routed_LD
     # The mean of `parts` networks is the whole one's output over `parts`.
-    shared_LD = swiglu(u_LD, layer['shared']) / shared.parts
+    shared_LD = feed_forward(u_LD, layer['shared']) / shared.parts
     if shared.mixing == 'sum':
       return routed_LD + shared_LD
     if shared.mixing == 'fixed':
@@ -150,10 +144,15 @@ def choice_bias(layer: Any) -> Array:
   return f64(layer.get('select', {}).get('choice_bias_N', 0.0))
 
 
-def swiglu(x: Array, weights: Any) -> Array:
-  gate_up = np.tensordot(x, f64(weights['gate_up_D2F']), 1)
-  gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-  return (gate * sigmoid(gate) * up) @ f64(weights['down_FD'])
+def feed_forward(x: Array, weights: Any) -> Array:
+  """One network, of a bank or not: by the names of its weights."""
+  part = {name.rpartition('_')[0]: f64(w) for name, w in weights.items()}
+  if 'gate_up' in part:
+    gate_up = np.tensordot(x, part['gate_up'], 1)
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    return (gate * sigmoid(gate) * up) @ part['down']
+  hidden = np.maximum(x @ part['up'] + part['up_bias'], 0)
+  return hidden @ part['down'] + part['down_bias']
 
 
 def blocks(params: Any) -> list[Any]:

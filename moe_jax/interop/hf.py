@@ -42,8 +42,7 @@ def logits(
 
   def apply(params: dict[str, Any], ids_BL: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    logits_BLV, _ = model(ids_BL, jnp.ones(ids_BL.shape, bool))
-    return logits_BLV
+    return model(ids_BL, jnp.ones(ids_BL.shape, bool)).logits_BLV
 
   with jax.default_matmul_precision('highest'):  # on TPU and GPU too
     return jax.jit(apply)(params, ids_BL)

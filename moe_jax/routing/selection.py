@@ -18,12 +18,14 @@ class Routing:
     indices_TK: int32 in [0, N); N in an unused slot.
     probabilities_TN: float32, of every expert; they sum to 1.
     logits_TN: float32.
+    seeds_TK: uint32, of the dropout in each slot's expert; None for none.
   """
 
   weights_TK: jax.Array
   indices_TK: jax.Array
   probabilities_TN: jax.Array
   logits_TN: jax.Array
+  seeds_TK: jax.Array | None = None
 
   @property
   def num_experts(self) -> int:

@@ -35,7 +35,7 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: anything wrong with config or data.
   """
   setup = state_lib.from_config(config)
-  tokenizer = tokenizers.build(config.data.tokenizer)
+  tokenizer = tokenizers.build(config.data)
 
   def windows(split: str) -> Windows:
     documents = corpora.open_documents(config.data, split)
@@ -76,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       seed=config.seed,
       start=start,
       threads=config.data.threads,
+      order=config.data.order,
     )
     train_step, eval_step = make_train_step(setup), make_eval_step(setup)
     with Journal(setup, workdir, start) as journal:
