@@ -13,6 +13,7 @@ import covering
 import jax
 import numpy as np
 import oracle
+import oracle_span
 import pytest
 import tiny
 from flax import nnx
@@ -233,7 +234,7 @@ class Run:
     for row in (0, -1):
       length = real_BL[row].sum()
       ids_BL = self.batch['inputs'][row : row + 1 or None, :length]
-      expected = oracle.logits(self.config, self.before, ids_BL)[0]
+      expected = expected_logits(self.config, self.before, ids_BL[0])
       np.testing.assert_allclose(
         self.logits[row, :length], expected, atol=2e-5 * np.abs(expected).max()
       )
@@ -269,6 +270,14 @@ class Run:
     """Without a passed state, what would multiply it always multiplies 0."""
     passing = self.config.router.passing
     return passing == 'none' and "['cell']['hidden_R" in name
+
+
+def expected_logits(
+  config: ConfigDict, params: Any, ids_L: np.ndarray
+) -> np.ndarray:
+  spans = config.model.positions == 'span'
+  decoder = oracle_span if spans else oracle
+  return decoder.Sequence(config, params).run(ids_L)
 
 
 def batch(config: ConfigDict) -> dict[str, np.ndarray]:
