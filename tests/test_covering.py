@@ -47,6 +47,7 @@ SPAN = {
   'model.span': 4,
   'model.activation': 'relu',
   'model.head_bias': True,
+  'data.order': 'contiguous',
 }
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -287,7 +288,10 @@ def batch(config: ConfigDict) -> dict[str, np.ndarray]:
   ids = rng.integers(0, tiny.VOCAB, (size, length + 1)).astype(np.int32)
   mask = np.ones((size, length), bool)
   mask[-1, length // 2 :] = False
-  return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+  made = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+  if config.data.order == 'contiguous':  # every step forgets the one before
+    made['fresh'] = np.ones(size, bool)
+  return made
 
 
 def to_numpy(tree: Any) -> Any:
