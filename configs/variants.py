@@ -38,6 +38,15 @@ def build(
   return start
 
 
+def sets(values: Mapping[str, int | float | bool | str]) -> Change:
+  """The change that gives dotted keys these values."""
+
+  def change(config: ConfigDict) -> None:
+    config.update_from_flattened_dict(values)
+
+  return change
+
+
 def _unknown(
   name: str, presets: Mapping[str, Change], variants: Mapping[str, Change]
 ) -> str:

@@ -20,8 +20,20 @@ from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, sizes
+from moe_jax.model import build, memory, sizes
 from moe_jax.training import state
+
+# Rows of the table.
+_STATE = ('parameters', 'gradients', 'optimizer', 'segments')
+_ROUTER = (
+  'score',
+  'recurrent',
+  'projector',
+  'passing',
+  'residual',
+  'selection',
+  'weights',
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -52,11 +64,11 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
       that jax finds.
 
   Returns:
-    `parameters` (total, active, router) and `flops_per_token`, as
-    `moe_jax.model.sizes` counts them; `memory_bytes_per_device` and its
-    `memory_parts_per_device` (parameters, gradients and optimizer; not the
-    activations and other temporaries, nor the batch); `tokens_per_step`; and
-    the `strategy` that the config's choices come to.
+    `parameters` (total, active, router, idle), `flops_per_token` of training
+    and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
+    `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
+    exactly and the rest as `moe_jax.model.memory` estimates it;
+    `tokens_per_step`; and the `strategy` that the config's choices come to.
 
   Raises:
     UserError: anything wrong with the config or the number of devices.
@@ -66,17 +78,14 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
   if num_devices < 1:
     raise UserError(f'--devices = {num_devices} must be at least 1')
   config_lib.validate(config, num_devices)
-  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
-  vocab_size = config_lib.vocab_size(config, of_tokenizer)
-  # Shapes are the same on any mesh; one of a single device is always there.
-  one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
-  setup = state.setup(config, vocab_size, one)
+  setup = shapes(config)
   params = setup.abstract['params']
   mesh = config_lib.mesh_shape(config, num_devices)
-  parts = _memory_parts(setup.abstract, mesh)
+  parts = _memory_parts(setup, mesh)
   return {
     'parameters': sizes.count_parameters(config, params)._asdict(),
     'flops_per_token': sizes.flops_per_token(config, params),
+    'flops_per_token_forward': sizes.flops_per_token_forward(config, params),
     'memory_bytes_per_device': sum(parts.values()),
     'memory_parts_per_device': parts,
     'tokens_per_step': config.train.batch_size * config.data.seq_len,
@@ -84,11 +93,22 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
   }
 
 
+def shapes(config: ConfigDict) -> state.Setup:
+  """The setup of a validated config: the same shapes on any mesh.
+
+  A data set is read only where `model.vocab_size` leaves V to its dictionary.
+  """
+  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  vocab_size = config_lib.vocab_size(config, of_tokenizer)
+  # One device is always there.
+  one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
+  return state.setup(config, vocab_size, one)
+
+
 def table(plan: dict[str, Any]) -> str:
   """The plan as plain text."""
   parameters, strategy = plan['parameters'], plan['strategy']
   parts = plan['memory_parts_per_device']
-  memory = ', '.join(f'{name} {_bytes(size)}' for name, size in parts.items())
   mesh = ' x '.join(f'{axis} {n}' for axis, n in strategy['mesh'].items())
   layers = strategy['layers']
   repeated = f'{layers["repeats"]} x ({", ".join(layers["period"])})'
@@ -97,28 +117,37 @@ def table(plan: dict[str, Any]) -> str:
     'parameters': f'{parameters["total"]:,}',
     '  active': f'{parameters["active"]:,} per token',
     '  router': f'{parameters["router"]:,}',
-    'compute': f'{plan["flops_per_token"]:,} FLOPs per token,'
-    ' forward and backward matmuls',
-    'memory': f'{_bytes(plan["memory_bytes_per_device"])} per device'
-    ' without activations',
-    '  of which': memory,
+    '  idle': f'{parameters["idle"]:,} counted, never built',
+    'compute': f'{plan["flops_per_token"]:,} FLOPs per token in training,'
+    f' {plan["flops_per_token_forward"]:,} forward',
+    'memory': f'{_bytes(plan["memory_bytes_per_device"])} per device',
+    '  state': _listed(parts, *_STATE),
+    '  step': _listed(parts, *memory.Temporaries._fields),
     'batch': f'{plan["tokens_per_step"]:,} tokens per step',
     'layers': ', '.join(pattern),
     'mesh': mesh,
     'dispatch': f'{strategy["dispatch"]}, expert parallelism'
     f' {strategy["expert_parallelism"]}',
-    'router': f'score {strategy["score"]}, recurrent {strategy["recurrent"]}',
+    'router': ', '.join(
+      f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
+    ),
     'dtype': f'{strategy["dtype"]} on {strategy["platform"]}',
     'remat': strategy['remat'],
   }
+  if not parameters['idle']:
+    del rows['  idle']
   return '\n'.join(f'{name:12}{value}' for name, value in rows.items())
 
 
-def _memory_parts(
-  abstract: dict[str, Any], mesh_shape: dict[str, int]
-) -> dict[str, int]:
-  """Bytes that one device of the mesh keeps through a training step."""
-  mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
+def _listed(parts: dict[str, int], *names: str) -> str:
+  """`a 1.5 GiB, b 3.0 GiB`."""
+  shown = [f'{name} {_bytes(parts[name])}' for name in names if parts[name]]
+  return ', '.join(shown)
+
+
+def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
+  """Bytes that one device of the mesh needs for a training step."""
+  abstract_mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
 
   def on_device(part: Any) -> int:
     bytes_ = jax.tree.map(
@@ -126,19 +155,24 @@ def _memory_parts(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       ),
       part,
-      mesh_lib.shardings(part, mesh),
+      mesh_lib.shardings(part, abstract_mesh),
     )
     return sum(jax.tree.leaves(bytes_))
 
+  config, abstract = setup.config, setup.abstract
   parameters = on_device(abstract['params'])
-  parts = {
+  # Of the parameters' shapes, dtypes and shardings; and with micro-batches
+  # the sum of those done.
+  copies = 1 if config.train.accumulation == 1 else 2
+  segments = {name: abstract[name] for name in ('memory',) if name in abstract}
+  temporaries = memory.temporaries(config, setup.vocab_size, mesh)
+  return {
     'parameters': parameters,
-    'gradients': parameters,  # of the same shapes, dtypes and shardings
+    'gradients': copies * parameters,
     'optimizer': on_device(abstract['opt_state']),
+    'segments': on_device(segments),  # hidden states that a span reaches back
+    **temporaries._asdict(),
   }
-  if 'memory' in abstract:
-    parts['memory'] = on_device({'memory': abstract['memory']})
-  return parts
 
 
 def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:
@@ -156,12 +190,30 @@ def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:
     'mesh': mesh,
     'dispatch': config.moe.dispatch if routed else 'none',
     'expert_parallelism': 'gather' if split else 'none',
-    'score': config.router.score if routed else 'none',
-    'recurrent': config.router.recurrent if routed else 'none',
+    **_router(config, routed),
     'platform': jax.devices()[0].platform,
     'dtype': str(build.compute_dtype(config, None)),
     'remat': config.model.remat,
   }
+
+
+def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
+  """How experts are chosen: only what has a meaning for this router."""
+  router = config.router
+  if not routed:
+    return {'score': 'none', 'recurrent': 'none'}
+  chosen = {'score': router.score, 'recurrent': router.recurrent}
+  if router.recurrent != 'none':
+    chosen |= {'projector': router.projector, 'passing': router.passing}
+  if router.residual:
+    chosen['residual'] = str(router.residual)
+  limit = {
+    'top_k': f'top_k {config.moe.top_k} of {config.moe.num_experts}',
+    'top_p': f'top_p {router.top_p} of {config.moe.num_experts}',
+  }
+  chosen['selection'] = limit[router.selection]
+  chosen['weights'] = router.weights
+  return chosen
 
 
 def _bytes(number: float) -> str:

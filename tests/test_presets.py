@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import published
 import pytest
 from ml_collections import ConfigDict
 
@@ -64,6 +65,8 @@ def router_parameters(config: ConfigDict) -> int:
     config.router.state_size,
   )
   mixing = 2 * h + 2 if config.moe.shared.width else 0
+  if config.router.score == 'hash':
+    return sub_layers * mixing
   if config.router.recurrent == 'none':
     return sub_layers * (h * n + mixing)
   gru = 2 * (3 * p * p + 3 * p)
@@ -86,23 +89,137 @@ def parameters(config: ConfigDict, active: bool = False) -> float:
   return sum(parts) / 1e6
 
 
-@pytest.mark.parametrize(
-  'names, total, active',
-  [  # CartesianMoE, sizes as published
-    ('base', 842.0, 247.5),
-    ('base,smoe_share', 842.0, 247.4),
-    ('base,no_shared', 799.6, 205.0),
-    ('base,dense', 162.4, 162.4),
-    ('large', 2884.6, 770.7),
-    ('large,smoe_share', 2884.4, 770.5),
-    ('large,no_shared', 2733.6, 619.6),
-    ('large,dense', 468.2, 468.2),
-  ],
-)
-def test_cartesian_sizes(names: str, total: float, active: float) -> None:
+@pytest.mark.parametrize('names', published.CARTESIAN)
+def test_cartesian_sizes(names: str) -> None:
   config = cartesian_moe.get_config(names)
+  total, active = published.CARTESIAN[names]
   assert parameters(config) == pytest.approx(total, abs=0.15)
-  assert parameters(config, active=True) == pytest.approx(active, abs=0.15)
+  if active:
+    assert parameters(config, active=True) == pytest.approx(active, abs=0.15)
+
+
+def test_seven_billion() -> None:
+  for names in ('7b', '7b,smoe_share', '7b,fine_grained'):
+    config = cartesian_moe.get_config(names)
+    total, active = published.SEVEN_B
+    assert round(parameters(config) / 1e3, 2) == total
+    assert round(parameters(config, active=True) / 1e3, 2) == active
+
+
+def span_decoder_parameters(config: ConfigDict) -> int:
+  """RMoE's small models, by what their released code makes.
+
+  With h the hidden size, N experts, p the state size: a linear map from a to b
+  with a bias has a b + b parameters. Each block has four maps of attention, N
+  ReLU experts of width h and four norms, one of them never applied.
+  """
+  h, n, p = (
+    config.model.hidden_size,
+    config.moe.num_experts,
+    config.router.state_size,
+  )
+  width, e = config.router.mlp_width, config.router.reduced_size
+
+  def linear(a: int, b: int) -> int:
+    return a * b + b
+
+  layers, v = config.model.num_layers, published.ENWIK8_SYMBOLS
+  block = 4 * h * h + n * (linear(h, h) + linear(h, h)) + 4 * 2 * h
+  rest = v * h + linear(h, v) + h // config.model.num_heads * config.model.span
+  if config.router.recurrent != 'none':
+    gates = {'rnn': 1, 'gru': 3, 'lstm': 4}[config.router.recurrent]
+    if config.router.projector == 'shared':
+      rest += gates * (linear(h, p) + linear(p, p))
+      return layers * (block + linear(p, n)) + rest
+    rest += gates * 2 * linear(p, p)
+    return layers * (block + h * p + linear(p, n)) + rest
+  block += {
+    'linear': linear(h, n),
+    'random': h * n,
+    'cosine': h * n + 1,
+    'mlp': linear(h, width) + linear(width, n),
+    # An embedding of size h and the network that makes N x h weights and N
+    # biases of it, beside the linear gate that it does not use.
+    'hyper': h + linear(h, width) + linear(width, h * n + n) + linear(h, n),
+    # The reduction, two sets of embeddings, the temperature and the gate.
+    'xmoe': h * e + 2 * n * e + 1 + linear(h, n),
+  }[config.router.score]
+  return layers * block + rest
+
+
+@pytest.mark.parametrize('names', published.RMOE)
+def test_rmoe_sizes(names: str) -> None:
+  total = span_decoder_parameters(rmoe.get_config(names))
+  assert f'{total / 1e6:.2f}' == published.RMOE[names]
+
+
+def test_idle_parameters_follow_the_router() -> None:
+  """Whatever the order of the variants that led there."""
+
+  def idle(names: str) -> int:
+    return rmoe.get_config(names).model.idle_parameters
+
+  norms, gates = 8 * 2 * 352, 8 * (352 * 16 + 16)
+  assert idle('enwik8_medium') == idle('enwik8_medium,xmoe,smoe') == norms
+  assert idle('enwik8_medium,hyper') == norms + gates
+  assert idle('enwik8_medium,xmoe') == norms + gates + 8 * 16 * 16
+  assert idle('enwik8_medium,xmoe8') == norms + gates + 8 * 8 * 16
+  assert idle('enwik8_medium,xmoe,xmoe_gru') == norms
+  assert idle('pretrain_0.9b,hyper') == 0
+
+
+def test_xmoe_with_and_without_recurrence() -> None:
+  for names, recurrent, size in (
+    ('xmoe8', 'none', 8),
+    ('xmoe_gru', 'gru', 16),
+    ('xmoe8,xmoe_gru', 'gru', 8),
+    ('xmoe_gru,xmoe32', 'none', 32),
+  ):
+    router = rmoe.get_config(f'enwik8_medium,{names}').router
+    assert router.score == 'xmoe'
+    assert (router.recurrent, router.reduced_size) == (recurrent, size)
+
+
+def test_ablations_compose() -> None:
+  router = rmoe.get_config('enwik8_medium,np,r0.5,detach_r').router
+  assert (router.recurrent, router.passing) == ('gru', 'none')
+  assert (router.residual, router.residual_detached) == (0.5, True)
+  router = rmoe.get_config('enwik8_medium,detach_r,r1.0').router
+  assert (router.residual, router.residual_detached) == (1.0, True)
+  assert not rmoe.get_config('enwik8_medium,xmoe').router.bias
+  assert rmoe.get_config('enwik8_medium,xmoe,smoe_mlp').router.bias
+
+
+def test_balance_weight_is_the_release_s() -> None:
+  """0.01 of shares of slots times shares of slots, with any counts."""
+  config = rmoe.get_config('enwik8_medium')
+  tokens, k, n = 10, config.moe.top_k, 3
+  counts, sums = (9, 7, 4), (5.0, 3.0, 2.0)  # slots; probability per expert
+  theirs = n * sum(
+    (c / (tokens * k)) * (p / (tokens * k))
+    for c, p in zip(counts, sums, strict=True)
+  )
+  ours = n * sum(
+    (c / tokens) * (p / tokens) for c, p in zip(counts, sums, strict=True)
+  )
+  assert config.loss.balance_weight * ours == pytest.approx(0.01 * theirs)
+
+
+def test_top3_has_the_parameters_of_a_shared_expert() -> None:
+  for names, width in (('base', 3264), ('large', 4352)):
+    config = cartesian_moe.get_config(f'{names},smoe_top3')
+    assert config.moe.expert_width == width
+    assert (config.moe.top_k, config.moe.shared.width) == (3, 0)
+    assert config.model.ffn_width == width * 16 // 17
+
+
+def test_sft_is_three_epochs() -> None:
+  config = rmoe.get_config('sft,freeze_router')
+  assert config.train.steps == 3 * (52_002 // config.train.batch_size)
+  assert config.optimizer.warmup_steps == round(0.03 * config.train.steps)
+  assert config.optimizer.freeze == 'router'
+  pretrain = rmoe.get_config('pretrain_0.9b')
+  assert config.moe == pretrain.moe and config.router == pretrain.router
 
 
 def test_three_factors_have_the_parameters_of_two() -> None:
@@ -136,7 +253,10 @@ def test_variants_apply_in_order_after_the_preset() -> None:
 @pytest.mark.parametrize(
   'name, fragments',
   [
-    ('cartesian_moe:larg', ["did you mean 'large'?", 'presets: base, large']),
+    (
+      'cartesian_moe:larg',
+      ["did you mean 'large'?", 'presets: base, large, 7b'],
+    ),
     ('cartesian_moe:large,dens', ["did you mean 'dense'?", 'smoe_share']),
     ('cartesian_moe:dense,large', ["preset 'large' must come first"]),
     ('quickstart:lstm', ["variant 'lstm'", 'linear, rmoe, cartesian']),

@@ -1,0 +1,210 @@
+"""What a training step holds beside its state, from shapes alone.
+
+Nothing here repeats the model: the model itself is traced, forward and the
+start of its backward pass, and what it keeps is added up. As that grows by the
+same bytes with every sequence, two traces of one and of two sequences tell it
+for any number, and tell activations from copies of weights, which do not grow.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from moe_jax.config import BATCH_AXES, layer_kinds
+from moe_jax.model.build import build, compute_dtype, repetition
+
+_Shape = jax.ShapeDtypeStruct
+
+
+class Temporaries(NamedTuple):
+  """Bytes of one device while it computes the gradient of a micro-batch.
+
+  Attributes:
+    activations: what the backward pass needs of the layers, as `model.remat`
+      leaves it, and the working set of one period of layers.
+    dispatch: the part of both that brings tokens to experts and back: rows of
+      tokens, what experts compute of them, and their order.
+    logits: of the vocabulary, and their gradient.
+    weight_copies: in the dtype of the arithmetic that backward keeps.
+  """
+
+  activations: int
+  dispatch: int
+  logits: int
+  weight_copies: int
+
+
+def temporaries(
+  config: ConfigDict, vocab_size: int, mesh: dict[str, int]
+) -> Temporaries:
+  """Estimates them; the compiler may share, fuse or copy buffers besides.
+
+  Attention counts as XLA computes it, with the whole square of positions.
+
+  Args:
+    config: validated.
+    vocab_size: V.
+    mesh: devices along every axis; they need not be there.
+  """
+  shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+  rows = config.train.batch_size // config.train.accumulation // shards
+  one = _one_device(config, mesh['tensor'])
+  kept, copies = _kept(one, vocab_size)
+  whole = kept
+  if config.model.remat != 'none':
+    whole, _ = _kept(_changed(one, {'model.remat': 'none'}), vocab_size)
+  alone, dispatch = _dispatches(one, mesh['expert'])
+  # The traces are of one device: take its dispatch out, put the mesh's in.
+  period, held = _period(config), _kept_layers(config)
+  kept -= held * alone
+  whole -= layer_kinds(config).count('moe') * alone
+  working = whole * len(period) // config.model.num_layers
+  held += period.count('moe')
+  split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
+  return Temporaries(
+    activations=rows * (kept + working),
+    dispatch=rows * held * dispatch,
+    logits=rows * 2 * 4 * config.data.seq_len * vocab_size // split,
+    weight_copies=copies // (mesh['fsdp'] * mesh['expert']),
+  )
+
+
+def _dispatches(config: ConfigDict, expert: int) -> tuple[int, int]:
+  """Bytes per sequence and MoE layer: of one device, and of so many in a row.
+
+  Every sub-layer has its own.
+  """
+  if 'moe' not in layer_kinds(config):
+    return 0, 0
+  alone = config.moe.factors * _dispatch(config, 1)
+  if expert == 1:
+    return alone, alone
+  return alone, config.moe.factors * _dispatch(config, expert)
+
+
+def _kept_layers(config: ConfigDict) -> int:
+  """MoE layers of which backward keeps all: the scan's, unless recomputed."""
+  kinds = layer_kinds(config)
+  if config.model.remat != 'none':
+    kinds = kinds[: repetition(kinds, config.moe.every)[0]]
+  return kinds.count('moe')
+
+
+def _period(config: ConfigDict) -> tuple[str, ...]:
+  """The kinds of the layers that the scan computes together."""
+  kinds = layer_kinds(config)
+  first, period = repetition(kinds, config.moe.every)
+  return kinds[first : first + period] or kinds[:1]
+
+
+def _one_device(config: ConfigDict, tensor: int) -> ConfigDict:
+  """The model with what the tensor axis splits already split."""
+  model, moe = config.model, config.moe
+  return _changed(
+    config,
+    {
+      'model.head_dim': model.head_dim or model.hidden_size // model.num_heads,
+      'model.num_heads': model.num_heads // tensor,
+      'model.num_kv_heads': model.num_kv_heads // tensor,
+      'model.ffn_width': model.ffn_width // tensor,
+      'moe.expert_width': moe.expert_width // tensor,
+      'moe.shared.width': moe.shared.width // tensor,
+    },
+  )
+
+
+def _changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+  made = copy.deepcopy(config)
+  made.update_from_flattened_dict(values)
+  return made
+
+
+def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
+  """Bytes that backward keeps per sequence, and of weights in another dtype."""
+
+  def create() -> Any:
+    return build(config, vocab_size, None, rngs=nnx.Rngs(params=0))
+
+  graphdef = nnx.graphdef(nnx.eval_shape(create))
+  params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(create())))
+
+  def residuals(rows: int) -> list[_Shape]:
+    ids_BL = jnp.zeros((rows, config.data.seq_len), jnp.int32)
+
+    def run(params: Any) -> Any:
+      decoder = nnx.merge(graphdef, params)
+      made = decoder(ids_BL, ids_BL == 0, key=jax.random.key(0))
+      return made.logits_BLV, made.watched
+
+    return _residuals(run, params)
+
+  return _growth(residuals, compute_dtype(config, None))
+
+
+def _dispatch(config: ConfigDict, expert: int) -> int:
+  """Bytes that backward keeps per sequence of one sub-layer's dispatch.
+
+  A device sees the tokens of all devices along the expert axis, and its share
+  of the experts.
+  """
+  one_layer = {
+    'model.num_layers': 1,
+    'moe.every': 1,
+    'moe.offset': 0,
+    'moe.first_dense': 0,
+  }
+  config = _changed(config, one_layer)
+
+  def residuals(rows: int) -> list[_Shape]:
+    tokens = rows * config.data.seq_len * expert
+
+    def run(x_TD: jax.Array, logits_TN: jax.Array) -> Any:
+      decoder = build(config, 1, None, rngs=nnx.Rngs(params=0))
+      graphdef, params = nnx.split(decoder.periods)
+      period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
+      layer = period.blocks[0].chain.sub_layers[0]
+      graphdef, bank = nnx.split(layer.experts)
+      bank = jax.tree.map(lambda a: a[: len(a) // expert], bank)
+
+      def dispatch(x_TD: jax.Array, logits_TN: jax.Array, bank: Any) -> Any:
+        routing = layer.select(logits_TN)
+        return layer.dispatch(x_TD, routing, nnx.merge(graphdef, bank))[0]
+
+      return jax.vjp(dispatch, x_TD, logits_TN, bank)[1]
+
+    dtype = compute_dtype(config, None)
+    x_TD = _Shape((tokens, config.model.hidden_size), dtype)
+    logits_TN = _Shape((tokens, config.moe.num_experts), jnp.float32)
+    return jax.tree.leaves(jax.eval_shape(run, x_TD, logits_TN))
+
+  return _growth(residuals, compute_dtype(config, None))[0]
+
+
+def _residuals(run: Callable[[Any], Any], params: Any) -> list[_Shape]:
+  """What the backward pass of `run` keeps."""
+  return jax.tree.leaves(
+    jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
+  )
+
+
+def _growth(
+  residuals: Callable[[int], list[_Shape]], dtype: jnp.dtype
+) -> tuple[int, int]:
+  """Bytes per sequence; and those of `dtype` that do not grow, if not float32.
+
+  What does not grow in float32 are the weights themselves.
+  """
+  one, two = residuals(1), residuals(2)
+  fixed = [a for a, b in zip(one, two, strict=True) if a.shape == b.shape]
+  copies = [a for a in fixed if a.dtype == dtype != jnp.float32]
+  return _bytes(two) - _bytes(one), _bytes(copies)
+
+
+def _bytes(arrays: list[_Shape]) -> int:
+  return sum(a.size * a.dtype.itemsize for a in arrays)

@@ -1,0 +1,133 @@
+"""Memory of a step, held to what the compiler says."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax import plan
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model import memory
+from moe_jax.training import state
+from moe_jax.training.step import make_train_step
+
+BYTES = 257  # V of the byte tokenizer
+SPAN = {
+  'model.norm': 'layer',
+  'model.norm_place': 'post',
+  'model.positions': 'span',
+  'model.span': 128,
+  'model.activation': 'relu',
+  'model.dropout': 0.1,
+  'data.order': 'contiguous',
+}
+LARGER = {
+  'model.hidden_size': 64,
+  'model.ffn_width': 128,
+  'model.num_layers': 4,
+  'moe.expert_width': 64,
+  'router.state_size': 32,
+  'data.seq_len': 64,
+  'train.batch_size': 16,
+}
+
+
+@pytest.mark.parametrize(
+  'overrides, axes',
+  [
+    ({'router.recurrent': 'gru', 'model.remat': 'full'}, {}),
+    pytest.param({}, {'expert': 4}, marks=pytest.mark.slow),
+    pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
+    pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
+    pytest.param(SPAN, {'data': 2, 'expert': 2}, marks=pytest.mark.slow),
+    pytest.param(
+      {'router.selection': 'top_p', 'moe.renormalize': False},
+      {},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
+    pytest.param(
+      {'moe.dispatch': 'capacity'}, {'expert': 4}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      {'moe.factors': 2, 'model.remat': 'dots'}, {}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      {}, {'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_memory_of_a_step_is_what_the_compiler_says(
+  overrides: dict[str, object], axes: dict[str, int]
+) -> None:
+  """Within a fifth: the compiler shares and copies buffers as it likes."""
+  config = tiny.config(**(LARGER | overrides))
+  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  config.mesh.update(shape)
+  num_devices = int(np.prod(list(shape.values())))
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:num_devices])
+  compiled = compile_step(state.setup(config, BYTES, mesh)).memory_analysis()
+
+  parts = plan.make(config, num_devices)['memory_parts_per_device']
+  kept = sum(map(parts.pop, ('parameters', 'optimizer', 'segments')))
+  assert sum(parts.values()) == pytest.approx(
+    compiled.temp_size_in_bytes, rel=0.2
+  )
+  batch = 3 * 4 * config.train.batch_size * config.data.seq_len  # at most
+  assert 0 <= compiled.argument_size_in_bytes - kept <= batch + 64
+
+
+def compile_step(setup: state.Setup) -> jax.stages.Compiled:
+  sharding = mesh_lib.batch_sharding(setup.mesh)
+  rows = setup.config.train.batch_size, setup.config.data.seq_len
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharding)
+    for name, dtype in (
+      ('inputs', 'int32'),
+      ('targets', 'int32'),
+      ('mask', 'bool'),
+    )
+  }
+  if 'memory' in setup.abstract:
+    batch['fresh'] = jax.ShapeDtypeStruct(rows[:1], 'bool', sharding=sharding)
+  return make_train_step(setup).lower(setup.abstract, batch).compile()
+
+
+def test_a_span_costs_memory_and_operations() -> None:
+  config = tiny.config(**(LARGER | SPAN))
+  made = plan.make(config, 1)
+  # Four layers keep 128 hidden states of 64 numbers for each of 16 rows.
+  assert made['memory_parts_per_device']['segments'] == 4 * 16 * 128 * 64 * 4
+  assert 'segments 2.00 MiB' in plan.table(made)
+  attention = 4 * 64 * 64 + 2 * 64 * 64 * 128 / 64  # memory's keys and values
+  experts, router = 2 * 2 * 64 * 64, 64 * 8
+  # A query meets the keys of 128 positions and distances, and their values.
+  positions = 3 * 128 * 64
+  weights = 4 * (attention + experts + router + positions) + 64 * BYTES
+  assert made['flops_per_token_forward'] == 2 * weights
+  assert made['flops_per_token'] == 6 * weights
+
+
+def test_memory_grows_with_what_a_device_holds() -> None:
+  def of(
+    axes: dict[str, int] | None = None, **overrides: object
+  ) -> memory.Temporaries:
+    config = tiny.config(**LARGER, **overrides)
+    mesh = dict.fromkeys(mesh_lib.AXES, 1) | (axes or {})
+    return memory.temporaries(config, BYTES, mesh)
+
+  one, parts = of(), of(train__accumulation=4)
+  assert parts.activations * 4 == one.activations
+  assert parts.logits * 4 == one.logits == 2 * 4 * 16 * 64 * BYTES
+  # Data parallelism splits all of it; along the expert axis every device holds
+  # the rows of its group.
+  split = of({'expert': 4})
+  assert split.activations * 4 == one.activations
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.02)
+  full = of(model__remat='full')
+  assert full.activations < one.activations / 2
+  # All layers' dispatch and the working set's; without it the latter alone.
+  assert full.dispatch * 5 == one.dispatch
+  halves = of(model__dtype='bfloat16')
+  assert halves.activations < one.activations
+  assert halves.weight_copies > 0 == one.weight_copies
