@@ -47,7 +47,8 @@ ROOMS = {
   ),
   'model': Room(_MODEL, 'jax flax ml_collections'),
   'interop': Room(
-    f'{_CONFIG} model', 'jax flax ml_collections numpy safetensors'
+    f'{_CONFIG} saved_config model',
+    'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(
     f'{_MODEL} saved_config data distributed.hosts model',
@@ -61,6 +62,19 @@ ROOMS = {
   'training.loop': Room(
     f'{_CONFIG} data distributed.mesh distributed.hosts training evaluation',
     'jax ml_collections',
+  ),
+  # From and to the workdirs of runs.
+  'interop.workdirs': Room(
+    f'{_CONFIG} config_file data distributed.mesh model training',
+    'jax flax ml_collections numpy',
+  ),
+  'interop.programs': Room(
+    'errors interop interop.workdirs', 'jax ml_collections numpy'
+  ),
+  'interop.hf': Room('interop interop.programs'),
+  'interop.upcycle': Room(
+    f'{_CONFIG} cli interop interop.workdirs model',
+    'absl jax flax ml_collections numpy',
   ),
   'analysis': Room('errors', 'matplotlib numpy'),
   'plan': Room(

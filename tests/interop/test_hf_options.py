@@ -12,7 +12,7 @@ from released import save, shape_of_model
 from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
-from moe_jax.interop import hf, released_config
+from moe_jax.interop import formats, hf
 
 # The tensors of an option, as the released code names them: those of the
 # checkpoint at hand that go and those that come, with their shapes.
@@ -109,7 +109,7 @@ OPTIONS = {
 def test_options(option: str, copy: Callable[..., Path]) -> None:
   name, changes, gone, come = OPTIONS[option]
   folder = copy(name, **changes)
-  layout, config = released_config.read(folder / 'config.json')
+  layout, config = formats.read(folder)
   random = np.random.default_rng(0)
   params = jax.tree.map(
     lambda leaf: random.normal(0, 0.1, leaf.shape).astype('f4'),
