@@ -102,7 +102,8 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
   """Dotted keys and values; equal for configs of the same function.
 
   A key that the model does not read, because another one says so, has its
-  value of `NEUTRAL`. The places of the MoE layers are the key `layers`.
+  value of `NEUTRAL`. The places of the MoE layers are the key `layers`, and
+  what `moe.renormalize` does is part of `router.weights`.
   """
   kinds = config_lib.layer_kinds(config)
   flat = saved_config.flatten(
@@ -113,16 +114,17 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
   for key in _unread(config, kinds):
     flat[key] = neutral[key]
   flat['router.passing'] = flat['router.passing'].replace('detached', 'state')
-  if flat['moe.top_k'] == 1 and flat['router.selection'] == 'top_k':
-    flat['moe.renormalize'] = False  # it does nothing there
-  if flat['router.weights'] == 'softmax' and flat['moe.renormalize']:
-    flat['router.weights'] = 'chosen'  # e^a / sum e^a over the chosen, both
-  if flat['router.weights'] == 'chosen':
-    flat['moe.renormalize'] = True
+  lone = flat['router.selection'] == 'top_k' and flat['moe.top_k'] == 1
+  renormalize = flat.pop('moe.renormalize') and not lone
+  if renormalize:
+    weights = flat['router.weights']
+    # e^a / sum e^a over the chosen, both.
+    same = weights.replace('softmax', 'chosen')
+    flat['router.weights'] = same if same == 'chosen' else f'{same}, to sum 1'
   return {'layers': ' '.join(kinds)} | flat
 
 
-_SECTIONS = ('model', 'moe', 'router')
+_SECTIONS = ('router', 'moe', 'model')
 
 
 def _unread(config: ConfigDict, kinds: tuple[str, ...]) -> list[str]:
