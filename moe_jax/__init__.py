@@ -10,7 +10,9 @@ project uses one legend of letters:
   A  head dimension                R  state size of the recurrent router
   N  experts (of one sub-layer)    K  experts chosen per token
   M  rows sorted by expert         C  rows of one expert (its capacity)
+  X  features a score reads        E  size of an expert embedding
   S  sub-layers of a layer         P  repetitions of the layer pattern's period
+  J  groups of experts             O  outputs, where a layer has several kinds
 
 A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Expert-parallel
 code adds a prime in words: `local_NDF` holds the N / devices experts kept here.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from moe_jax import ranges
+from moe_jax import ranges, routing_rules
 from moe_jax.errors import UserError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -127,13 +127,21 @@ def _check_experts(config: ConfigDict) -> None:
       f' {moe.num_experts}; a token can choose {moe.num_experts} at most'
     )
   _check_divides(config, 'moe.expert_width', moe.factors, 'moe.factors')
-  _check_divides(config, 'moe.shared.width', moe.factors, 'moe.factors')
+  factors, parts = moe.factors, moe.shared.parts
+  name = 'moe.factors'
+  if parts > 1:
+    name = f'moe.factors x moe.shared.parts = {factors} x {parts}'
+  _check_divides(config, 'moe.shared.width', factors * parts, name)
+  _check_divides(
+    config, 'moe.num_experts', config.router.groups, 'router.groups'
+  )
   if 'moe' not in layer_kinds(config):
     raise UserError(
       f'moe.first_dense = {moe.first_dense}, moe.offset = {moe.offset} and'
       f' moe.every = {moe.every} leave no MoE layer among model.num_layers ='
       f' {config.model.num_layers}; set moe.num_experts = 0 for a dense model'
     )
+  routing_rules.check(config, layer_kinds(config).count('moe') * moe.factors)
 
 
 def _check_heads(config: ConfigDict) -> None:

@@ -124,7 +124,9 @@ class Sequence:
     weight_XN = f64(router['score']['weight_XN'])
     if self.config.router.recurrent == 'none':
       return u_LD @ weight_XN
-    projected_LR = u_LD @ f64(router['features']['projector_DR'])  # RMoE eq. 4
+    projected_LR = u_LD @ f64(
+      router['features']['project']['projector_DR']
+    )  # RMoE eq. 4
     cell = {name: f64(w) for name, w in self.params['cell'].items()}
     self.h_LR = np.stack(  # eq. 5: token by token, layer after layer
       [gru(u, h, cell) for u, h in zip(projected_LR, self.h_LR, strict=True)]
@@ -136,7 +138,7 @@ def gru(u_R: Array, h_R: Array, cell: dict[str, Array]) -> Array:
   """RMoE eq. 2-3 for one token, gate by gate."""
 
   def part(gate: int, side: str, x_R: Array) -> Array:
-    weight = cell[f'{side}_R3R'][:, gate]
+    weight = cell['input_X3R' if side == 'input' else 'hidden_R3R'][:, gate]
     return x_R @ weight + cell[f'{side}_bias_3R'][gate]
 
   r = sigmoid(part(0, 'input', u_R) + part(0, 'hidden', h_R))

@@ -31,7 +31,8 @@ ROOMS = {
   'errors': Room(),
   'allocator': Room(),
   'ranges': Room('errors', 'ml_collections'),
-  'config': Room('errors ranges', 'ml_collections'),
+  'routing_rules': Room('errors ranges', 'ml_collections'),
+  'config': Room('errors ranges routing_rules', 'ml_collections'),
   'saved_config': Room('config', 'ml_collections'),
   # The schema is a file of the checkout, `configs/base.py`: here is the door.
   'config_file': Room('errors saved_config', 'ml_collections configs'),

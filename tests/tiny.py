@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from configs import base
 from moe_jax.model.build import build
 from moe_jax.model.decoder import Decoder
+from moe_jax.routing.selection import Select, TopK
 
 VOCAB = 61
 
@@ -46,6 +47,20 @@ def config(**overrides: Any) -> ConfigDict:
       section = section[name]
     section[path[-1]] = value
   return made
+
+
+def select(num_experts: int, k: int = 2, **changes: Any) -> Select:
+  """Top-k of the softmax, renormalised, unless changed."""
+  options = {
+    'pick': TopK(k),
+    'weights': 'softmax',
+    'renormalize': True,
+    'groups': 1,
+    'top_groups': 1,
+    'disable_top': 0,
+    'biased': False,
+  }
+  return Select(num_experts, **(options | changes))
 
 
 def decoder(

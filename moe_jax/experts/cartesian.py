@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.moe import Watched
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 
 class SubLayer(Protocol):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.grouped_matmul import grouped_matmul
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 
 def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """A Mixture-of-Experts layer: route, select, dispatch, combine, share."""
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -11,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.feed_forward import ExpertBank, FeedForward
 from moe_jax.routing.balance import Load, load_of
-from moe_jax.routing.recurrent import Cell, Precision, State
-from moe_jax.routing.router import Router, Tokens
-from moe_jax.routing.selection import Routing
+from moe_jax.routing.cells import Cell, Precision
+from moe_jax.routing.router import Router, State, Tokens
+from moe_jax.routing.selection import Routing, Select
 
 
 class Watched(NamedTuple):
@@ -41,6 +40,8 @@ class MoELayer(nnx.Module):
     dispatch: moves tokens to experts and back.
     experts: the bank of routed experts.
     shared: an expert that every token visits, or None.
+    shared_parts: networks that `shared` stands for: their outputs' mean is its
+      own, divided by their number.
     mixing: joins routed and shared output.
     bias_D: a learned vector added to the routed output, or None (RMoE's
       released code has it as an option).
@@ -49,11 +50,12 @@ class MoELayer(nnx.Module):
   def __init__(
     self,
     router: Router,
-    select: Callable[[jax.Array], Routing],
+    select: Select,
     dispatch: Dispatch,
     experts: ExpertBank,
     *,
     shared: FeedForward | None = None,
+    shared_parts: int = 1,
     mixing: Mixing | None = None,
     bias_D: nnx.Param | None = None,
   ):
@@ -62,6 +64,7 @@ class MoELayer(nnx.Module):
     self.dispatch = dispatch
     self.experts = experts
     self.shared = shared
+    self.shared_parts = shared_parts
     self.mixing = mixing
     self.bias_D = bias_D
 
@@ -83,8 +86,10 @@ class MoELayer(nnx.Module):
       y_TD += self.bias_D[...].astype(y_TD.dtype)
     if self.shared is not None:
       with jax.named_scope('shared_expert'):
-        y_TD = self.mixing(x_TD, y_TD, self.shared(x_TD))
-    return y_TD, state, Watched(load_of(routing, tokens, dropped), routing)
+        shared_TD = self.shared(x_TD) / self.shared_parts
+        y_TD = self.mixing(x_TD, y_TD, shared_TD)
+    load = load_of(routing, tokens, dropped, self.select.steering)
+    return y_TD, state, Watched(load, routing)
 
 
 class SumMixing(nnx.Module):

@@ -112,7 +112,6 @@ def rules(config: ConfigDict) -> Rules:
   experts = 'block_sparse_moe.experts.{*}.'
   cell = {
     'cell/input_X3R': ('goi->igo', 'model.rnn_router.weight_i{r|z|n}'),
-    'cell/input_R3R': ('goi->igo', 'model.rnn_router.weight_i{r|z|n}'),
     'cell/hidden_R3R': ('goi->igo', 'model.rnn_router.weight_h{r|z|n}'),
     'cell/input_bias_3R': ('gR->gR', 'model.rnn_router.bias_i{r|z|n}'),
     'cell/hidden_bias_3R': ('gR->gR', 'model.rnn_router.bias_h{r|z|n}'),

@@ -9,8 +9,8 @@ from moe_jax.experts.cartesian import Chain, split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.attention import Attention
 from moe_jax.model.layers import RMSNorm
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens
 
 
 class Block(nnx.Module):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +28,10 @@ from moe_jax.model.block import Block, Period
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.layers import RMSNorm
 from moe_jax.routing import recurrent
-from moe_jax.routing.router import Router
-from moe_jax.routing.scores import SCORES
-from moe_jax.routing.selection import top_k
-
-CELLS = {
-  'none': lambda router, rngs: recurrent.Memoryless(),
-  'gru': lambda router, rngs: recurrent.GRUCell(router.state_size, rngs=rngs),
-}
+from moe_jax.routing.cells import CELLS, Cell
+from moe_jax.routing.router import Features, Router
+from moe_jax.routing.scores import SCORES, ScoreOptions
+from moe_jax.routing.selection import SELECTIONS, WEIGHTS, Select
 
 MIXINGS = {
   'sum': lambda config, rngs: SumMixing(),
@@ -47,12 +44,29 @@ MIXINGS = {
 }
 
 
+class Parts(NamedTuple):
+  """What every block of a model is made of.
+
+  Attributes:
+    config: the whole config.
+    vocab_size: V.
+    dispatch: of all MoE layers.
+    disable_top: as in `build`.
+  """
+
+  config: ConfigDict
+  vocab_size: int
+  dispatch: Dispatch
+  disable_top: int
+
+
 def build(
   config: ConfigDict,
   vocab_size: int,
   mesh: jax.sharding.Mesh | None,
   *,
   rngs: nnx.Rngs,
+  disable_top: int = 0,
 ) -> Decoder:
   """Makes the model that a config describes.
 
@@ -61,6 +75,7 @@ def build(
     vocab_size: V.
     mesh: where it will run; None for one device of the default platform.
     rngs: with the stream `params`.
+    disable_top: experts left out of every choice; see `Select`.
 
   Returns:
     A `Decoder`; call under `jax.jit` or `jax.eval_shape`, as every parameter
@@ -69,7 +84,8 @@ def build(
   model = config.model
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
-  make_block = functools.partial(_block, config, _dispatch(config, mesh))
+  parts = Parts(config, vocab_size, _dispatch(config, mesh), disable_top)
+  make_block = functools.partial(_block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:
     pattern = kinds[first : first + period]
@@ -86,12 +102,13 @@ def build(
     head_DV = nnx.Param(init(rngs.params(), (model.hidden_size, vocab_size)))
   return Decoder(
     embed_VD,
-    CELLS[config.router.recurrent](config.router, rngs),
+    _cell(config, rngs),
     Period([make_block(kind, rngs) for kind in kinds[:first]]),
     periods,
     RMSNorm(model.hidden_size, model.norm_epsilon),
     head_DV,
     repeats=repeats,
+    num_residual_logits=_num_residual_logits(config),
     dtype=compute_dtype(config, mesh),
     remat=model.remat,
     unroll=model.unroll,
@@ -138,10 +155,8 @@ def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
   return ExpertParallel(mesh, dispatch, mesh_lib.TOKEN_AXES)
 
 
-def _block(
-  config: ConfigDict, dispatch: Dispatch, kind: str, rngs: nnx.Rngs
-) -> Block:
-  model = config.model
+def _block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
+  config, model = parts.config, parts.config.model
   norm = functools.partial(RMSNorm, model.hidden_size, model.norm_epsilon)
   attention = Attention(
     model.hidden_size,
@@ -153,17 +168,14 @@ def _block(
     rngs=rngs,
   )
   make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
-  sub_layers = make(config, dispatch, rngs)
+  sub_layers = make(parts, rngs)
   return Block(
     norm(), attention, Chain([norm() for _ in sub_layers], sub_layers)
   )
 
 
-def _dense_sub_layers(
-  config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
-) -> list[SubLayer]:
-  del dispatch
-  model = config.model
+def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
+  model = parts.config.model
   return [
     DenseLayer(
       FeedForward(
@@ -176,14 +188,11 @@ def _dense_sub_layers(
   ]
 
 
-def _moe_sub_layers(
-  config: ConfigDict, dispatch: Dispatch, rngs: nnx.Rngs
-) -> list[SubLayer]:
+def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
   """One MoE sub-layer per factor; all together cost what one would."""
-  moe, model = config.moe, config.model
-  select = functools.partial(top_k, k=moe.top_k, renormalize=moe.renormalize)
+  config, moe, model = parts.config, parts.config.moe, parts.config.model
 
-  def sub_layer() -> MoELayer:
+  def sub_layer(place: int) -> MoELayer:
     experts = ExpertBank(
       moe.num_experts,
       model.hidden_size,
@@ -194,16 +203,17 @@ def _moe_sub_layers(
     shared, mixing = _shared(config, rngs)
     bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
     return MoELayer(
-      _router(config, rngs),
-      select,
-      dispatch,
+      _router(parts, place, rngs),
+      _select(parts),
+      parts.dispatch,
       experts,
       shared=shared,
+      shared_parts=moe.shared.parts,
       mixing=mixing,
       bias_D=bias_D,
     )
 
-  return [sub_layer() for _ in range(moe.factors)]
+  return [sub_layer(place) for place in range(moe.factors)]
 
 
 def _shared(
@@ -222,17 +232,69 @@ def _shared(
   return feed_forward, MIXINGS[name](config, rngs)
 
 
-def _router(config: ConfigDict, rngs: nnx.Rngs) -> Router:
-  router, init_std = config.router, config.model.init_std
-  features = recurrent.HiddenFeatures()
-  num_features = config.model.hidden_size
-  if router.recurrent != 'none':
-    features = recurrent.RecurrentFeatures(
-      num_features, router.state_size, init_std=init_std, rngs=rngs
-    )
-    num_features = router.state_size
+def _cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
+  router = config.router
+  shared = router.projector == 'shared'
+  input_size = config.model.hidden_size if shared else router.state_size
+  cell = CELLS[choose('router.recurrent', router.recurrent, CELLS)]
+  return cell(input_size, router.state_size, rngs=rngs)
+
+
+def _num_residual_logits(config: ConfigDict) -> int:
+  return config.moe.num_experts if config.router.residual else 0
+
+
+def _router(parts: Parts, place: int, rngs: nnx.Rngs) -> Router:
+  """The router of the sub-layer at `place` in its layer."""
+  config, router = parts.config, parts.config.router
+  features, num_features = _features(config, rngs)
+  options = ScoreOptions(
+    num_features=num_features,
+    num_experts=config.moe.num_experts,
+    vocab_size=parts.vocab_size,
+    width=router.mlp_width,
+    reduced_size=router.reduced_size,
+    bias=router.bias,
+    salt=place,
+    init_std=config.model.init_std,
+  )
   score = SCORES[choose('router.score', router.score, SCORES)]
   return Router(
     features,
-    score(num_features, config.moe.num_experts, init_std=init_std, rngs=rngs),
+    score(options, rngs=rngs),
+    residual=router.residual,
+    detached=router.residual_detached,
+    jitter=router.jitter,
+  )
+
+
+def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
+  """What the score reads, and its width."""
+  router, hidden_size = config.router, config.model.hidden_size
+  if router.recurrent == 'none':
+    return recurrent.HiddenFeatures(), hidden_size
+  project = recurrent.whole
+  if router.projector == 'layerwise':
+    project = recurrent.Projector(
+      hidden_size,
+      router.state_size,
+      init_std=config.model.init_std,
+      rngs=rngs,
+    )
+  features = recurrent.RecurrentFeatures(project, router.passing)
+  return features, router.state_size
+
+
+def _select(parts: Parts) -> Select:
+  config, router = parts.config, parts.config.router
+  pick = choose('router.selection', router.selection, SELECTIONS)
+  return Select(
+    config.moe.num_experts,
+    SELECTIONS[pick](config),
+    weights=choose('router.weights', router.weights, WEIGHTS),
+    renormalize=config.moe.renormalize,
+    groups=router.groups,
+    top_groups=router.top_groups,
+    disable_top=parts.disable_top,
+    biased=config.loss.bias_rate > 0,
   )

@@ -11,8 +11,8 @@ from moe_jax.experts.cartesian import split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Period
 from moe_jax.model.layers import RMSNorm
-from moe_jax.routing.recurrent import Cell, State
-from moe_jax.routing.router import Tokens
+from moe_jax.routing.cells import Cell
+from moe_jax.routing.router import State, Tokens, start
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
 _KEEP_ROUTING = jax.checkpoint_policies.save_only_these_names('routing')
@@ -54,6 +54,7 @@ class Decoder(nnx.Module):
     head_DV: nnx.Param | None,
     *,
     repeats: int,
+    num_residual_logits: int,
     dtype: jnp.dtype,
     remat: str,
     unroll: int,
@@ -70,6 +71,7 @@ class Decoder(nnx.Module):
       norm: part.
       head_DV: parameter or None.
       repeats: P.
+      num_residual_logits: N where routers add up their logits, else 0.
       dtype: of the arithmetic outside routers and norms.
       remat: a key of `REMAT_POLICIES`.
       unroll: periods per step of the scan.
@@ -83,6 +85,7 @@ class Decoder(nnx.Module):
     self.norm = norm
     self.head_DV = head_DV
     self.repeats = repeats
+    self.num_residual_logits = num_residual_logits
     self.dtype = dtype
     self.remat = remat
     self.unroll = unroll
@@ -115,7 +118,8 @@ class Decoder(nnx.Module):
     x_BLD = embed_VD[ids_BL]
     tokens = Tokens(ids_BL, real_BL)
     prefix_key, periods_key = split(key, 2)
-    carry = self._shard((x_BLD, self.cell.start(ids_BL.size)))
+    state = start(self.cell, ids_BL.size, self.num_residual_logits)
+    carry = self._shard((x_BLD, state))
 
     def step(
       carry: tuple[jax.Array, State],

@@ -6,6 +6,7 @@ whatever the mesh, a mean is over the global batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ class Load:
     z: summed squared log-partition of the logits.
     entropy: summed entropy of the router's distribution, in nats.
     dropped: slots whose expert had no room (capacity dispatch only).
+    steering: 0, with the gradient that steers the bias on the choice; see
+      `moe_jax.routing.selection.Select`.
+    sequence_balance: `N sum_n f_n P_n` of each sequence, summed over them.
+    sequences: those with a real token.
   """
 
   counts_N: jax.Array
@@ -36,22 +41,50 @@ class Load:
   z: jax.Array
   entropy: jax.Array
   dropped: jax.Array
+  steering: jax.Array
+  sequence_balance: jax.Array
+  sequences: jax.Array
 
 
-def load_of(routing: Routing, tokens: Tokens, dropped: jax.Array) -> Load:
-  """Sums up one sub-layer's routing; `dropped` is a count of slots."""
-  real_T = tokens.real_T.astype(jnp.float32)
-  chosen_TKN = routing.indices_TK[..., None] == jnp.arange(routing.num_experts)
-  log_TN = jax.nn.log_softmax(routing.logits_TN)
-  entropy_T = -(routing.probabilities_TN * log_TN).sum(-1)
+def load_of(
+  routing: Routing,
+  tokens: Tokens,
+  dropped: jax.Array,
+  steering: Callable[[jax.Array], jax.Array],
+) -> Load:
+  """Sums up one sub-layer's routing.
+
+  Args:
+    routing: of T tokens; the slots of padding are unused.
+    tokens: the same ones.
+    dropped: a count of slots.
+    steering: of the counts; see `Load`.
+  """
+  num_experts, (batch, length) = routing.num_experts, tokens.real_BL.shape
+  real_BL = tokens.real_BL.astype(jnp.float32)
+  real_B = real_BL.sum(-1)
+  indices_BLK = routing.indices_TK.reshape(batch, length, -1)
+  chosen_BLKN = indices_BLK[..., None] == jnp.arange(num_experts)
+  counts_BN = chosen_BLKN.sum((1, 2), dtype=jnp.float32)
+  probability_BN = jnp.einsum(
+    'BLN,BL->BN',
+    routing.probabilities_TN.reshape(batch, length, num_experts),
+    real_BL,
+  )
+  entropy_T = jax.scipy.special.entr(routing.probabilities_TN).sum(-1)
   z_T = jax.nn.logsumexp(routing.logits_TN, axis=-1) ** 2
+  real_T = real_BL.reshape(-1)
+  counts_N = counts_BN.sum(0)
   return Load(
-    counts_N=chosen_TKN.sum((0, 1), dtype=jnp.float32),
-    probability_N=jnp.einsum('TN,T->N', routing.probabilities_TN, real_T),
+    counts_N=counts_N,
+    probability_N=probability_BN.sum(0),
     tokens=real_T.sum(),
     z=(z_T * real_T).sum(),
     entropy=(entropy_T * real_T).sum(),
     dropped=dropped.astype(jnp.float32),
+    steering=steering(counts_N),
+    sequence_balance=_balance(counts_BN, probability_BN, real_B).sum(),
+    sequences=(real_B > 0).sum(dtype=jnp.float32),
   )
 
 
@@ -61,17 +94,37 @@ def joined(load: Load) -> Load:
   return jax.tree.map(lambda a: a.sum(tuple(range(keep))), load)
 
 
-def balance_loss(load: Load) -> jax.Array:
+def balance_loss(load: Load, whole: Load | None = None) -> jax.Array:
   """`N sum_n f_n P_n`, summed over layers; K when all is balanced (one layer).
 
   f_n is the share of tokens that chose expert n, counted once per slot (so the
   f_n sum to K), P_n its mean probability: the form of Switch Transformers eq. 4
   (arXiv 2101.03961) for top-k. Only P_n has a gradient.
+
+  Args:
+    load: of the tokens whose probabilities are held to the shares.
+    whole: of the batch that they are part of, whose shares and number of tokens
+      then count: the sum over the parts is the loss of the whole. None: `load`.
   """
-  tokens = jnp.maximum(load.tokens, 1.0)[..., None]
-  share_N = jax.lax.stop_gradient(load.counts_N) / tokens
-  mean_N = load.probability_N / tokens
-  return load.counts_N.shape[-1] * (share_N * mean_N).sum()
+  whole = load if whole is None else whole
+  return _balance(whole.counts_N, load.probability_N, whole.tokens).sum()
+
+
+def sequence_balance_loss(load: Load) -> jax.Array:
+  """The balance loss within each sequence, as a mean over sequences.
+
+  DeepSeek-V3 (arXiv 2412.19437) eq. 17-20, here with f_n counted as above.
+  """
+  return (load.sequence_balance / jnp.maximum(load.sequences, 1.0)).sum()
+
+
+def _balance(
+  counts_N: jax.Array, probability_N: jax.Array, tokens: jax.Array
+) -> jax.Array:
+  """`N sum_n f_n P_n`; leading axes stay."""
+  tokens = jnp.maximum(tokens, 1.0)[..., None]
+  share_N = jax.lax.stop_gradient(counts_N) / tokens
+  return counts_N.shape[-1] * (share_N * probability_N / tokens).sum(-1)
 
 
 def z_loss(load: Load) -> jax.Array:

@@ -1,42 +1,262 @@
 """Score functions: from a router's features to one logit per expert.
 
 A score is a class with `score(features_TX, ids_T) -> logits_TN`, float32 in and
-out, where X is the width of the features it was made for. A new one is a class
-here and a line in `SCORES`.
+out, where X is the width of the features: the hidden state or the recurrent
+state. A new one is a class here and a line in `SCORES`. Parameters whose names
+begin with `fixed_` are drawn once and never trained.
+
+Sources: RMoE (arXiv 2408.06793), table 1, and what it cites.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.routing.recurrent import Precision
+from moe_jax.routing.cells import Precision
+
+_START_TEMPERATURE = 0.3  # of the cosine scores; XMoE's released code
+
+
+class ScoreOptions(NamedTuple):
+  """What a score may need to know.
+
+  Attributes:
+    num_features: X.
+    num_experts: N.
+    vocab_size: V.
+    width: of the hidden layer of `MLPScore` and of `HyperScore`'s network.
+    reduced_size: of `XMoEScore`'s expert embeddings.
+    bias: whether the linear, mlp and hyper scores have one.
+    salt: tells the sub-layers of a layer apart where scores are hashes.
+    init_std: of the weights.
+  """
+
+  num_features: int
+  num_experts: int
+  vocab_size: int
+  width: int
+  reduced_size: int
+  bias: bool
+  salt: int
+  init_std: float
 
 
 class LinearScore(nnx.Module):
-  """`features G` (RMoE eq. 1 and 6), without a bias.
+  """`features G + b` (RMoE eq. 1 and 6, which have no bias).
 
   Attributes:
     weight_XN: G, float32.
+    bias_N: b, or None.
   """
 
-  def __init__(
-    self,
-    num_features: int,
-    num_experts: int,
-    *,
-    init_std: float,
-    rngs: nnx.Rngs,
-  ):
-    init = nnx.initializers.normal(init_std)
-    self.weight_XN = nnx.Param(
-      init(rngs.params(), (num_features, num_experts), jnp.float32)
-    )
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    shape = options.num_features, options.num_experts
+    self.weight_XN = _normal(options, rngs, *shape)
+    self.bias_N = _zeros(options.num_experts) if options.bias else None
 
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
     del ids_T
-    return jnp.einsum(
-      'TX,XN->TN', features_TX, self.weight_XN[...], precision=Precision
+    return _affine(features_TX, self.weight_XN, self.bias_N)
+
+
+class MLPScore(nnx.Module):
+  """Two layers with a GELU between them (SMoE-MLP).
+
+  Attributes:
+    mlp_XF: to the hidden layer.
+    weight_FN: from there to the logits.
+    mlp_bias_F, bias_N: their biases, or None.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    self.mlp_XF = _normal(options, rngs, options.num_features, options.width)
+    self.weight_FN = _normal(options, rngs, options.width, options.num_experts)
+    self.mlp_bias_F = _zeros(options.width) if options.bias else None
+    self.bias_N = _zeros(options.num_experts) if options.bias else None
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del ids_T
+    hidden_TF = _affine(features_TX, self.mlp_XF, self.mlp_bias_F)
+    hidden_TF = jax.nn.gelu(hidden_TF, approximate=False)
+    return _affine(hidden_TF, self.weight_FN, self.bias_N)
+
+
+class CosineScore(nnx.Module):
+  """`cos(features, e_n) / temperature` (CosineMoE).
+
+  Attributes:
+    embedding_NX: e, one embedding per expert.
+    log_temperature: learnable, so that the temperature stays above 0.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    shape = options.num_experts, options.num_features
+    self.embedding_NX = _normal(options, rngs, *shape)
+    self.log_temperature = _log_temperature()
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del ids_T
+    cosine_TN = _cosine(features_TX, self.embedding_NX)
+    return cosine_TN * jnp.exp(-self.log_temperature[...])
+
+
+class XMoEScore(nnx.Module):
+  """`cos(features W, e_n) / temperature`, in few dimensions (arXiv 2204.09179).
+
+  Attributes:
+    reduction_XE: W.
+    embedding_NE: e, one embedding per expert.
+    log_temperature: as in `CosineScore`.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    size = options.reduced_size
+    self.reduction_XE = _normal(options, rngs, options.num_features, size)
+    self.embedding_NE = _normal(options, rngs, options.num_experts, size)
+    self.log_temperature = _log_temperature()
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del ids_T
+    reduced_TE = _affine(features_TX, self.reduction_XE, None)
+    cosine_TN = _cosine(reduced_TE, self.embedding_NE)
+    return cosine_TN * jnp.exp(-self.log_temperature[...])
+
+
+class HyperScore(nnx.Module):
+  """A linear score whose G and b a fixed random network makes (HyperMoE).
+
+  Only the network's input, one embedding per layer, is trained.
+
+  Attributes:
+    embedding_X: what the network reads.
+    fixed_up_XF, fixed_up_bias_F: its hidden layer, with a GELU.
+    fixed_weights_FXN, fixed_weights_bias_XN: from there to G.
+    fixed_bias_FN, fixed_bias_bias_N: from there to b; None without one.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    features, experts = options.num_features, options.num_experts
+    width = options.width
+
+    def fixed(fan_in: int, *shape: int) -> nnx.Param:
+      # Keeps the size of what passes: the network is never trained to.
+      draw = jax.random.normal(rngs.params(), shape)
+      return nnx.Param(draw * fan_in**-0.5)
+
+    self.embedding_X = nnx.Param(jax.random.normal(rngs.params(), (features,)))
+    self.fixed_up_XF = fixed(features, features, width)
+    self.fixed_up_bias_F = _zeros(width)
+    # G meets the features next, so it is scaled for their number too.
+    self.fixed_weights_FXN = fixed(width * features, width, features, experts)
+    self.fixed_weights_bias_XN = _zeros(features, experts)
+    self.fixed_bias_FN = self.fixed_bias_bias_N = None
+    if options.bias:
+      self.fixed_bias_FN = fixed(width * features, width, experts)
+      self.fixed_bias_bias_N = _zeros(experts)
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del ids_T
+    hidden_F = jax.nn.gelu(
+      _through(self.embedding_X[...], self.fixed_up_XF, self.fixed_up_bias_F),
+      approximate=False,
+    )
+    weight_XN = _through(
+      hidden_F, self.fixed_weights_FXN, self.fixed_weights_bias_XN
+    )
+    logits_TN = jnp.matmul(features_TX, weight_XN, precision=Precision)
+    if self.fixed_bias_FN is None:
+      return logits_TN
+    return logits_TN + _through(
+      hidden_F, self.fixed_bias_FN, self.fixed_bias_bias_N
     )
 
 
-SCORES = {'linear': LinearScore}
+class RandomScore(nnx.Module):
+  """A linear score that is never trained (RandomMoE).
+
+  Attributes:
+    fixed_weight_XN: G.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    shape = options.num_features, options.num_experts
+    self.fixed_weight_XN = _normal(options, rngs, *shape)
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del ids_T
+    weight_XN = jax.lax.stop_gradient(self.fixed_weight_XN[...])
+    return jnp.matmul(features_TX, weight_XN, precision=Precision)
+
+
+class HashScore(nnx.Module):
+  """Logits looked up by token id: CartesianMoE's Hash Layer baseline.
+
+  The table is the same in every layer, as in the released code, and for every
+  seed; sub-layers of a layer differ, or a Cartesian layer would use only the
+  pairs (i, i).
+
+  Attributes:
+    fixed_table_VN: standard normal.
+  """
+
+  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+    del rngs
+    shape = options.vocab_size, options.num_experts
+    self.fixed_table_VN = nnx.Param(
+      jax.random.normal(jax.random.key(options.salt), shape)
+    )
+
+  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+    del features_TX
+    return jax.lax.stop_gradient(self.fixed_table_VN[...])[ids_T]
+
+
+def _normal(options: ScoreOptions, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+  init = nnx.initializers.normal(options.init_std)
+  return nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+
+def _zeros(*shape: int) -> nnx.Param:
+  return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def _log_temperature() -> nnx.Param:
+  return nnx.Param(jnp.log(jnp.float32(_START_TEMPERATURE)))
+
+
+def _affine(
+  x_TX: jax.Array, weight_XO: nnx.Param, bias_O: nnx.Param | None
+) -> jax.Array:
+  y_TO = jnp.matmul(x_TX, weight_XO[...], precision=Precision)
+  return y_TO if bias_O is None else y_TO + bias_O[...]
+
+
+def _through(x_X: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
+  """One vector through a layer that is not trained; any shape comes out."""
+  weight, bias = jax.lax.stop_gradient((weight[...], bias[...]))
+  return jnp.tensordot(x_X, weight, 1, precision=Precision) + bias
+
+
+def _cosine(x_TE: jax.Array, embedding_NE: nnx.Param) -> jax.Array:
+  return jnp.matmul(
+    _unit(x_TE), _unit(embedding_NE[...]).T, precision=Precision
+  )
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """Of length 1 along the last axis; a zero vector stays 0."""
+  squares = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+SCORES = {
+  'linear': LinearScore,
+  'mlp': MLPScore,
+  'cosine': CosineScore,
+  'xmoe': XMoEScore,
+  'hyper': HyperScore,
+  'random': RandomScore,
+  'hash': HashScore,
+}

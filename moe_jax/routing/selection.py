@@ -1,9 +1,11 @@
 """From logits to the chosen experts and their weights."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +16,7 @@ class Routing:
   Attributes:
     weights_TK: float32, of each chosen expert; 0 in an unused slot.
     indices_TK: int32 in [0, N); N in an unused slot.
-    probabilities_TN: float32, softmax over all experts.
+    probabilities_TN: float32, of every expert; they sum to 1.
     logits_TN: float32.
   """
 
@@ -36,39 +38,200 @@ class Routing:
     )
 
 
-def top_k(logits_TN: jax.Array, *, k: int, renormalize: bool) -> Routing:
-  """The k most probable experts of each token (RMoE eq. 1: TopK(softmax)).
+class Chosen(NamedTuple):
+  """Experts picked for each token, best first.
 
-  Args:
-    logits_TN: float32.
-    k: experts per token, at most N. Of equal logits the lower index is chosen.
+  Attributes:
+    indices_TK: int32 in [0, N).
+    used_TK: bool; False marks a slot that stays empty.
+  """
+
+  indices_TK: jax.Array
+  used_TK: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+  """The k best; of equal ones those with the lower index."""
+
+  k: int
+
+  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Chosen:
+    """Picks by `choice_TN`, in k passes over [T, N].
+
+    The partitioner splits these by tokens like any other arithmetic;
+    `jax.lax.top_k` it would run on every device for the tokens of all of them.
+    """
+    del scores_TN
+    experts_N = jnp.arange(choice_TN.shape[-1], dtype=jnp.int32)
+    left_TN, indices = choice_TN, []
+    for _ in range(self.k):
+      best_T = jnp.argmax(left_TN, axis=-1).astype(jnp.int32)
+      left_TN = jnp.where(experts_N == best_T[:, None], -jnp.inf, left_TN)
+      indices.append(best_T)
+    indices_TK = jnp.stack(indices, axis=-1)
+    return Chosen(indices_TK, jnp.ones(indices_TK.shape, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP:
+  """The best until their probabilities sum to more than p.
+
+  The expert that exceeds p is kept too (TopP baseline of CartesianMoE, arXiv
+  2410.16077), so there is at least one, and K = N slots.
+  """
+
+  p: float
+
+  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Chosen:
+    order_TN = jnp.argsort(-choice_TN, axis=-1, stable=True).astype(jnp.int32)
+    sorted_TN = jnp.take_along_axis(scores_TN, order_TN, axis=-1)
+    summed_TN = jnp.cumsum(sorted_TN, axis=-1)
+    before_TN = jnp.pad(summed_TN[:, :-1], ((0, 0), (1, 0)))
+    possible_TN = jnp.take_along_axis(choice_TN, order_TN, axis=-1) > -jnp.inf
+    return Chosen(order_TN, (before_TN <= self.p) & possible_TN)
+
+
+class Select(nnx.Module):
+  """Chooses experts by their scores, and weighs the chosen ones.
+
+  Scores are the softmax over all experts (RMoE eq. 1), or the sigmoid of each
+  (DeepSeek-V3, arXiv 2412.19437, eq. 15).
+
+  Attributes:
+    pick: `TopK` or `TopP`.
+    weights: a key of `WEIGHTS`.
     renormalize: divide the chosen weights by their sum. With k = 1 this would
       make every weight 1 and leave the router without a gradient, so there it
-      does nothing.
-
-  Returns:
-    A `Routing` with every slot used, most probable expert first.
+      does nothing. (Softmax over the chosen logits is 1 there all the same.)
+    groups, top_groups: experts stand in `groups` equal groups; a token chooses
+      from the `top_groups` whose two best experts add up to the most
+      (DeepSeek-V3, section 2.1.2).
+    disable_top: so many experts with the highest score are left out, token by
+      token (CartesianMoE, table 4).
+    choice_bias_N: added to the scores for the choice alone (auxiliary-loss-free
+      balancing, arXiv 2408.15664); None without it.
   """
+
+  def __init__(
+    self,
+    num_experts: int,
+    pick: TopK | TopP,
+    *,
+    weights: str,
+    renormalize: bool,
+    groups: int,
+    top_groups: int,
+    disable_top: int,
+    biased: bool,
+  ):
+    self.pick = pick
+    self.weights = weights
+    self.renormalize = renormalize
+    self.groups = groups
+    self.top_groups = top_groups
+    self.disable_top = disable_top
+    self.choice_bias_N = nnx.Param(jnp.zeros(num_experts)) if biased else None
+
+  def __call__(self, logits_TN: jax.Array) -> Routing:
+    """Returns the `Routing` of float32 logits, best expert first."""
+    scores_TN, probabilities_TN = SCALES[self.weights](logits_TN)
+    chosen = self.pick(self._choice(scores_TN), scores_TN)
+    weights_TK = WEIGHTS[self.weights](scores_TN, logits_TN, chosen)
+    weights_TK = jnp.where(chosen.used_TK, weights_TK, 0.0)
+    if self.renormalize and chosen.indices_TK.shape[-1] > 1:
+      total_T1 = weights_TK.sum(-1, keepdims=True)
+      # Sigmoids may all be 0 in float32.
+      weights_TK /= jnp.maximum(total_T1, jnp.finfo(jnp.float32).tiny)
+    routing = Routing(
+      weights_TK, chosen.indices_TK, probabilities_TN, logits_TN
+    )
+    return routing.only(chosen.used_TK)
+
+  def steering(self, counts_N: jax.Array) -> jax.Array:
+    """0, with the gradient `counts - mean` in the bias.
+
+    So the sign of the summed gradient says which way to step (arXiv
+    2408.15664, algorithm 1), over any number of micro-batches and devices.
+    """
+    if self.choice_bias_N is None:
+      return jnp.zeros(())
+    excess_N = jax.lax.stop_gradient(counts_N - counts_N.mean())
+    bias_N = self.choice_bias_N[...]
+    return ((bias_N - jax.lax.stop_gradient(bias_N)) * excess_N).sum()
+
+  def _choice(self, scores_TN: jax.Array) -> jax.Array:
+    """What experts are chosen by; -inf for those that cannot be."""
+    choice_TN = jax.lax.stop_gradient(scores_TN)
+    disabled_TN = _best(choice_TN, self.disable_top)
+    if self.choice_bias_N is not None:
+      choice_TN += jax.lax.stop_gradient(self.choice_bias_N[...])
+    choice_TN = jnp.where(disabled_TN, -jnp.inf, choice_TN)
+    if self.groups == 1:
+      return choice_TN
+    choice_TJN = choice_TN.reshape(len(choice_TN), self.groups, -1)
+    two = min(2, choice_TJN.shape[-1])
+    best_TJ = jnp.sort(choice_TJN, axis=-1)[..., -two:].sum(-1)
+    open_TJ = _best(best_TJ, self.top_groups)
+    return jnp.where(open_TJ[..., None], choice_TJN, -jnp.inf).reshape(
+      choice_TN.shape
+    )
+
+
+def _best(values_TN: jax.Array, count: int) -> jax.Array:
+  """Marks the `count` largest values of each row, bool."""
+  experts_N = jnp.arange(values_TN.shape[-1])
+  if not count:
+    return jnp.zeros(values_TN.shape, bool)
+  best_TK = TopK(count)(values_TN, values_TN).indices_TK
+  return (best_TK[..., None] == experts_N).any(1)
+
+
+def _softmax(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
   probabilities_TN = jax.nn.softmax(logits_TN, axis=-1)
-  weights_TK, indices_TK = _largest(probabilities_TN, k)
-  if renormalize and k > 1:
-    weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
-  return Routing(weights_TK, indices_TK, probabilities_TN, logits_TN)
+  return probabilities_TN, probabilities_TN
 
 
-def _largest(values_TN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """`jax.lax.top_k` as k passes over [T, N].
+def _sigmoid(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
+  scores_TN = jax.nn.sigmoid(logits_TN)
+  # From the logarithms, so that it holds where every sigmoid is 0.
+  return scores_TN, jax.nn.softmax(jax.nn.log_sigmoid(logits_TN), axis=-1)
 
-  The partitioner splits these by tokens like any other arithmetic; `top_k` it
-  would run on every device for the tokens of all of them.
-  """
-  experts_N = jnp.arange(values_TN.shape[-1], dtype=jnp.int32)
-  left_TN, indices = values_TN, []
-  for _ in range(k):
-    best_T = jnp.argmax(left_TN, axis=-1).astype(jnp.int32)
-    left_TN = jnp.where(experts_N == best_T[:, None], -jnp.inf, left_TN)
-    indices.append(best_T)
-  indices_TK = jnp.stack(indices, axis=-1)
-  chosen_TKN = indices_TK[..., None] == experts_N
-  largest_TK = jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
-  return largest_TK, indices_TK
+
+def _of_chosen(
+  scores_TN: jax.Array, logits_TN: jax.Array, chosen: Chosen
+) -> jax.Array:
+  del logits_TN
+  return _take(scores_TN, chosen)
+
+
+def _softmax_of_chosen(
+  scores_TN: jax.Array, logits_TN: jax.Array, chosen: Chosen
+) -> jax.Array:
+  del scores_TN
+  logits_TK = _take(logits_TN, chosen)
+  return jax.nn.softmax(
+    logits_TK, axis=-1, where=chosen.used_TK, initial=-jnp.inf
+  )
+
+
+def _take(values_TN: jax.Array, chosen: Chosen) -> jax.Array:
+  """The chosen values, by a sum: its gradient is one too, not a scatter."""
+  experts_N = jnp.arange(values_TN.shape[-1])
+  chosen_TKN = chosen.indices_TK[..., None] == experts_N
+  return jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
+
+
+# logits_TN -> scores_TN, probabilities_TN, by the way of weighing.
+SCALES = {'softmax': _softmax, 'chosen': _softmax, 'sigmoid': _sigmoid}
+# (scores_TN, logits_TN, chosen) -> weights_TK, before any renormalisation.
+WEIGHTS = {
+  'softmax': _of_chosen,
+  'chosen': _softmax_of_chosen,  # the enwik8 code base of RMoE's experiments
+  'sigmoid': _of_chosen,
+}
+# The pick of `router.selection`, from the config.
+SELECTIONS = {
+  'top_k': lambda config: TopK(config.moe.top_k),
+  'top_p': lambda config: TopP(config.router.top_p),
+}

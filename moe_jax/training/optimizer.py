@@ -1,4 +1,9 @@
-"""AdamW with warm-up, cosine decay, clipping and selective weight decay."""
+"""AdamW with warm-up, cosine decay, clipping and selective weight decay.
+
+Some parameters are not its own: those of frozen routers and those that are
+fixed for good are left alone, and the bias by which experts are chosen moves by
+the sign of what its gradient counts.
+"""
 
 import re
 from typing import Any
@@ -9,8 +14,11 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 
-# Norms, biases and the router's cell are not pulled towards zero.
-_UNDECAYED = r'scale_.*|.*bias_.*|(input|hidden)_R3R'
+# Norms, biases, temperatures and the router's cell: not pulled towards zero.
+_UNDECAYED = r'scale_.*|.*bias_.*|(input|hidden)_[XR][34]?R|log_temperature'
+
+# What happens to a parameter.
+TRAINED, FROZEN, STEERED = 'trained', 'frozen', 'steered'
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -32,7 +40,7 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 def make(config: ConfigDict) -> optax.GradientTransformation:
   """The optimizer that a validated config describes."""
   optimizer = config.optimizer
-  adamw = optax.adamw(
+  trained = optax.adamw(
     schedule(config),
     b1=optimizer.b1,
     b2=optimizer.b2,
@@ -40,9 +48,52 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     weight_decay=optimizer.weight_decay,
     mask=decayed,
   )
-  if not optimizer.clip_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+  if optimizer.clip_norm:
+    clip = optax.clip_by_global_norm(optimizer.clip_norm)
+    trained = optax.chain(clip, trained)
+  return optax.partition(
+    {
+      TRAINED: trained,
+      FROZEN: optax.set_to_zero(),
+      STEERED: optax.sign_sgd(config.loss.bias_rate),
+    },
+    lambda params: labels(params, optimizer.freeze),
+  )
+
+
+def labels(params: Any, freeze: str) -> Any:
+  """A tree of `TRAINED`, `FROZEN` and `STEERED`.
+
+  Args:
+    params: of the model, or anything with the same keys.
+    freeze: `optimizer.freeze`. 'router' stands for projectors and scores of all
+      layers (RMoE, arXiv 2408.06793, fine-tuning), 'router_and_cell' for the
+      recurrent cell too.
+  """
+  frozen = {
+    'none': (),
+    'router': ('router',),
+    'router_and_cell': ('router', 'cell'),
+  }[freeze]
+
+  def label(path: tuple[Any, ...], _: Any) -> str:
+    keys = [str(key.key) for key in path]
+    if keys[-1] == 'choice_bias_N':
+      return STEERED
+    fixed = keys[-1].startswith('fixed_')
+    return FROZEN if fixed or set(keys) & set(frozen) else TRAINED
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def trained_norm(grads: Any, freeze: str) -> jax.Array:
+  """The global norm of the gradient of what is trained; see `labels`."""
+  of = jax.tree.map(
+    lambda grad, label: grad if label == TRAINED else None,
+    grads,
+    labels(grads, freeze),
+  )
+  return optax.tree.norm(of)
 
 
 def decayed(params: Any) -> Any:

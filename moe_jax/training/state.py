@@ -14,6 +14,7 @@ from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 from moe_jax.training import optimizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}. The key
@@ -28,12 +29,14 @@ class Setup:
 
   Attributes:
     graphdef: merged with a dict of parameters, the model.
+    eval_graphdef: the same for evaluation, where `eval.disable_top` counts.
     tx: the optimizer.
     abstract: the state as `ShapeDtypeStruct`s with shardings.
     mesh: where it lives.
   """
 
   graphdef: nnx.GraphDef
+  eval_graphdef: nnx.GraphDef
   tx: optax.GradientTransformation
   abstract: TrainState
   mesh: Mesh
@@ -91,12 +94,15 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     UserError: a mesh axis does not divide a dimension of a parameter.
   """
   tx = optimizer.make(config)
-  graphdef = nnx.graphdef(
-    nnx.eval_shape(
-      lambda: build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
-    )
+  made = Setup(
+    _graphdef(config, vocab_size, mesh, disable_top=0),
+    _graphdef(config, vocab_size, mesh, config.eval.disable_top),
+    tx,
+    {},
+    mesh,
+    config,
+    vocab_size,
   )
-  made = Setup(graphdef, tx, {}, mesh, config, vocab_size)
   shapes = jax.eval_shape(made._create, jax.random.key(0))
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -106,6 +112,21 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     mesh_lib.shardings(shapes, mesh),
   )
   return dataclasses.replace(made, abstract=abstract)
+
+
+def _graphdef(
+  config: ConfigDict, vocab_size: int, mesh: Mesh, disable_top: int
+) -> nnx.GraphDef:
+  def make() -> Decoder:
+    return build(
+      config,
+      vocab_size,
+      mesh,
+      rngs=nnx.Rngs(params=0),
+      disable_top=disable_top,
+    )
+
+  return nnx.graphdef(nnx.eval_shape(make))
 
 
 def _init_options(mesh: Mesh) -> dict[str, int] | None:

@@ -32,22 +32,39 @@ def cross_entropy(
 
 
 def auxiliary_loss(
-  load: Load | None, config: ConfigDict
+  load: Load | None,
+  config: ConfigDict,
+  share: float = 1.0,
+  whole: Load | None = None,
 ) -> tuple[jax.Array | float, Metrics]:
-  """The weighted balance and z losses, and both unweighted as metrics."""
+  """The weighted balance and z losses, and both unweighted as metrics.
+
+  Args:
+    load: of a micro-batch; None without MoE layers.
+    config: the whole config; reads `loss`.
+    share: of the micro-batch in the losses' mean over micro-batches.
+    whole: of the global batch, if its shares are to be even, else None.
+  """
   if load is None:
     return 0.0, {}
+  steering = load.steering.sum()
   if config.loss.balance_layers == 'joined':
-    load = balance.joined(load)
+    load, whole = balance.joined(load), whole and balance.joined(whole)
+  if config.loss.balance_scope == 'sequence':
+    balance_loss = share * balance.sequence_balance_loss(load)
+  elif whole is not None:
+    balance_loss = balance.balance_loss(load, whole)
+  else:
+    balance_loss = share * balance.balance_loss(load)
   metrics = {
-    'balance_loss': balance.balance_loss(load),
-    'z_loss': balance.z_loss(load),
+    'balance_loss': balance_loss,
+    'z_loss': share * balance.z_loss(load),
   }
   weighted = (
     config.loss.balance_weight * metrics['balance_loss']
     + config.loss.z_weight * metrics['z_loss']
   )
-  return weighted, metrics
+  return weighted + steering, metrics
 
 
 def make_train_step(
@@ -56,44 +73,55 @@ def make_train_step(
   """The jitted update; it donates the state it is given.
 
   The loss is the mean over all targets of the global batch, whatever the mesh
-  and the number of micro-batches. The balance loss is computed per micro-batch
-  and averaged.
+  and the number of micro-batches. What the balance loss is taken over,
+  `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
+  the global batch, for which a first pass over its micro-batches counts.
   """
   config, micro_batches = setup.config, setup.config.train.accumulation
   learning_rate = optimizer.schedule(config)
 
   def loss_fn(
-    params: Any, batch: Batch, num_targets: jax.Array
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    num_targets: jax.Array,
+    whole: Load | None,
   ) -> tuple[jax.Array, Metrics]:
     model: Decoder = nnx.merge(setup.graphdef, params)
-    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    logits_BLV, load = model(batch['inputs'], batch['mask'], key=key)
     nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
-    auxiliary, metrics = auxiliary_loss(load, config)
-    metrics = jax.tree.map(lambda m: m / micro_batches, metrics)
+    auxiliary, metrics = auxiliary_loss(load, config, 1 / micro_batches, whole)
     metrics |= {'loss': nll / num_targets, 'load': load}
-    return metrics['loss'] + auxiliary / micro_batches, metrics
+    return metrics['loss'] + auxiliary, metrics
 
-  def gradient(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+  def gradient(
+    params: Any, batch: Batch, key: jax.Array | None
+  ) -> tuple[Any, Metrics]:
     num_targets = batch['mask'].sum().astype(jnp.float32)
     grad = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      return grad(params, batch, num_targets)
+      return grad(params, batch, key, num_targets, None)
 
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-      more = grad(params, micro_batch, num_targets)
-      return jax.tree.map(jnp.add, total, more), None
+    parts = _split(batch, micro_batches, setup.mesh)
+    parts = parts, None if key is None else jax.random.split(key, micro_batches)
+    whole = None
+    if config.loss.balance_scope == 'global_batch':
+      whole = _sum(lambda part: load_of(params, *part), parts)
+    return _sum(lambda part: grad(params, *part, num_targets, whole), parts)
 
-    shapes = jax.eval_shape(grad, params, batch, num_targets)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return jax.lax.scan(add, zeros, _split(batch, micro_batches, setup.mesh))[0]
+  def load_of(params: Any, batch: Batch, key: jax.Array | None) -> Load | None:
+    model: Decoder = nnx.merge(setup.graphdef, params)
+    return model(batch['inputs'], batch['mask'], key=key)[1]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    grads, metrics = gradient(state['params'], batch)
+    grads, metrics = gradient(state['params'], batch, _step_key(state, config))
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
     )
     params = optax.apply_updates(state['params'], updates)
-    metrics['gradient_norm'] = optax.tree.norm(grads)
+    metrics['gradient_norm'] = optimizer.trained_norm(
+      grads, config.optimizer.freeze
+    )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     return state | new, metrics
@@ -116,7 +144,7 @@ def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
   """
 
   def eval_step(params: Any, batch: Batch) -> Metrics:
-    model: Decoder = nnx.merge(setup.graphdef, params)
+    model: Decoder = nnx.merge(setup.eval_graphdef, params)
     logits_BLV, load = model(batch['inputs'], batch['mask'])
     return {
       'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
@@ -130,6 +158,26 @@ def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
     in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
     out_shardings=mesh_lib.replicated(setup.mesh),
   )
+
+
+def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:
+  """Of the random numbers of a step; None where it draws none."""
+  if not config.model.dropout and not config.router.jitter:
+    return None
+  key = jax.random.wrap_key_data(state['key'])
+  return jax.random.fold_in(key, state['step'])
+
+
+def _sum(function: Callable[[Any], Any], parts: Any) -> Any:
+  """The sum of `function` over the leading axis of `parts`, one at a time."""
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  first = jax.tree.map(lambda a: a[0], parts)
+  shapes = jax.eval_shape(function, first)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
 def _split(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Batch:

@@ -156,9 +156,9 @@ def test_one_cell_serves_all_layers() -> None:
   """The cell has no layer axis; the projectors have."""
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   _, params = tiny.decoder(config)
-  assert params['cell']['input_R3R'].shape == (16, 3, 16)
+  assert params['cell']['input_X3R'].shape == (16, 3, 16)
   router = params['periods']['blocks'][0]['chain']['sub_layers'][1]['router']
-  assert router['features']['projector_DR'].shape == (2, 32, 16)
+  assert router['features']['project']['projector_DR'].shape == (2, 32, 16)
 
 
 def test_depth_does_not_grow_the_program() -> None:

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from moe_jax.routing import balance
 from moe_jax.routing.router import Tokens
-from moe_jax.routing.selection import top_k
 
 
 def load(
@@ -15,10 +15,11 @@ def load(
 ) -> balance.Load:
   logits_TN = jnp.array(logits, jnp.float32)
   real = [True] * len(logits) if real is None else real
-  tokens = Tokens(jnp.zeros(len(logits), jnp.int32), jnp.array(real))
-  routing = top_k(logits_TN, k=1, renormalize=False)
+  tokens = Tokens(jnp.zeros((1, len(logits)), jnp.int32), jnp.array([real]))
+  select = tiny.select(logits_TN.shape[1], 1)
+  routing = select(logits_TN)
   routing = routing.only(tokens.real_T[:, None])
-  return balance.load_of(routing, tokens, jnp.int32(0))
+  return balance.load_of(routing, tokens, jnp.int32(0), select.steering)
 
 
 def test_balanced_is_k_and_collapsed_is_n() -> None:

@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from moe_jax.routing.selection import top_k
+import tiny
 
 
 @pytest.mark.parametrize('k', [1, 2, 5, 8])
 @pytest.mark.parametrize('renormalize', [True, False])
 def test_top_k(k: int, renormalize: bool) -> None:
   logits = np.random.default_rng(0).standard_normal((50, 8))
-  routing = top_k(jnp.float32(logits), k=k, renormalize=renormalize)
+  routing = tiny.select(8, k, renormalize=renormalize)(jnp.float32(logits))
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   order = np.argsort(-p, axis=-1, kind='stable')[:, :k]
   weights = np.take_along_axis(p, order, -1)
@@ -24,7 +23,7 @@ def test_top_k(k: int, renormalize: bool) -> None:
 
 
 def test_of_equal_logits_the_lower_index_is_chosen() -> None:
-  routing = top_k(jnp.zeros((1, 6)), k=3, renormalize=True)
+  routing = tiny.select(6, 3)(jnp.zeros((1, 6)))
   np.testing.assert_array_equal(routing.indices_TK, [[0, 1, 2]])
 
 
@@ -33,7 +32,7 @@ def test_gradient_reaches_the_chosen_logits_as_through_lax_top_k() -> None:
   direction = jax.random.normal(jax.random.key(1), (20, 3))
 
   def ours(logits: jax.Array) -> jax.Array:
-    return (top_k(logits, k=3, renormalize=True).weights_TK * direction).sum()
+    return (tiny.select(8, 3)(logits).weights_TK * direction).sum()
 
   def reference(logits: jax.Array) -> jax.Array:
     weights, _ = jax.lax.top_k(jax.nn.softmax(logits), 3)
@@ -45,7 +44,7 @@ def test_gradient_reaches_the_chosen_logits_as_through_lax_top_k() -> None:
 
 
 def test_slots_left_unused() -> None:
-  routing = top_k(jnp.array([[0.0, 3.0, 1.0]]), k=2, renormalize=True)
+  routing = tiny.select(3)(jnp.array([[0.0, 3.0, 1.0]]))
   used = routing.only(jnp.array([[True, False]]))
   np.testing.assert_array_equal(used.indices_TK, [[1, 3]])
   assert float(used.weights_TK[0, 1]) == 0

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
@@ -67,11 +68,13 @@ def test_parameters_and_moments_are_split() -> None:
     'gate_up_ND2F': P(None, 'expert', 'fsdp', None, 'tensor'),
     'down_NFD': P(None, 'expert', 'tensor', 'fsdp'),
     'query_DHA': P(None, 'fsdp', 'tensor', None),
-    'input_R3R': P(None, None, None),
+    'input_X3R': P(None, None, None),
     'weight_XN': P(None, None, None),
   }
   assert expected.items() <= specs(state['params']).items()
-  assert expected.items() <= specs(state['opt_state'][1][0].mu).items()
+  assert (
+    expected.items() <= specs(optax.tree.get(state['opt_state'], 'mu')).items()
+  )
   bank = state['params']['periods']['blocks'][0]['chain']['sub_layers'][0]
   shard = bank['experts']['gate_up_ND2F'].addressable_shards[0].data
   assert shard.shape == (2, 8 // 2, 32 // 2, 2, 12 // 2)

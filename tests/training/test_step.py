@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import oracle
 import pytest
 import tiny
@@ -94,7 +95,7 @@ def test_every_parameter_has_a_gradient() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   made = setup(config)
   first, _ = make_train_step(made)(made.init(), batch(config))
-  moments = first['opt_state'][1][0].mu
+  moments = optax.tree.get(first['opt_state'], 'mu')
   for path, leaf in jax.tree_util.tree_leaves_with_path(moments):
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
