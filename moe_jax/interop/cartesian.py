@@ -152,7 +152,8 @@ def _written_places(kinds: tuple[str, ...]) -> dict[str, Any]:
     places = {'initial_moe_layer': -1, 'interleave_moe_layer': True}
     return places | {'expert_interval': interval}
   if layers == list(range(first, len(kinds))):
-    return {'initial_moe_layer': first, 'interleave_moe_layer': False}
+    places = {'initial_moe_layer': first, 'interleave_moe_layer': False}
+    return places | {'expert_interval': 1}
   raise UserError(
     f'MoE in layers {", ".join(map(str, layers))} of {len(kinds)}: the format'
     " 'cartesian' has it in every n-th layer from the first or in all from"

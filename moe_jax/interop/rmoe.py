@@ -121,7 +121,7 @@ def rules(config: ConfigDict) -> Rules:
     'cell/hidden_bias_R': ('R->R', 'model.rnn_router.bias_hn'),
   }
   return cell | {
-    f'{sub}/router/features/projector_DR': (
+    f'{sub}/router/features/project/projector_DR': (
       'RD->DR',
       'block_sparse_moe.weight1',
     ),

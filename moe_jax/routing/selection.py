@@ -210,9 +210,7 @@ def _softmax_of_chosen(
 ) -> jax.Array:
   del scores_TN
   logits_TK = _take(logits_TN, chosen)
-  return jax.nn.softmax(
-    logits_TK, axis=-1, where=chosen.used_TK, initial=-jnp.inf
-  )
+  return jax.nn.softmax(logits_TK, axis=-1, where=chosen.used_TK)
 
 
 def _take(values_TN: jax.Array, chosen: Chosen) -> jax.Array:
