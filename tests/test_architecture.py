@@ -70,13 +70,11 @@ ROOMS = {
     'jax flax ml_collections numpy',
   ),
   'interop.programs': Room(
-    'errors interop interop.workdirs', 'jax ml_collections numpy'
+    f'{_CONFIG} interop interop.workdirs', 'jax ml_collections numpy'
   ),
-  'interop.hf': Room('interop interop.programs'),
-  'interop.upcycle': Room(
-    f'{_CONFIG} cli interop interop.workdirs model',
-    'absl jax flax ml_collections numpy',
-  ),
+  'interop.command_line': Room('errors interop interop.programs'),
+  'interop.hf': Room('interop interop.command_line'),
+  'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
   'plan': Room(
     f'{_CONFIG} cli data distributed.mesh model training',

@@ -12,6 +12,7 @@ from moe_jax.interop.released import load, logits, save, to_released
 __all__ = ['load', 'logits', 'save', 'to_released']
 
 if __name__ == '__main__':
-  from moe_jax.interop import programs  # training's packages, only for these
+  # Training's packages, which reading a checkpoint does not need.
+  from moe_jax.interop import command_line
 
-  programs.main(__doc__)
+  command_line.main(__doc__)

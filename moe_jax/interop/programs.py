@@ -1,4 +1,4 @@
-"""The command line of `moe_jax.interop.hf`: import, export, verify.
+"""What the commands of `moe_jax.interop.hf` and `.upcycle` do.
 
 Success is reported only after both sides were read back from the disk and gave
 the same logits in float32. What is written appears at its place last, whole.
@@ -18,29 +18,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
-from moe_jax.interop import formats, released, tensor_writer, workdirs
+from moe_jax.interop import (
+  formats,
+  released,
+  tensor_writer,
+  workdirs,
+)
 from moe_jax.interop.released_keys import read_json
 
 # Of both sides' largest logit: the same float32 program, or one that sums in
 # another order where layers are grouped in another way.
 _TOLERANCE = 1e-5
 _IDS_SHAPE = (2, 48)
+_NUM_IDS = 2 * 48
+_SMALLEST = 1e-30  # a logit to divide by
 _LONGEST = 'max_position_embeddings'
-
-
-def main(doc: str) -> NoReturn:
-  """Parses the command line, runs the command and exits.
-
-  A user's mistake becomes one line on stderr and exit status 2.
-  """
-  try:
-    arguments = vars(_parser(doc).parse_args())
-    run = arguments.pop('run')
-    print(run(**arguments))
-  except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
-  sys.exit(0)
 
 
 def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
@@ -80,22 +72,25 @@ def export(
     written = released.load(made, [layout])
     kept = jax.tree.map(lambda leaf: _rounded(leaf, dtype), params)
     proof = _prove((config, kept), written)
-  note = '' if dtype == 'float32' else f' with its weights in {dtype}'
   return (
-    f'{checkpoint}: step {step} of {workdir}{note} in the format'
+    f'{checkpoint}: step {step} of {workdir}{_note(dtype)} in the format'
     f" '{layout}'; {proof}"
   )
 
 
-def verify(workdir: Path, checkpoint: Path, step: int | None) -> str:
+def verify(
+  workdir: Path, checkpoint: Path, dtype: str, step: int | None
+) -> str:
   """Holds a workdir to a released checkpoint; returns what to say.
 
   Raises:
     UserError: they are not the same model.
   """
   config, params, step = workdirs.read(workdir, step)
-  proof = _prove((config, params), released.load(checkpoint, formats.FORMATS))
-  return f'step {step} of {workdir} is the model of {checkpoint}; {proof}'
+  kept = jax.tree.map(lambda leaf: _rounded(leaf, dtype), params)
+  proof = _prove((config, kept), released.load(checkpoint, formats.FORMATS))
+  note = _note(dtype)
+  return f'step {step} of {workdir}{note} is the model of {checkpoint}; {proof}'
 
 
 def _prove(ours: tuple[ConfigDict, Any], theirs: tuple[ConfigDict, Any]) -> str:
@@ -103,6 +98,26 @@ def _prove(ours: tuple[ConfigDict, Any], theirs: tuple[ConfigDict, Any]) -> str:
 
   Raises:
     UserError: they are not the same model.
+  """
+  difference = _difference(ours, theirs)
+  if not difference <= _TOLERANCE:  # nor if it is not a number
+    raise UserError(
+      f'the models differ: their logits by up to {difference:.1e} of the'
+      f' largest, above {_TOLERANCE:.0e}, on {_NUM_IDS} random tokens'
+    )
+  return (
+    f'logits equal to {difference:.1e} of the largest on {_NUM_IDS} random'
+    ' tokens'
+  )
+
+
+def _difference(
+  ours: tuple[ConfigDict, Any], theirs: tuple[ConfigDict, Any]
+) -> float:
+  """The largest between two models' logits, by their largest logit.
+
+  Raises:
+    UserError: the models have different vocabularies.
   """
   sizes = [config.model.vocab_size for config, _ in (ours, theirs)]
   if sizes[0] != sizes[1]:
@@ -114,20 +129,15 @@ def _prove(ours: tuple[ConfigDict, Any], theirs: tuple[ConfigDict, Any]) -> str:
     np.asarray(released.run(config, params, ids_BL.astype(np.int32)))
     for config, params in (ours, theirs)
   )
-  difference = float(abs(a - b).max() / max(abs(b).max(), 1e-30))
-  if not difference <= _TOLERANCE:  # nor if it is not a number
-    raise UserError(
-      f'the models differ: their logits by up to {difference:.1e} of the'
-      f' largest, above {_TOLERANCE:.0e}, on {ids_BL.size} random tokens'
-    )
-  return (
-    f'logits equal to {difference:.1e} of the largest on {ids_BL.size} random'
-    ' tokens'
-  )
+  return float(abs(a - b).max() / max(abs(b).max(), _SMALLEST))
 
 
 def _rounded(leaf: np.ndarray, dtype: str) -> np.ndarray:
   return np.asarray(leaf).astype(tensor_writer.DTYPES[dtype]).astype(np.float32)
+
+
+def _note(dtype: str) -> str:
+  return '' if dtype == 'float32' else f', its weights in {dtype},'
 
 
 def _only_format(config: ConfigDict) -> str:
@@ -166,61 +176,3 @@ def _appears(path: Path) -> Iterator[Path]:
       os.replace(made, path)
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror}') from error
-
-
-class _Parser(argparse.ArgumentParser):
-  """Reports mistakes as all programs of this library do."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message}; --help says more')
-
-
-def _parser(doc: str) -> argparse.ArgumentParser:
-  parser = _Parser(
-    'python -m moe_jax.interop.hf',
-    description=doc,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  commands = parser.add_subparsers(required=True, metavar='COMMAND')
-
-  def command(name: str, run: Callable[..., str], *paths: str) -> Any:
-    about = (run.__doc__ or '').split(';')[0]
-    made = commands.add_parser(name, help=about, allow_abbrev=False)
-    made.set_defaults(run=run)
-    for path in paths:
-      made.add_argument(path, type=Path)
-    return made
-
-  made = command('import', import_, 'checkpoint', 'workdir')
-  made.add_argument(
-    '--tokenizer',
-    default='bytes',
-    help="data.tokenizer of the workdir's config (%(default)s)",
-  )
-  made = command('export', export, 'workdir', 'checkpoint')
-  made.add_argument(
-    '--format',
-    choices=tuple(formats.FORMATS),
-    help='the first that fits, but never mixtral, if left out',
-  )
-  made.add_argument(
-    '--dtype',
-    default='float32',
-    choices=tuple(tensor_writer.DTYPES),
-    help='of the tensors (%(default)s)',
-  )
-  made.add_argument(
-    '--max-shard-bytes',
-    type=int,
-    default=0,
-    help='begin another file when one is so large; 0, one file',
-  )
-  _add_step(made)
-  _add_step(command('verify', verify, 'workdir', 'checkpoint'))
-  return parser
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-  about = 'of the checkpoint in the workdir; the newest if left out'
-  parser.add_argument('--step', type=int, help=about)

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
@@ -15,9 +13,7 @@ from moe_jax import config_file
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model.build import build
-from moe_jax.model.decoder import Decoder
-from moe_jax.training import optimizer
+from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
 
 
@@ -52,14 +48,13 @@ def write(workdir: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:
 
   Training goes on from there, with an optimizer that has seen nothing.
   """
-  params = jax.tree.map(jnp.asarray, dict(params))
-  _, run_key = jax.random.split(jax.random.key(config.seed))
-  state = {
-    'step': jnp.zeros((), jnp.int32),
-    'params': params,
-    'opt_state': optimizer.make(config).init(params),
-    'key': jax.random.key_data(run_key),
-  }
+  setup = _setup(with_vocabulary(config))
+  state = setup.init()  # for all but the parameters
+  state['params'] = jax.tree.map(
+    lambda leaf, old: jax.device_put(leaf, old.sharding),
+    dict(params),
+    state['params'],
+  )
   with Store.open(str(workdir), config) as store:
     store.save(0, state, {'step': 0})
 
@@ -82,27 +77,27 @@ def read(
   if not path.is_file():
     raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
   config = config_file.load(str(path))
+  whole = with_vocabulary(config)
+  with Store.open(str(workdir), config, read_only=True) as store:
+    step = store.latest_step() if step is None else step
+    state, _ = store.restore({'params': _setup(whole).abstract['params']}, step)
+  return whole, jax.tree.map(np.asarray, state['params']), step
+
+
+def with_vocabulary(config: ConfigDict) -> ConfigDict:
+  """The config with a `model.vocab_size` that is not 0."""
   whole = ConfigDict(config).unlock()
   if not config.model.vocab_size:
     whole.model.vocab_size = tokenizers.build(config.data.tokenizer).vocab_size
-  with Store.open(str(workdir), config, read_only=True) as store:
-    step = store.latest_step() if step is None else step
-    state, _ = store.restore({'params': _abstract(whole)}, step)
-  return whole.lock(), jax.tree.map(np.asarray, state['params']), step
+  return whole.lock()
 
 
-def _abstract(config: ConfigDict) -> dict[str, Any]:
-  """Shapes of the parameters, whole on one device."""
+def initial(config: ConfigDict) -> dict[str, Any]:
+  """Parameters as training would draw them from `config.seed`."""
+  return jax.tree.map(np.asarray, _setup(config).init()['params'])
 
-  def make() -> Decoder:
-    return build(config, config.model.vocab_size, None, rngs=nnx.Rngs(0))
 
-  params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+def _setup(config: ConfigDict) -> state_lib.Setup:
+  """Of training on one device, where arrays are whole."""
   one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    params,
-    mesh_lib.shardings(params, one),
-  )
+  return state_lib.setup(config, config.model.vocab_size, one)
