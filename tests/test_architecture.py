@@ -48,7 +48,7 @@ ROOMS = {
   ),
   'model': Room(_MODEL, 'jax flax ml_collections'),
   'interop': Room(
-    f'{_CONFIG} saved_config model',
+    f'{_CONFIG} ranges saved_config model',
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(

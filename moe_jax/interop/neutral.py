@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import saved_config
+from moe_jax import ranges, saved_config
 
 # Values with which a key changes nothing about a Llama-like model.
 NEUTRAL = {
@@ -39,9 +39,9 @@ NEUTRAL = {
   },
   'moe': {
     'num_experts': 0,
+    'factors': 1,
     'top_k': 1,
     'expert_width': 1,
-    'factors': 1,
     'every': 1,
     'offset': 0,
     'first_dense': 0,
@@ -106,11 +106,10 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
   what `moe.renormalize` does is part of `router.weights`.
   """
   kinds = config_lib.layer_kinds(config)
-  flat = saved_config.flatten(
-    {name: config[name].to_dict() for name in _SECTIONS}
-  )
-  flat['model.head_dim'] = config_lib.head_dim(config)
   neutral = saved_config.flatten({name: NEUTRAL[name] for name in _SECTIONS})
+  # In this order: a key that makes others idle comes before them.
+  flat = {key: ranges.get(config, key) for key in neutral}
+  flat['model.head_dim'] = config_lib.head_dim(config)
   for key in _unread(config, kinds):
     flat[key] = neutral[key]
   flat['router.passing'] = flat['router.passing'].replace('detached', 'state')

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -24,6 +25,14 @@ def save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
 def shape_of_model(config: ConfigDict) -> nnx.Module:
   return nnx.eval_shape(
     lambda: build(config, config.model.vocab_size, None, rngs=nnx.Rngs(0))
+  )
+
+
+def random_params(config: ConfigDict) -> Any:
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: random.normal(0, 0.1, leaf.shape).astype('f4'),
+    nnx.to_pure_dict(nnx.state(shape_of_model(config), nnx.Param)),
   )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from released import save, shape_of_model
+from released import random_params, save
 from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
@@ -110,11 +109,7 @@ def test_options(option: str, copy: Callable[..., Path]) -> None:
   name, changes, gone, come = OPTIONS[option]
   folder = copy(name, **changes)
   layout, config = formats.read(folder)
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: random.normal(0, 0.1, leaf.shape).astype('f4'),
-    nnx.to_pure_dict(nnx.state(shape_of_model(config), nnx.Param)),
-  )
+  params = random_params(config)
   tensors = hf.to_released(params, config, layout)
 
   before = load_file(folder / 'model.safetensors')

@@ -96,6 +96,34 @@ def test_we_compute_what_transformers_saved(
   np.testing.assert_allclose(logits, theirs(tmp_path), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize('wide', [{}, {'head_dim': 12}])
+def test_a_llama_to_upcycle_is_read_as_transformers_does(
+  wide: dict, tmp_path: Path
+) -> None:
+  library = transformers()
+  import torch
+
+  torch.manual_seed(0)
+  config = library.LlamaConfig(
+    vocab_size=tiny.VOCAB,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    **wide,
+  )
+  model = library.LlamaForCausalLM(config).eval()
+  model.save_pretrained(tmp_path)
+  ours = released.run(
+    *released.load(tmp_path, ['llama']), jnp.asarray(ids(), jnp.int32)
+  )
+  with torch.no_grad():
+    logits = model(torch.asarray(ids())).logits.numpy()
+  np.testing.assert_allclose(ours, logits, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize('key', NOT_MIXTRAL)
 def test_what_cannot_be_a_mixtral_is_refused_by_its_key(key: str) -> None:
   config = tiny.config(**(SIZES | {key: NOT_MIXTRAL[key]}))
