@@ -114,10 +114,12 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder
   config.data.dir = ''  # where data sets are kept; '': TFDS's own default
-  config.data.path = ''  # name = text_folder: the folder whose files are read
+  # text_folder: the folder whose files are read; enwik8 and wikitext103: their
+  # zip file if it is here already
+  config.data.path = ''
   config.data.text_key = 'text'  # the feature that holds a document
   config.data.train_split = 'train'
-  config.data.tokenizer = 'bytes'
+  config.data.tokenizer = 'bytes'  # bytes | enwik8 | words
   config.data.seq_len = 256
   config.data.order = 'shuffled'  # shuffled | contiguous: rows read on and on
   config.data.threads = 1  # that read ahead of the device

@@ -13,6 +13,8 @@ project uses one legend of letters:
   X  features a score reads        E  size of an expert embedding
   S  sub-layers of a layer         P  repetitions of the layer pattern's period
   J  groups of experts             O  outputs, where a layer has several kinds
+  W  positions that a token sees   Q  queries computed together
+     before it (`model.span`)
 
 A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Expert-parallel
 code adds a prime in words: `local_NDF` holds the N / devices experts kept here.

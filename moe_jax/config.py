@@ -30,6 +30,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   ranges.check(config)
   _check_experts(config)
   _check_heads(config)
+  _check_positions(config)
   _check_optimizer(config)
   _check_data(config)
   mesh = mesh_shape(config, num_devices)
@@ -153,11 +154,30 @@ def _check_heads(config: ConfigDict) -> None:
   _check_divides(
     config, 'model.num_heads', model.num_kv_heads, 'model.num_kv_heads'
   )
-  if head_dim(config) % 2:
+  if model.positions == 'rotary' and head_dim(config) % 2:
     raise UserError(
       f'the head size {head_dim(config)} (model.head_dim, or'
       f' model.hidden_size / model.num_heads = {model.hidden_size} /'
       f' {model.num_heads}) is odd; rotary positions turn pairs'
+    )
+
+
+def _check_positions(config: ConfigDict) -> None:
+  model, order = config.model, config.data.order
+  if model.positions == 'span' and not model.span:
+    raise UserError(
+      "model.span = 0 must be at least 1 when model.positions = 'span': the"
+      ' tokens that a token sees'
+    )
+  if model.positions != 'span' and model.span:
+    raise UserError(
+      f"model.span = {model.span} is only for model.positions = 'span', and"
+      f' model.positions = {model.positions!r}; set one of them'
+    )
+  if model.positions == 'span' and order != 'contiguous':
+    raise UserError(
+      f"model.positions = 'span' remembers the segment before, and data.order"
+      f" = {order!r} reads another one; set data.order = 'contiguous'"
     )
 
 

@@ -66,8 +66,8 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
   if num_devices < 1:
     raise UserError(f'--devices = {num_devices} must be at least 1')
   config_lib.validate(config, num_devices)
-  tokenizer = tokenizers.build(config.data.tokenizer)
-  vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
+  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  vocab_size = config_lib.vocab_size(config, of_tokenizer)
   # Shapes are the same on any mesh; one of a single device is always there.
   one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
   setup = state.setup(config, vocab_size, one)
@@ -131,11 +131,14 @@ def _memory_parts(
     return sum(jax.tree.leaves(bytes_))
 
   parameters = on_device(abstract['params'])
-  return {
+  parts = {
     'parameters': parameters,
     'gradients': parameters,  # of the same shapes, dtypes and shardings
     'optimizer': on_device(abstract['opt_state']),
   }
+  if 'memory' in abstract:
+    parts['memory'] = on_device({'memory': abstract['memory']})
+  return parts
 
 
 def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:

@@ -23,8 +23,16 @@ _HARMLESS = (
 )
 # What an evaluation takes over from training; its data and batches are its own.
 _MODEL = ('model', 'moe', 'router', 'data.tokenizer')
-# The same function of the same parameters, computed in another way.
-_COMPUTED = ('model.dtype', 'moe.dispatch', 'moe.capacity_factor')
+# The same function of the same parameters, computed in another way, or what
+# happens in training alone.
+_COMPUTED = (
+  'model.dtype',
+  'model.dropout',
+  'model.idle_parameters',
+  'moe.dispatch',
+  'moe.capacity_factor',
+  'router.jitter',
+)
 
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
 _ABSENT = 'absent'
@@ -65,10 +73,13 @@ def changed_meaning(
 
 def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """Keys by which `new` describes another model than `old`, to evaluate it."""
+  # These have the ids of the data set that the model was trained on.
+  of_data = new['data']['tokenizer'] in ('enwik8', 'words')
+  model = (*_MODEL, 'data.name') if of_data else _MODEL
   return [
     key
     for key in changed_meaning(old, new)
-    if _under(key, _MODEL) and not _under(key, _COMPUTED)
+    if _under(key, model) and not _under(key, _COMPUTED)
   ]
 
 

@@ -8,15 +8,24 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from routing.choosing import Selection, select
+from routing.oracles import Routers, f64, sigmoid, softmax
 
 from moe_jax.config import layer_kinds
 
 Array = np.ndarray
 
 
-def logits(config: ConfigDict, params: Any, ids_BL: Array) -> Array:
-  """[B, L, V] float64."""
-  return np.stack([Sequence(config, params).run(ids_L) for ids_L in ids_BL])
+def logits(
+  config: ConfigDict, params: Any, ids_BL: Array, disable_top: int = 0
+) -> Array:
+  """[B, L, V] float64; `disable_top` experts left out of every choice."""
+  sequences = [
+    Sequence(config, params, disable_top=disable_top) for _ in ids_BL
+  ]
+  return np.stack(
+    [s.run(ids) for s, ids in zip(sequences, ids_BL, strict=True)]
+  )
 
 
 class Sequence:
@@ -25,17 +34,34 @@ class Sequence:
   Attributes:
     routed: (probabilities_LN, chosen experts of each token) of every MoE
       sub-layer, in order.
+    routers: their states and logits.
   """
 
-  def __init__(self, config: ConfigDict, params: Any) -> None:
+  def __init__(
+    self,
+    config: ConfigDict,
+    params: Any,
+    constants: Routers | None = None,
+    disable_top: int = 0,
+  ) -> None:
+    """Stands before the first layer.
+
+    Args:
+      config: of the model.
+      params: the library's tree.
+      constants: what detached values are read from: see `Routers`.
+      disable_top: every token's so many best experts are left out.
+    """
     self.config = config
     self.params = params
-    self.routed: list[tuple[Array, list[Array]]] = []
+    self.select = Selection.of(config, disable_top)
+    self.routed: list[tuple[Array, list[list[int]]]] = []
+    self.routers = Routers(config.router, params.get('cell'), constants)
 
   def run(self, ids_L: Array) -> Array:
     params = self.params
+    self.ids_L = ids_L
     x_LD = f64(params['embed_VD'])[ids_L]
-    self.h_LR = np.zeros((len(ids_L), self.config.router.state_size))
     for kind, block in zip(
       layer_kinds(self.config), blocks(params), strict=True
     ):
@@ -47,7 +73,7 @@ class Sequence:
         if kind == 'moe':
           x_LD = x_LD + self.moe(u_LD, sub_layer)
         else:
-          x_LD = x_LD + swiglu(u_LD, sub_layer['feed_forward'])
+          x_LD = x_LD + feed_forward(u_LD, sub_layer['feed_forward'])
     head_DV = params.get('head_DV')
     head_DV = f64(params['embed_VD']).T if head_DV is None else f64(head_DV)
     return self.norm(x_LD, params['norm']) @ head_DV
@@ -84,25 +110,16 @@ class Sequence:
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
   def moe(self, u_LD: Array, layer: Any) -> Array:
-    logits_LN = self.route(u_LD, layer['router'])
-    y_LD, moe = np.zeros_like(u_LD), self.config.moe
-    probabilities_LN, chosen = softmax(logits_LN), []
-    for token, p_N in enumerate(probabilities_LN):
-      best = np.argsort(-p_N, kind='stable')[: moe.top_k]
-      weights = p_N[best]
-      if moe.renormalize and moe.top_k > 1:
-        weights = weights / weights.sum()
-      for n, weight in zip(best, weights, strict=True):
+    logits_LN = self.routers(u_LD, layer['router'], self.ids_L)
+    bias_N = choice_bias(layer)
+    tokens = [select(logits_N, self.select, bias_N) for logits_N in logits_LN]
+    y_LD = np.zeros_like(u_LD)
+    for at, token in enumerate(tokens):
+      for n, weight in zip(token.experts, token.weights, strict=True):
         expert = {name: bank[n] for name, bank in layer['experts'].items()}
-        y_LD[token] += weight * swiglu(
-          u_LD[token],
-          {
-            'gate_up_D2F': expert['gate_up_ND2F'],
-            'down_FD': expert['down_NFD'],
-          },
-        )
-      chosen.append(best)
-    self.routed.append((probabilities_LN, chosen))
+        y_LD[at] += weight * feed_forward(u_LD[at], expert)
+    probabilities_LN = np.stack([token.probabilities_N for token in tokens])
+    self.routed.append((probabilities_LN, [token.experts for token in tokens]))
     if 'bias_D' in layer:
       y_LD = y_LD + f64(layer['bias_D'])
     return self.mix(u_LD, y_LD, layer)
@@ -111,7 +128,8 @@ class Sequence:
     shared = self.config.moe.shared
     if not shared.width:
       return routed_LD
-    shared_LD = swiglu(u_LD, layer['shared'])
+    # The mean of `parts` networks is the whole one's output over `parts`.
+    shared_LD = feed_forward(u_LD, layer['shared']) / shared.parts
     if shared.mixing == 'sum':
       return routed_LD + shared_LD
     if shared.mixing == 'fixed':
@@ -120,37 +138,21 @@ class Sequence:
     c_L2 = softmax(u_LD @ f64(mixing['coefficient_D2']) + f64(mixing['bias_2']))
     return c_L2[:, :1] * routed_LD + c_L2[:, 1:] * shared_LD
 
-  def route(self, u_LD: Array, router: Any) -> Array:
-    weight_XN = f64(router['score']['weight_XN'])
-    if self.config.router.recurrent == 'none':
-      return u_LD @ weight_XN
-    projected_LR = u_LD @ f64(
-      router['features']['project']['projector_DR']
-    )  # RMoE eq. 4
-    cell = {name: f64(w) for name, w in self.params['cell'].items()}
-    self.h_LR = np.stack(  # eq. 5: token by token, layer after layer
-      [gru(u, h, cell) for u, h in zip(projected_LR, self.h_LR, strict=True)]
-    )
-    return self.h_LR @ weight_XN  # eq. 6
+
+def choice_bias(layer: Any) -> Array:
+  """Of balancing without a loss; 0 where there is none."""
+  return f64(layer.get('select', {}).get('choice_bias_N', 0.0))
 
 
-def gru(u_R: Array, h_R: Array, cell: dict[str, Array]) -> Array:
-  """RMoE eq. 2-3 for one token, gate by gate."""
-
-  def part(gate: int, side: str, x_R: Array) -> Array:
-    weight = cell['input_X3R' if side == 'input' else 'hidden_R3R'][:, gate]
-    return x_R @ weight + cell[f'{side}_bias_3R'][gate]
-
-  r = sigmoid(part(0, 'input', u_R) + part(0, 'hidden', h_R))
-  z = sigmoid(part(1, 'input', u_R) + part(1, 'hidden', h_R))
-  n = np.tanh(part(2, 'input', u_R) + r * part(2, 'hidden', h_R))
-  return (1 - z) * n + z * h_R
-
-
-def swiglu(x: Array, weights: Any) -> Array:
-  gate_up = np.tensordot(x, f64(weights['gate_up_D2F']), 1)
-  gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-  return (gate * sigmoid(gate) * up) @ f64(weights['down_FD'])
+def feed_forward(x: Array, weights: Any) -> Array:
+  """One network, of a bank or not: by the names of its weights."""
+  part = {name.rpartition('_')[0]: f64(w) for name, w in weights.items()}
+  if 'gate_up' in part:
+    gate_up = np.tensordot(x, part['gate_up'], 1)
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    return (gate * sigmoid(gate) * up) @ part['down']
+  hidden = np.maximum(x @ part['up'] + part['up_bias'], 0)
+  return hidden @ part['down'] + part['down_bias']
 
 
 def blocks(params: Any) -> list[Any]:
@@ -173,16 +175,3 @@ def take(tree: Any, p: int) -> Any:
   if isinstance(tree, dict):
     return {name: take(child, p) for name, child in tree.items()}
   return tree[p]
-
-
-def f64(array: Any) -> Array:
-  return np.asarray(array, np.float64)
-
-
-def sigmoid(x: Array) -> Array:
-  return 1 / (1 + np.exp(-x))
-
-
-def softmax(x: Array) -> Array:
-  e = np.exp(x - x.max(-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)

@@ -1,7 +1,8 @@
 """Documents by the name of their data set, read at random from ArrayRecord.
 
-`python_stdlib` and `text_folder` are ours (see `folders.py`); any other name
-is TFDS's own. TensorFlow is not imported for any of this.
+`python_stdlib` and `text_folder` (`folders.py`), `enwik8` and `wikitext103`
+(`texts.py`) are ours; any other name is TFDS's own. TensorFlow is not imported
+for any of this.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import folders
+from moe_jax.data import folders, texts
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ _TEXT_AREAS = ('text', 'summarization', 'question_answering', 'translate')
 _OWN = {
   'python_stdlib': lambda data, **kwargs: folders.PythonStdlib(**kwargs),
   'text_folder': lambda data, **kwargs: folders.TextFolder(
+    path=data.path, **kwargs
+  ),
+  'enwik8': lambda data, **kwargs: texts.Enwik8(path=data.path, **kwargs),
+  'wikitext103': lambda data, **kwargs: texts.Wikitext103(
     path=data.path, **kwargs
   ),
 }
@@ -47,6 +52,9 @@ class Documents:
     split: the split, in TFDS's notation.
     text_key: the feature that holds the text.
     folder: where the prepared data set lies.
+    one_text: whether the documents are pieces of one text, with nothing in
+      between. Where its split begins or ends inside a character, the bytes of
+      that are escaped: `encode(errors='surrogateescape')` gives them back.
   """
 
   records: Sequence[dict]
@@ -54,6 +62,7 @@ class Documents:
   split: str
   text_key: str
   folder: epath.Path
+  one_text: bool
 
   def __len__(self) -> int:
     return len(self.records)
@@ -61,8 +70,9 @@ class Documents:
   def __getitem__(self, i: int) -> str:
     """Returns document `i`; UserError where its text is not UTF-8."""
     record = self.records[i]
+    mistakes = 'surrogateescape' if self.one_text else 'strict'
     try:
-      return record[self.text_key].decode()
+      return record[self.text_key].decode(errors=mistakes)
     except UnicodeDecodeError as error:
       name = record.get('name', b'').decode(errors='backslashreplace')
       label = f'document {i}' + (f' ({name})' if name else '')
@@ -88,18 +98,42 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
       could not be prepared.
   """
   with _quiet():
-    builder = _builder(data)
-    if not builder.is_prepared():
-      _prepare(builder, data)
-      # A builder reads what is prepared only when it is made.
-      builder = _builder(data)
+    builder = _prepared(data)
     _check_split(builder, split)
     _check_text_key(builder, data.text_key)
     records = builder.as_data_source(split)
   info = builder.info
   return Documents(
-    records, info.full_name, split, data.text_key, builder.data_path
+    records,
+    info.full_name,
+    split,
+    data.text_key,
+    builder.data_path,
+    data.name in texts.BUILDERS,
   )
+
+
+def open_splits(data: ConfigDict) -> list[Documents]:
+  """Returns every split of a data set: train, validation, test, then others.
+
+  Raises:
+    UserError: as `open_documents`.
+  """
+  with _quiet():
+    names = list(_prepared(data).info.splits)
+  order = {name: i for i, name in enumerate(texts.SPLITS)}
+  names.sort(key=lambda name: (order.get(name, len(order)), name))
+  return [open_documents(data, name) for name in names]
+
+
+def _prepared(data: ConfigDict) -> tfds.core.DatasetBuilder:
+  """Returns the builder of a data set that is on disk."""
+  builder = _builder(data)
+  if builder.is_prepared():
+    return builder
+  _prepare(builder, data)
+  # A builder reads what is prepared only when it is made.
+  return _builder(data)
 
 
 def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -126,8 +160,8 @@ def _registered(
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     raise errors.UserError(
-      f'{where} is not known{errors.nearest(data.name, known)}'
-      f' (python_stdlib, text_folder, or one of {len(known)} TFDS data sets)'
+      f'{where} is not known{errors.nearest(data.name, [*_OWN, *known])}'
+      f' ({", ".join(_OWN)}, or one of {len(known)} TFDS data sets)'
     ) from error
   except (ValueError, ImportError) as error:
     raise _one_line(f'{where} cannot be opened', error) from error

@@ -35,7 +35,8 @@ def _measure(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   measured = np.zeros((len(documents), 2), np.int64)
   for i in range(len(documents)):
     text = documents[i]
-    measured[i] = len(tokenizer.encode(text)), len(text.encode())
+    num_bytes = len(text.encode(errors='surrogateescape'))
+    measured[i] = len(tokenizer.encode(text)), num_bytes
   if not measured.any():
     raise errors.UserError(
       f'split {documents.split!r} of {documents.full_name} holds no text:'

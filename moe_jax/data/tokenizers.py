@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from moe_jax import errors
+from moe_jax.data import corpora, dictionary
 
 
 class Tokenizer(Protocol):
@@ -15,7 +17,8 @@ class Tokenizer(Protocol):
     name: names the files that depend on it, so two tokenizers that encode
       differently have different names.
     vocab_size: every id is in [0, vocab_size).
-    eos_id: the id that stands between documents; `encode` never makes it.
+    eos_id: the id that stands between documents; where it is also the end of a
+      line, `encode` makes it too.
   """
 
   name: str
@@ -23,10 +26,10 @@ class Tokenizer(Protocol):
   eos_id: int
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns the ids of `text`, int32 [tokens], without `eos_id`."""
+    """Returns the ids of `text`, int32 [tokens]."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`, `eos_id` dropped."""
+    """Returns the text of `ids`; an `eos_id` between documents is dropped."""
 
 
 class ByteTokenizer:
@@ -38,7 +41,8 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the UTF-8 bytes of `text`, int32 [bytes]."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    data = text.encode(errors='surrogateescape')
+    return np.frombuffer(data, np.uint8).astype(np.int32)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -46,9 +50,42 @@ class ByteTokenizer:
     return kept.decode(errors='replace')
 
 
-TOKENIZERS = {ByteTokenizer.name: ByteTokenizer}
+# Those that know their ids, and those that ask the data.
+_FIXED = {ByteTokenizer.name: ByteTokenizer}
+_OF_DATA = {
+  kind.name: kind
+  for kind in (dictionary.EnwikTokenizer, dictionary.WordTokenizer)
+}
 
 
-def build(name: str) -> Tokenizer:
-  """Returns the tokenizer of that name; UserError if there is none."""
-  return TOKENIZERS[errors.choose('data.tokenizer', name, TOKENIZERS)]()
+def build(data: ConfigDict) -> Tokenizer:
+  """Returns the tokenizer of a config.
+
+  Args:
+    data: the keys `config.data`.
+
+  Raises:
+    UserError: there is none of that name, or it has to read the data set and
+      cannot.
+  """
+  known = _FIXED | _OF_DATA
+  kind = known[errors.choose('data.tokenizer', data.tokenizer, known)]
+  if data.tokenizer in _FIXED:
+    return kind()
+  splits = corpora.open_splits(data)
+  return dictionary.load_or_make(kind, splits[0].folder, splits)
+
+
+def vocab_size(data: ConfigDict, declared: int) -> int:
+  """The number of ids; reads no data set if it is `declared`.
+
+  Args:
+    data: the keys `config.data`.
+    declared: `model.vocab_size`, 0 if it is the tokenizer's.
+
+  Raises:
+    UserError: as `build`.
+  """
+  if declared and data.tokenizer in _OF_DATA:
+    return declared
+  return build(data).vocab_size

@@ -1,5 +1,6 @@
 """The mesh and the one table that says where every parameter lives."""
 
+import math
 import re
 from typing import Any
 
@@ -24,7 +25,11 @@ RULES = (
   (r'gate_up_D2F', P('fsdp', None, 'tensor')),
   (r'down_FD', P('tensor', 'fsdp')),
   (r'gate_up_ND2F', P('expert', 'fsdp', None, 'tensor')),
+  (r'up_DF', P('fsdp', 'tensor')),
+  (r'up_NDF', P('expert', 'fsdp', 'tensor')),
   (r'down_NFD', P('expert', 'tensor', 'fsdp')),
+  (r'up_bias_NF', P('expert', 'tensor')),
+  (r'down_bias_ND', P('expert', None)),
   # Small, and read by every token: a copy on every device.
   (r'projector_DR|coefficient_D2', P(None, None)),
   (r'(input|hidden)_[XR]R|(input|hidden)_bias_[34]R', P(None, None)),
@@ -36,7 +41,11 @@ RULES = (
   (r'fixed_(weight_XN|table_VN|up_XF|weights_bias_XN|bias_FN)', P(None, None)),
   (r'fixed_weights_FXN', P(None, None, None)),
   (r'fixed_(up_bias_F|bias_bias_N)', P(None)),
-  (r'scale_D|bias_D|bias_2', P(None)),
+  (r'key_pe_AW', P(None, None)),
+  (r'scale_D|shift_D|bias_D|bias_2', P(None)),
+  (r'up_bias_F|down_bias_D|head_bias_V', P(None)),
+  # Of a run: hidden states of every layer, with the sequences they came from.
+  (r'memory', P(None, TOKEN_AXES, None, None)),
   (r'key', P(None)),
   (r'count|step', P()),
 )
@@ -58,6 +67,11 @@ def make_mesh(shape: dict[str, int], devices: list[jax.Device]) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays whose leading axis is the batch or its tokens."""
   return NamedSharding(mesh, P(TOKEN_AXES))
+
+
+def memory_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays [layers, B, W, D]: split as the batch they belong to."""
+  return NamedSharding(mesh, P(None, TOKEN_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -100,13 +114,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
   spec = _rule(names[-1])
-  if 'periods' in names and spec:
+  if 'periods' in names:
     spec = P(None, *spec)
   if len(spec) != len(shape):
     raise ValueError(f'{"/".join(names)} of shape {shape} has the rule {spec}')
   axes = []
   for axis, size in zip(spec, shape, strict=True):
-    count = mesh.shape[axis] if axis else 1
+    named = (axis,) if isinstance(axis, str) else axis or ()
+    count = math.prod(mesh.shape[name] for name in named)
     if size % count == 0:
       axes.append(axis)
     elif names[-1] in ('embed_VD', 'head_DV'):

@@ -48,7 +48,7 @@ def evaluate(
   setup = state.from_config(config)
   split = split or config.eval.split
   with Store.open(workdir, config, read_only=True) as store:
-    tokenizer = tokenizers.build(config.data.tokenizer)
+    tokenizer = tokenizers.build(config.data)
     windows = Windows(
       corpora.open_documents(config.data, split), tokenizer, config.data.seq_len
     )
@@ -74,7 +74,9 @@ def evaluate_split(
 ) -> dict[str, float]:
   """Adds up the loss over a split, every token predicted exactly once.
 
-  A token is predicted from those before it in its window of `data.seq_len`.
+  A token is predicted from those before it in its window of `data.seq_len`;
+  by a model with a memory, from its span as well. Its batches go on where the
+  one before stopped, so the split is as many texts as a batch has rows.
 
   Args:
     eval_step: what `make_eval_step` returned.
@@ -92,12 +94,15 @@ def evaluate_split(
   batch_size = config_lib.eval_batch_size(config)
   sharding = mesh_lib.batch_sharding(mesh)
   rows = hosts.local_rows(sharding, batch_size)
-  batches = eval_batches(windows, batch_size=batch_size, rows=rows)
+  batches = eval_batches(
+    windows, batch_size=batch_size, rows=rows, order=config.data.order
+  )
+  memory = state.empty_memory(config, mesh, batch_size)
   nll, tokens = 0.0, 0
   for batch in itertools.islice(batches, max_batches or None):
-    sums = eval_step(
-      params, hosts.global_batch(batch, sharding, rows, batch_size)
-    )
+    placed = hosts.global_batch(batch, sharding, rows, batch_size)
+    sums = eval_step(params, placed, memory)
+    memory = sums['memory']
     # Python's float is float64: sums over many batches stay exact.
     nll += float(sums['nll'])
     tokens += int(sums['targets'])

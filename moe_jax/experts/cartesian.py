@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
+
+Norm = Callable[[jax.Array], jax.Array]
 
 
 class SubLayer(Protocol):
@@ -42,7 +45,7 @@ class Chain(nnx.Module):
 
   def __init__(
     self,
-    norms: Sequence[Callable[[jax.Array], jax.Array]],
+    norms: Sequence[Norm],
     sub_layers: Sequence[SubLayer],
   ):
     self.norms = nnx.List(norms)
@@ -62,12 +65,26 @@ class Chain(nnx.Module):
     for norm, sub_layer, sub_key in zip(
       self.norms, self.sub_layers, keys, strict=True
     ):
-      y_TD, state, seen = sub_layer(norm(x_TD), state, cell, tokens, sub_key)
-      x_TD += y_TD
+      u_TD = self._read(norm, x_TD)
+      y_TD, state, seen = sub_layer(u_TD, state, cell, tokens, sub_key)
+      x_TD = self._add(norm, x_TD, y_TD)
       watched.append(seen)
     return x_TD, state, jax.tree.map(lambda *a: jnp.stack(a), *watched)
 
+  def _read(self, norm: Norm, x_TD: jax.Array) -> jax.Array:
+    return norm(x_TD)
 
-def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-  """`count` keys; as many times None where there is none."""
-  return [None] * count if key is None else list(jax.random.split(key, count))
+  def _add(self, norm: Norm, x_TD: jax.Array, y_TD: jax.Array) -> jax.Array:
+    del norm
+    return x_TD + y_TD
+
+
+class PostNormChain(Chain):
+  """`x = norm(x + sub_layer(x))`, one sub-layer after the other."""
+
+  def _read(self, norm: Norm, x_TD: jax.Array) -> jax.Array:
+    del norm
+    return x_TD
+
+  def _add(self, norm: Norm, x_TD: jax.Array, y_TD: jax.Array) -> jax.Array:
+    return norm(x_TD + y_TD)

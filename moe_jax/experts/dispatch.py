@@ -13,26 +13,45 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.routing.selection import Routing
+
+
+class Bank(Protocol):
+  """Experts that live here: all, or a device's share.
+
+  Attributes:
+    num_experts: that live here.
+  """
+
+  num_experts: int
+
+  def grouped(
+    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+  ) -> jax.Array:
+    """Rows sorted by expert, `sizes_N` each; `seeds_M` of their dropout."""
+
+  def batched(
+    self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
+  ) -> jax.Array:
+    """C rows for every expert."""
 
 
 class Dispatch(Protocol):
   """Brings tokens to their experts and the results back."""
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
+    self, x_TD: jax.Array, routing: Routing, experts: Bank
   ) -> tuple[jax.Array, jax.Array]:
     """y_TD in the dtype of x_TD, and the number of dropped slots, int32."""
 
 
 def dropless(
-  x_TD: jax.Array, routing: Routing, experts: ExpertBank
+  x_TD: jax.Array, routing: Routing, experts: Bank
 ) -> tuple[jax.Array, jax.Array]:
   """Every slot reaches its expert, however uneven the experts are used."""
   order_M, place_TK, sizes_N, _ = _sort(routing, experts.num_experts)
   rows_MD = _gather_rows(x_TD, order_M, place_TK)
-  out_MD = experts.grouped(rows_MD, sizes_N)
+  out_MD = experts.grouped(rows_MD, sizes_N, _seeds(routing, order_M))
   out_TKD = _return_rows(out_MD, order_M, place_TK)
   return _combine(out_TKD, routing.weights_TK), jnp.zeros_like(sizes_N[0])
 
@@ -52,7 +71,7 @@ class Capacity:
   factor: float
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
+    self, x_TD: jax.Array, routing: Routing, experts: Bank
   ) -> tuple[jax.Array, jax.Array]:
     num_rows = routing.indices_TK.size
     capacity = math.ceil(self.factor * num_rows / routing.num_experts)
@@ -61,7 +80,8 @@ class Capacity:
     source_NC = starts_N[:, None] + jnp.arange(capacity)
     slot_NC = order_M[jnp.minimum(source_NC, num_rows - 1)]
     token_NC = slot_NC // routing.indices_TK.shape[1]
-    out_NCD = experts.batched(jnp.where(used_NC[..., None], x_TD[token_NC], 0))
+    rows_NCD = jnp.where(used_NC[..., None], x_TD[token_NC], 0)
+    out_NCD = experts.batched(rows_NCD, _seeds(routing, slot_NC))
 
     expert_TK = jnp.minimum(routing.indices_TK, experts.num_experts - 1)
     nth_TK = place_TK - starts_N[expert_TK]  # position in the expert's queue
@@ -87,6 +107,13 @@ def _sort(
   place_TK = jnp.argsort(order_M).reshape(routing.indices_TK.shape)
   edges = jnp.searchsorted(slots_M[order_M], jnp.arange(num_experts + 1))
   return order_M, place_TK, jnp.diff(edges), edges[:-1]
+
+
+def _seeds(routing: Routing, slots: jax.Array) -> jax.Array | None:
+  """The seeds of the dropout of these slots, if there is any."""
+  if routing.seeds_TK is None:
+    return None
+  return routing.seeds_TK.reshape(-1)[slots]
 
 
 def _combine(out_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:

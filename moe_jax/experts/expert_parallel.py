@@ -6,6 +6,7 @@ exact for any routing, with buffers of fixed size.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.dispatch import Bank, Dispatch
 from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.routing.selection import Routing
 
@@ -42,20 +43,16 @@ class ExpertParallel:
     graphdef, params = nnx.split(experts)
     # Cast before the weights travel: half the bytes in bfloat16.
     params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)
-    param_specs = nnx.State(
-      {
-        'gate_up_ND2F': P(self.expert_axis, None, None, self.width_axis),
-        'down_NFD': P(self.expert_axis, self.width_axis, None),
-      }
-    )
+    param_specs = jax.tree_util.tree_map_with_path(self._spec, params)
     tokens = P(self.token_axes)
 
     def local(
       x_TD: jax.Array, routing: Routing, params: nnx.State
     ) -> tuple[jax.Array, jax.Array]:
       x_TD, routing = jax.tree.map(self._gather, (x_TD, routing))
-      params = jax.tree.map(self._repeat, params)
+      params = jax.tree.map(self._repeat, params, param_specs)
       bank = nnx.merge(graphdef, params)
+      bank = _Shard(bank, lax.axis_index(self.width_axis))
       y_TD, dropped = self.inner(x_TD, self._mine(routing, bank), bank)
       y_TD = lax.psum(y_TD, self.width_axis)
       y_TD = lax.psum_scatter(
@@ -71,6 +68,15 @@ class ExpertParallel:
       check_vma=True,
     )(x_TD, routing, params)
 
+  def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
+    """Split the axes N and F, which the parameter's name ends with."""
+    names = [str(getattr(k, 'key', '')) for k in path]
+    name = next(name for name in reversed(names) if '_' in name)
+    letters = name.rpartition('_')[2]
+    assert len(letters) == param.ndim, name
+    axes = {'N': self.expert_axis, 'F': self.width_axis}
+    return P(*map(axes.get, letters))
+
   # Everything varies over every axis before the dispatch sees it: the gradient
   # of these casts is the sum over devices that its custom gradients leave out.
 
@@ -79,12 +85,20 @@ class ExpertParallel:
     a = lax.all_gather(a, self.expert_axis, tiled=True)
     return lax.pcast(a, self.width_axis, to='varying')
 
-  def _repeat(self, param: jax.Array) -> jax.Array:
-    """The experts of this device, repeated along the other token axes."""
-    others = tuple(a for a in self.token_axes if a != self.expert_axis)
-    return lax.pcast(param, others, to='varying')
+  def _repeat(self, param: jax.Array, spec: P) -> jax.Array:
+    """The experts of this device, repeated along the other axes.
 
-  def _mine(self, routing: Routing, bank: ExpertBank) -> Routing:
+    Along the widths the partial sums are added up, and what is not split there,
+    the bias of the output, has to be in one of them only.
+    """
+    axes = {*self.token_axes, self.width_axis} - {*spec}
+    param = lax.pcast(param, tuple(sorted(axes)), to='varying')
+    if self.width_axis in axes:
+      first = lax.axis_index(self.width_axis) == 0
+      param = jnp.where(first, param, jnp.zeros_like(param))
+    return param
+
+  def _mine(self, routing: Routing, bank: Bank) -> Routing:
     """Indices counted from this device's first expert; others' slots unused."""
     first = lax.axis_index(self.expert_axis) * bank.num_experts
     local_TK = routing.indices_TK - first
@@ -98,3 +112,32 @@ class ExpertParallel:
   def _total(self, dropped: jax.Array) -> jax.Array:
     total = lax.psum(dropped, (*self.token_axes, self.width_axis))
     return total // lax.axis_size(self.width_axis)  # each width counted it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """A bank of which this device holds some experts and part of their widths.
+
+  Attributes:
+    part: number of this device's part of the widths.
+  """
+
+  bank: ExpertBank
+  part: jax.Array
+
+  @property
+  def num_experts(self) -> int:
+    return self.bank.num_experts
+
+  def grouped(
+    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+  ) -> jax.Array:
+    return self.bank.grouped(rows_MD, sizes_N, seeds_M, self._first_unit())
+
+  def batched(
+    self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
+  ) -> jax.Array:
+    return self.bank.batched(rows_NCD, seeds_NC, self._first_unit())
+
+  def _first_unit(self) -> jax.Array:
+    return self.part * self.bank.down_NFD.shape[1]

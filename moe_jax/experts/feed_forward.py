@@ -1,9 +1,12 @@
 """What experts compute: one SwiGLU network, or a bank of them."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.experts.dropout import dropout, dropout_rows, split
 from moe_jax.experts.grouped_matmul import grouped_matmul
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
@@ -22,7 +25,13 @@ class FeedForward(nnx.Module):
   """
 
   def __init__(
-    self, hidden_size: int, width: int, *, init_std: float, rngs: nnx.Rngs
+    self,
+    hidden_size: int,
+    width: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
     self.gate_up_D2F = nnx.Param(
@@ -31,21 +40,30 @@ class FeedForward(nnx.Module):
     self.down_FD = nnx.Param(
       init(rngs.params(), (width, hidden_size), jnp.float32)
     )
+    self.dropout = dropout
 
-  def __call__(self, x_TD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_TD: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
     gate_up_D2F = self.gate_up_D2F[...].astype(x_TD.dtype)
     # One matmul each: joined, the product would be sliced, and the gradient of
     # a slice of activations costs more than the second matmul saves.
     gate_TF = x_TD @ gate_up_D2F[:, 0]
     up_TF = x_TD @ gate_up_D2F[:, 1]
-    return _gate(gate_TF, up_TF) @ self.down_FD[...].astype(x_TD.dtype)
+    hidden_TF = dropout(_gate(gate_TF, up_TF), self.dropout, key)
+    return hidden_TF @ self.down_FD[...].astype(x_TD.dtype)
 
 
 class DenseLayer(nnx.Module):
   """A dense feed-forward with the calling convention of `MoELayer`."""
 
-  def __init__(self, feed_forward: FeedForward):
+  def __init__(
+    self,
+    feed_forward: Callable[[jax.Array, jax.Array | None], jax.Array],
+    dropout: float = 0.0,
+  ):
     self.feed_forward = feed_forward
+    self.dropout = dropout
 
   def __call__(
     self,
@@ -55,8 +73,10 @@ class DenseLayer(nnx.Module):
     tokens: Tokens,
     key: jax.Array | None,
   ) -> tuple[jax.Array, State, None]:
-    del cell, tokens, key
-    return self.feed_forward(x_TD), state, None
+    del cell, tokens
+    hidden_key, output_key = split(key, 2)
+    y_TD = self.feed_forward(x_TD, hidden_key)
+    return dropout(y_TD, self.dropout, output_key), state, None
 
 
 class ExpertBank(nnx.Module):
@@ -65,6 +85,7 @@ class ExpertBank(nnx.Module):
   Attributes:
     gate_up_ND2F: the gate and up projections of every expert.
     down_NFD: the projections back.
+    num_units: F of a whole expert; a shard may hold a part.
   """
 
   def __init__(
@@ -75,6 +96,7 @@ class ExpertBank(nnx.Module):
     *,
     init_std: float,
     rngs: nnx.Rngs,
+    dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
     self.gate_up_ND2F = nnx.Param(
@@ -83,28 +105,62 @@ class ExpertBank(nnx.Module):
     self.down_NFD = nnx.Param(
       init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
+    self.num_units = width
+    self.dropout = dropout
 
   @property
   def num_experts(self) -> int:
     """Experts in this bank; on a shard, those that live there."""
     return self.down_NFD.shape[0]
 
-  def grouped(self, rows_MD: jax.Array, sizes_N: jax.Array) -> jax.Array:
-    """Rows sorted by expert, `sizes_N` of them each; see `grouped_matmul`."""
+  def grouped(
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None = None,
+    first_unit: jax.Array | int = 0,
+  ) -> jax.Array:
+    """Rows sorted by expert, `sizes_N` of them each; see `grouped_matmul`.
+
+    Args:
+      rows_MD: sorted.
+      sizes_N: int32.
+      seeds_M: of every row's dropout; None for none.
+      first_unit: see `dropout_rows`.
+    """
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_MD.dtype)
     num_experts, hidden_size, _, width = gate_up_ND2F.shape
     flat_NDF = gate_up_ND2F.reshape(num_experts, hidden_size, 2 * width)
     gate_MF, up_MF = jnp.split(
       grouped_matmul(rows_MD, flat_NDF, sizes_N), 2, axis=-1
     )
-    hidden_MF = _gate(gate_MF, up_MF)
+    hidden_MF = self._drop(_gate(gate_MF, up_MF), seeds_M, first_unit)
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return grouped_matmul(hidden_MF, down_NFD, sizes_N)
 
-  def batched(self, rows_NCD: jax.Array) -> jax.Array:
+  def batched(
+    self,
+    rows_NCD: jax.Array,
+    seeds_NC: jax.Array | None = None,
+    first_unit: jax.Array | int = 0,
+  ) -> jax.Array:
     """C rows for every expert, padded or not, as one batched matmul."""
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_NCD.dtype)
     gate_NCF, up_NCF = jnp.einsum('NCD,NDgF->gNCF', rows_NCD, gate_up_ND2F)
-    hidden_NCF = _gate(gate_NCF, up_NCF)
+    hidden_NCF = self._drop(_gate(gate_NCF, up_NCF), seeds_NC, first_unit)
     down_NFD = self.down_NFD[...].astype(rows_NCD.dtype)
     return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)
+
+  def _drop(
+    self,
+    hidden: jax.Array,
+    seeds: jax.Array | None,
+    first_unit: jax.Array | int,
+  ) -> jax.Array:
+    return dropout_rows(
+      hidden,
+      self.dropout,
+      seeds,
+      num_units=self.num_units,
+      first_unit=first_unit,
+    )

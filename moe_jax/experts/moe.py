@@ -1,5 +1,6 @@
 """A Mixture-of-Experts layer: route, select, dispatch, combine, share."""
 
+import dataclasses
 from typing import NamedTuple, Protocol
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.dropout import dropout, split
 from moe_jax.experts.feed_forward import ExpertBank, FeedForward
 from moe_jax.routing.balance import Load, load_of
 from moe_jax.routing.cells import Cell, Precision
@@ -45,6 +47,7 @@ class MoELayer(nnx.Module):
     mixing: joins routed and shared output.
     bias_D: a learned vector added to the routed output, or None (RMoE's
       released code has it as an option).
+    dropout: rate on the output, and whether experts need seeds for theirs.
   """
 
   def __init__(
@@ -58,6 +61,7 @@ class MoELayer(nnx.Module):
     shared_parts: int = 1,
     mixing: Mixing | None = None,
     bias_D: nnx.Param | None = None,
+    dropout: float = 0.0,
   ):
     self.router = router
     self.select = select
@@ -67,6 +71,7 @@ class MoELayer(nnx.Module):
     self.shared_parts = shared_parts
     self.mixing = mixing
     self.bias_D = bias_D
+    self.dropout = dropout
 
   def __call__(
     self,
@@ -77,19 +82,30 @@ class MoELayer(nnx.Module):
     key: jax.Array | None,
   ) -> tuple[jax.Array, State, Watched]:
     """Returns y_TD, the router's next state and what to watch."""
-    logits_TN, state = self.router(x_TD, state, cell, tokens, key)
+    router_key, experts_key, output_key = split(key, 3)
+    seeds_key, shared_key = split(experts_key, 2)
+    logits_TN, state = self.router(x_TD, state, cell, tokens, router_key)
     routing = self.select(logits_TN).only(tokens.real_T[:, None])
     routing = checkpoint_name(routing, 'routing')  # for the remat policies
+    seeded = self._with_seeds(routing, seeds_key)
     with jax.named_scope('experts'):
-      y_TD, dropped = self.dispatch(x_TD, routing, self.experts)
+      y_TD, dropped = self.dispatch(x_TD, seeded, self.experts)
     if self.bias_D is not None:
       y_TD += self.bias_D[...].astype(y_TD.dtype)
     if self.shared is not None:
       with jax.named_scope('shared_expert'):
-        shared_TD = self.shared(x_TD) / self.shared_parts
+        shared_TD = self.shared(x_TD, shared_key) / self.shared_parts
         y_TD = self.mixing(x_TD, y_TD, shared_TD)
+    y_TD = dropout(y_TD, self.dropout, output_key)
     load = load_of(routing, tokens, dropped, self.select.steering)
     return y_TD, state, Watched(load, routing)
+
+  def _with_seeds(self, routing: Routing, key: jax.Array | None) -> Routing:
+    """Drawn here, token by token, so that dropout depends on no dispatch."""
+    if not self.dropout or key is None:
+      return routing
+    seeds_TK = jax.random.bits(key, routing.indices_TK.shape, jnp.uint32)
+    return dataclasses.replace(routing, seeds_TK=seeds_TK)
 
 
 class SumMixing(nnx.Module):

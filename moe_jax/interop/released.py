@@ -52,7 +52,7 @@ def run(
 
   def apply(params: dict[str, Any], ids_BL: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    return model(ids_BL, jnp.ones(ids_BL.shape, bool))[0]
+    return model(ids_BL, jnp.ones(ids_BL.shape, bool)).logits_BLV
 
   with jax.default_matmul_precision('highest'):  # on TPU and GPU too
     return jax.jit(apply)(params, ids_BL)

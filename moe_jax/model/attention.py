@@ -1,20 +1,41 @@
-"""Causal self-attention with grouped queries and rotary positions."""
+"""Causal self-attention with grouped queries."""
+
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.experts.dropout import dropout
 from moe_jax.model.layers import rotate
+
+
+class Attend(Protocol):
+  """Which positions a query sees, and how much of each."""
+
+  def __call__(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    key_pe_AW: jax.Array | None,
+    key: jax.Array | None,
+  ) -> jax.Array:
+    """The weighted values, [B, L, H, A].
+
+    Keys and values may have positions in front of those of the queries: what
+    came before the sequence.
+    """
 
 
 class Attention(nnx.Module):
   """Grouped-query attention (arXiv 2305.13245), without biases.
 
-  Every position attends to itself and those before it in its sequence. Padding
-  stands at the end of a sequence, so causality alone hides it.
+  Padding stands at the end of a sequence, so causality alone hides it.
 
   Attributes:
     query_DHA, key_DGA, value_DGA, out_HAD: projections; H is a multiple of G.
+    attend: from queries, keys and values to what is seen.
   """
 
   def __init__(
@@ -24,7 +45,7 @@ class Attention(nnx.Module):
     num_kv_heads: int,
     head_dim: int,
     *,
-    rope_theta: float,
+    attend: Attend,
     init_std: float,
     rngs: nnx.Rngs,
   ):
@@ -37,20 +58,100 @@ class Attention(nnx.Module):
     self.key_DGA = weight(hidden_size, num_kv_heads, head_dim)
     self.value_DGA = weight(hidden_size, num_kv_heads, head_dim)
     self.out_HAD = weight(num_heads, head_dim, hidden_size)
-    self.rope_theta = rope_theta
+    self.attend = attend
 
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    def project(equation: str, weight: nnx.Param) -> jax.Array:
-      return jnp.einsum(equation, x_BLD, weight[...].astype(x_BLD.dtype))
+  def __call__(
+    self,
+    context_BLD: jax.Array,
+    length: int,
+    key_pe_AW: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends from the last `length` positions of the context, [B, L, D].
 
-    query_BLHA = project('BLD,DHA->BLHA', self.query_DHA)
-    key_BLGA = project('BLD,DGA->BLGA', self.key_DGA)
-    value_BLGA = project('BLD,DGA->BLGA', self.value_DGA)
-    attended_BLHA = jax.nn.dot_product_attention(
-      rotate(query_BLHA, self.rope_theta),
-      rotate(key_BLGA, self.rope_theta),
-      value_BLGA,
-      is_causal=True,
+    Args:
+      context_BLD: what came before the sequence, if anything, and itself.
+      length: of the sequence.
+      key_pe_AW: for `SpanAttend`.
+      key: of dropout; None for none.
+    """
+    dtype = context_BLD.dtype
+
+    def project(equation: str, x_BLD: jax.Array, w: nnx.Param) -> jax.Array:
+      return jnp.einsum(equation, x_BLD, w[...].astype(dtype))
+
+    x_BLD = context_BLD[:, context_BLD.shape[1] - length :]
+    attended_BLHA = self.attend(
+      project('BLD,DHA->BLHA', x_BLD, self.query_DHA),
+      project('BLD,DGA->BLGA', context_BLD, self.key_DGA),
+      project('BLD,DGA->BLGA', context_BLD, self.value_DGA),
+      key_pe_AW,
+      key,
     )
-    out_HAD = self.out_HAD[...].astype(x_BLD.dtype)
-    return jnp.einsum('BLHA,HAD->BLD', attended_BLHA, out_HAD)
+    return project('BLHA,HAD->BLD', attended_BLHA, self.out_HAD)
+
+
+class RotaryAttend:
+  """Every position sees itself and all before it; positions are rotations."""
+
+  def __init__(self, theta: float, dropout: float):
+    """Describes it.
+
+    Args:
+      theta: the base of the wavelengths.
+      dropout: rate on the attention weights.
+    """
+    self.theta = theta
+    self.dropout = dropout
+
+  def __call__(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    key_pe_AW: jax.Array | None,
+    key: jax.Array | None,
+  ) -> jax.Array:
+    del key_pe_AW
+    query_BLHA = rotate(query_BLHA, self.theta)
+    key_BLGA = rotate(key_BLGA, self.theta)
+    if self.dropout and key is not None:
+      return self._with_dropout(query_BLHA, key_BLGA, value_BLGA, key)
+    return jax.nn.dot_product_attention(
+      query_BLHA, key_BLGA, value_BLGA, is_causal=True
+    )
+
+  def _with_dropout(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    key: jax.Array,
+  ) -> jax.Array:
+    length = query_BLHA.shape[1]
+    seen_LL = jnp.tril(jnp.ones((length, length), bool))
+    logits = group_logits(query_BLHA, key_BLGA)
+    logits = jnp.where(seen_LL, logits / query_BLHA.shape[-1] ** 0.5, -jnp.inf)
+    return weigh(logits, value_BLGA, self.dropout, key)
+
+
+def group_logits(query_BLHA: jax.Array, key_BLGA: jax.Array) -> jax.Array:
+  """Query times key, [B, G, H/G, queries, keys] float32, not yet scaled."""
+  batch, length, heads, head_dim = query_BLHA.shape
+  groups = key_BLGA.shape[2]
+  query = query_BLHA.reshape(batch, length, groups, heads // groups, head_dim)
+  return jnp.einsum(
+    'BLGhA,BKGA->BGhLK', query, key_BLGA, preferred_element_type=jnp.float32
+  )
+
+
+def weigh(
+  logits: jax.Array, value_BLGA: jax.Array, rate: float, key: jax.Array | None
+) -> jax.Array:
+  """Softmax, dropout at `rate`, weighted sum of the values: [B, L, H, A]."""
+  weights = dropout(jax.nn.softmax(logits, axis=-1), rate, key)
+  attended = jnp.einsum(
+    'BGhLK,BKGA->BLGhA', weights.astype(value_BLGA.dtype), value_BLGA
+  )
+  batch, length, _, _, head_dim = attended.shape
+  return attended.reshape(batch, length, -1, head_dim)

@@ -1,27 +1,83 @@
 """A decoder block, and a period of blocks."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.cartesian import Chain, split
+from moe_jax.experts.cartesian import Chain, Norm
+from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
 from moe_jax.model.attention import Attention
-from moe_jax.model.layers import RMSNorm
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
+
+
+class Passed(NamedTuple):
+  """What a block passes on to the next.
+
+  Attributes:
+    x_BLD: hidden states.
+    state: of the recurrent router.
+  """
+
+  x_BLD: jax.Array
+  state: State
+
+
+class Past(NamedTuple):
+  """What attention sees beside the sequence.
+
+  Attributes:
+    memory_BWD: hidden states before the sequence that this block read then.
+    key_pe_AW: keys of relative positions, the same in all layers and heads.
+  """
+
+  memory_BWD: jax.Array
+  key_pe_AW: jax.Array
 
 
 class Block(nnx.Module):
   """Pre-norm: `x = x + attention(norm(x))`, then the feed-forward chain."""
 
-  def __init__(self, norm: RMSNorm, attention: Attention, chain: Chain):
+  def __init__(self, norm: Norm, attention: Attention, chain: Chain):
     self.norm = norm
     self.attention = attention
     self.chain = chain
 
   def __call__(
+    self,
+    passed: Passed,
+    cell: Cell,
+    tokens: Tokens,
+    past: Past | None,
+    key: jax.Array | None,
+  ) -> tuple[Passed, Watched | None, jax.Array | None]:
+    """Returns what to pass on, what to watch, and the block's next memory.
+
+    `key` is of this block's random numbers; None where there are none.
+    """
+    x_BLD, state = passed
+    context_BLD, memory_BWD = _with_memory(x_BLD, past)
+    attention_key, chain_key = split(key, 2)
+    with jax.named_scope('attention'):
+      x_BLD += self._attend(self.norm(context_BLD), x_BLD, past, attention_key)
+    y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
+    return Passed(y_BLD, state), watched, memory_BWD
+
+  def _attend(
+    self,
+    context_BLD: jax.Array,
+    x_BLD: jax.Array,
+    past: Past | None,
+    key: jax.Array | None,
+  ) -> jax.Array:
+    key_pe_AW = None if past is None else past.key_pe_AW
+    return self.attention(context_BLD, x_BLD.shape[1], key_pe_AW, key)
+
+  def _chain(
     self,
     x_BLD: jax.Array,
     state: State,
@@ -29,15 +85,42 @@ class Block(nnx.Module):
     tokens: Tokens,
     key: jax.Array | None,
   ) -> tuple[jax.Array, State, Watched | None]:
-    """Returns x_BLD, the router's next state, and what to watch.
-
-    `key` is of this block's random numbers; None where there are none.
-    """
-    with jax.named_scope('attention'):
-      x_BLD += self.attention(self.norm(x_BLD))
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    x_TD, state, watched = self.chain(x_TD, state, cell, tokens, key)
-    return x_TD.reshape(x_BLD.shape), state, watched
+    y_TD, state, watched = self.chain(x_TD, state, cell, tokens, key)
+    return y_TD.reshape(x_BLD.shape), state, watched
+
+
+class PostNormBlock(Block):
+  """`x = norm(x + attention(x))`, then `x = outer_norm(x + chain(x))`.
+
+  The chain ends with a norm of its own and has the residual within (see
+  `PostNormChain`), so there are two norms around each feed-forward, as in the
+  CompeteSMoE code base.
+  """
+
+  def __init__(
+    self, norm: Norm, attention: Attention, chain: Chain, outer_norm: Norm
+  ):
+    super().__init__(norm, attention, chain)
+    self.outer_norm = outer_norm
+
+  def __call__(
+    self,
+    passed: Passed,
+    cell: Cell,
+    tokens: Tokens,
+    past: Past | None,
+    key: jax.Array | None,
+  ) -> tuple[Passed, Watched | None, jax.Array | None]:
+    x_BLD, state = passed
+    context_BLD, memory_BWD = _with_memory(x_BLD, past)
+    attention_key, chain_key = split(key, 2)
+    with jax.named_scope('attention'):
+      seen_BLD = self._attend(context_BLD, x_BLD, past, attention_key)
+      x_BLD = self.norm(x_BLD + seen_BLD)
+    y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
+    x_BLD = self.outer_norm(x_BLD + y_BLD)
+    return Passed(x_BLD, state), watched, memory_BWD
 
 
 class Period(nnx.Module):
@@ -48,17 +131,33 @@ class Period(nnx.Module):
 
   def __call__(
     self,
-    x_BLD: jax.Array,
-    state: State,
+    passed: Passed,
     cell: Cell,
     tokens: Tokens,
+    past: Sequence[Past | None],
     key: jax.Array | None,
-  ) -> tuple[jax.Array, State, list[Watched]]:
-    """Returns x_BLD, the state, and what each MoE block lets watch."""
-    watched = []
+  ) -> tuple[Passed, list[Watched], list[jax.Array | None]]:
+    """Returns what to pass on, each MoE block's `Watched`, all memories.
+
+    `past` has an element for every block.
+    """
+    watched, memory = [], []
     keys = split(key, len(self.blocks))
-    for block, block_key in zip(self.blocks, keys, strict=True):
-      x_BLD, state, seen = block(x_BLD, state, cell, tokens, block_key)
-      if seen is not None:
-        watched.append(seen)
-    return x_BLD, state, watched
+    for block, seen, block_key in zip(self.blocks, past, keys, strict=True):
+      passed, of_block, next_BWD = block(passed, cell, tokens, seen, block_key)
+      memory.append(next_BWD)
+      if of_block is not None:
+        watched.append(of_block)
+    return passed, watched, memory
+
+
+def _with_memory(
+  x_BLD: jax.Array, past: Past | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """The context of the attention, and the next sequence's memory."""
+  if past is None:
+    return x_BLD, None
+  memory_BWD = past.memory_BWD.astype(x_BLD.dtype)
+  context_BLD = jnp.concatenate([memory_BWD, x_BLD], axis=1)
+  newest_BWD = context_BLD[:, -memory_BWD.shape[1] :]
+  return context_BLD, jax.lax.stop_gradient(newest_BWD)

@@ -12,7 +12,12 @@ from ml_collections import ConfigDict
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import choose
-from moe_jax.experts.cartesian import Chain, SubLayer
+from moe_jax.experts.cartesian import (
+  Chain,
+  Norm,
+  PostNormChain,
+  SubLayer,
+)
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.expert_parallel import ExpertParallel
 from moe_jax.experts.feed_forward import DenseLayer, ExpertBank, FeedForward
@@ -23,15 +28,30 @@ from moe_jax.experts.moe import (
   MoELayer,
   SumMixing,
 )
-from moe_jax.model.attention import Attention
-from moe_jax.model.block import Block, Period
+from moe_jax.experts.relu import ReluExpertBank, ReluFeedForward
+from moe_jax.model.attention import Attend, Attention, RotaryAttend
+from moe_jax.model.block import Block, Period, PostNormBlock
 from moe_jax.model.decoder import Decoder
-from moe_jax.model.layers import RMSNorm
+from moe_jax.model.layers import LayerNorm, RMSNorm
+from moe_jax.model.span import SpanAttend
 from moe_jax.routing import recurrent
 from moe_jax.routing.cells import CELLS, Cell
 from moe_jax.routing.router import Features, Router
 from moe_jax.routing.scores import SCORES, ScoreOptions
-from moe_jax.routing.selection import SELECTIONS, WEIGHTS, Select
+from moe_jax.routing.selection import SCALES, SELECTIONS, Select
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+# Of the dense and shared feed-forward, and of the bank of experts.
+FEED_FORWARDS = {
+  'swiglu': (FeedForward, ExpertBank),
+  'relu': (ReluFeedForward, ReluExpertBank),
+}
+
+ATTENDS = {
+  'rotary': lambda model: RotaryAttend(model.rope_theta, model.dropout),
+  'span': lambda model: SpanAttend(model.dropout),
+}
 
 MIXINGS = {
   'sum': lambda config, rngs: SumMixing(),
@@ -105,8 +125,10 @@ def build(
     _cell(config, rngs),
     Period([make_block(kind, rngs) for kind in kinds[:first]]),
     periods,
-    RMSNorm(model.hidden_size, model.norm_epsilon),
+    _norm(config) if model.norm_place == 'pre' else None,
     head_DV,
+    head_bias_V=nnx.Param(jnp.zeros(vocab_size)) if model.head_bias else None,
+    key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
     num_residual_logits=_num_residual_logits(config),
     dtype=compute_dtype(config, mesh),
@@ -157,35 +179,69 @@ def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
 
 def _block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
   config, model = parts.config, parts.config.model
-  norm = functools.partial(RMSNorm, model.hidden_size, model.norm_epsilon)
   attention = Attention(
     model.hidden_size,
     model.num_heads,
     model.num_kv_heads,
     head_dim(config),
-    rope_theta=model.rope_theta,
+    attend=_attend(config),
     init_std=model.init_std,
     rngs=rngs,
   )
   make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
   sub_layers = make(parts, rngs)
-  return Block(
-    norm(), attention, Chain([norm() for _ in sub_layers], sub_layers)
+  norms = [_norm(config) for _ in sub_layers]
+  place = {'pre': _pre_norm, 'post': _post_norm}[model.norm_place]
+  return place(config, attention, norms, sub_layers)
+
+
+def _pre_norm(
+  config: ConfigDict,
+  attention: Attention,
+  norms: Sequence[Norm],
+  sub_layers: Sequence[SubLayer],
+) -> Block:
+  return Block(_norm(config), attention, Chain(norms, sub_layers))
+
+
+def _post_norm(
+  config: ConfigDict,
+  attention: Attention,
+  norms: Sequence[Norm],
+  sub_layers: Sequence[SubLayer],
+) -> Block:
+  chain = PostNormChain(norms, sub_layers)
+  return PostNormBlock(_norm(config), attention, chain, _norm(config))
+
+
+def _norm(config: ConfigDict) -> Norm:
+  return NORMS[config.model.norm](
+    config.model.hidden_size, config.model.norm_epsilon
   )
+
+
+def _attend(config: ConfigDict) -> Attend:
+  return ATTENDS[config.model.positions](config.model)
+
+
+def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:
+  if config.model.positions != 'span':
+    return None
+  shape = head_dim(config), config.model.span
+  return nnx.Param(jax.random.normal(rngs.params(), shape))  # as released
 
 
 def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
   model = parts.config.model
-  return [
-    DenseLayer(
-      FeedForward(
-        model.hidden_size,
-        model.ffn_width,
-        init_std=model.init_std,
-        rngs=rngs,
-      )
-    )
-  ]
+  feed_forward, _ = FEED_FORWARDS[model.activation]
+  dense = feed_forward(
+    model.hidden_size,
+    model.ffn_width,
+    init_std=model.init_std,
+    rngs=rngs,
+    dropout=model.dropout,
+  )
+  return [DenseLayer(dense, model.dropout)]
 
 
 def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
@@ -193,12 +249,14 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
   config, moe, model = parts.config, parts.config.moe, parts.config.model
 
   def sub_layer(place: int) -> MoELayer:
-    experts = ExpertBank(
+    _, bank = FEED_FORWARDS[model.activation]
+    experts = bank(
       moe.num_experts,
       model.hidden_size,
       moe.expert_width // moe.factors,
       init_std=model.init_std,
       rngs=rngs,
+      dropout=model.dropout,
     )
     shared, mixing = _shared(config, rngs)
     bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
@@ -211,6 +269,7 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
       shared_parts=moe.shared.parts,
       mixing=mixing,
       bias_D=bias_D,
+      dropout=model.dropout,
     )
 
   return [sub_layer(place) for place in range(moe.factors)]
@@ -218,18 +277,20 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
 
 def _shared(
   config: ConfigDict, rngs: nnx.Rngs
-) -> tuple[FeedForward | None, Mixing | None]:
+) -> tuple[nnx.Module | None, Mixing | None]:
   shared = config.moe.shared
   if not shared.width:
     return None, None
-  feed_forward = FeedForward(
+  feed_forward, _ = FEED_FORWARDS[config.model.activation]
+  expert = feed_forward(
     config.model.hidden_size,
     shared.width // config.moe.factors,
     init_std=config.model.init_std,
     rngs=rngs,
+    dropout=config.model.dropout,
   )
   name = choose('moe.shared.mixing', shared.mixing, MIXINGS)
-  return feed_forward, MIXINGS[name](config, rngs)
+  return expert, MIXINGS[name](config, rngs)
 
 
 def _cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
@@ -291,7 +352,7 @@ def _select(parts: Parts) -> Select:
   return Select(
     config.moe.num_experts,
     SELECTIONS[pick](config),
-    weights=choose('router.weights', router.weights, WEIGHTS),
+    weights=choose('router.weights', router.weights, SCALES),
     renormalize=config.moe.renormalize,
     groups=router.groups,
     top_groups=router.top_groups,

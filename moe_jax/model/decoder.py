@@ -1,18 +1,18 @@
 """The decoder: embedding, blocks scanned by period, output head."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.cartesian import split
+from moe_jax.experts.cartesian import Norm
+from moe_jax.experts.dropout import split
 from moe_jax.experts.moe import Watched
-from moe_jax.model.block import Period
-from moe_jax.model.layers import RMSNorm
+from moe_jax.model.block import Passed, Past, Period
 from moe_jax.routing.cells import Cell
-from moe_jax.routing.router import State, Tokens, start
+from moe_jax.routing.router import Tokens, start
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
 _KEEP_ROUTING = jax.checkpoint_policies.save_only_these_names('routing')
@@ -32,6 +32,22 @@ def load_only(watched: Watched) -> Any:
   return watched.load
 
 
+class Output(NamedTuple):
+  """What a decoder computes of a batch.
+
+  Attributes:
+    logits_BLV: float32.
+    watched: of every MoE layer what was asked for, each array with leading axes
+      [MoE layers, S]; None for a model without MoE layers.
+    memory: [layers, B, W, D], to be given back with the tokens that follow;
+      None for a model that sees nothing before its sequence.
+  """
+
+  logits_BLV: jax.Array
+  watched: Any
+  memory: jax.Array | None
+
+
 class Decoder(nnx.Module):
   """A causal language model of `Block`s.
 
@@ -40,8 +56,11 @@ class Decoder(nnx.Module):
     cell: the router's recurrent cell, shared by all layers.
     prefix: blocks before the pattern repeats, unscanned.
     periods: the repeating blocks, every parameter with a leading axis [P].
-    norm: before the head.
+    norm: before the head; None if the blocks end with one.
     head_DV: the output head; None if tied to the embedding.
+    head_bias_V: of the output head, or None.
+    key_pe_AW: keys of relative positions, shared by all layers and heads; None
+      for other kinds of positions.
   """
 
   def __init__(
@@ -50,15 +69,17 @@ class Decoder(nnx.Module):
     cell: Cell,
     prefix: Period,
     periods: Period | None,
-    norm: RMSNorm,
+    norm: Norm | None,
     head_DV: nnx.Param | None,
     *,
+    head_bias_V: nnx.Param | None,
+    key_pe_AW: nnx.Param | None,
     repeats: int,
     num_residual_logits: int,
     dtype: jnp.dtype,
     remat: str,
     unroll: int,
-    shard_tokens: Callable[[jax.Array], jax.Array],
+    shard_tokens: Callable[..., jax.Array],
     replicate: Callable[[jax.Array], jax.Array],
   ):
     """Puts the parts together; see `moe_jax.model.build`.
@@ -68,14 +89,17 @@ class Decoder(nnx.Module):
       cell: part.
       prefix: part, possibly without blocks.
       periods: part; None where the prefix is all there is.
-      norm: part.
+      norm: part or None.
       head_DV: parameter or None.
+      head_bias_V: parameter or None.
+      key_pe_AW: parameter or None.
       repeats: P.
       num_residual_logits: N where routers add up their logits, else 0.
       dtype: of the arithmetic outside routers and norms.
       remat: a key of `REMAT_POLICIES`.
       unroll: periods per step of the scan.
-      shard_tokens: constrains an array's leading axis (B or T) to the mesh.
+      shard_tokens: constrains an array's axis of B or T to the mesh; it is the
+        leading one, or `axis`.
       replicate: gives every device the whole array.
     """
     self.embed_VD = embed_VD
@@ -84,6 +108,8 @@ class Decoder(nnx.Module):
     self.periods = periods
     self.norm = norm
     self.head_DV = head_DV
+    self.head_bias_V = head_bias_V
+    self.key_pe_AW = key_pe_AW
     self.repeats = repeats
     self.num_residual_logits = num_residual_logits
     self.dtype = dtype
@@ -98,19 +124,18 @@ class Decoder(nnx.Module):
     real_BL: jax.Array,
     keep: Callable[[Watched], Any] = load_only,
     *,
+    memory: jax.Array | None = None,
     key: jax.Array | None = None,
-  ) -> tuple[jax.Array, Any]:
+  ) -> Output:
     """Runs the model.
 
     Args:
       ids_BL: int32 vocabulary indices.
       real_BL: bool; False marks padding, at the end of a sequence.
       keep: what to return of each MoE layer's `Watched`.
+      memory: of the call whose tokens came right before; None for zeros. Only
+        for a model with a span.
       key: of the random numbers of training; None, as in evaluation, for none.
-
-    Returns:
-      logits_BLV float32, and what `keep` returned, every array with leading
-      axes [MoE layers, S]; None for a model without MoE layers.
     """
     # Looked up whole: the partitioner turns a look-up in a table split by D
     # into a copy of the activations on every device.
@@ -119,33 +144,67 @@ class Decoder(nnx.Module):
     tokens = Tokens(ids_BL, real_BL)
     prefix_key, periods_key = split(key, 2)
     state = start(self.cell, ids_BL.size, self.num_residual_logits)
-    carry = self._shard((x_BLD, state))
+    passed = self._shard(Passed(x_BLD, state))
+    first, remembered = self._memories(memory, x_BLD)
 
     def step(
-      carry: tuple[jax.Array, State],
+      passed: Passed,
       cell: Cell,
       tokens: Tokens,
+      key_pe_AW: jax.Array | None,
       period: Period,
+      memory: jax.Array | None,
       key: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, State], Any]:
-      x_BLD, state, watched = period(*carry, cell, tokens, key)
-      return self._shard((x_BLD, state)), _stack([keep(w) for w in watched])
+    ) -> tuple[Passed, tuple[Any, jax.Array | None]]:
+      past = _past(memory, key_pe_AW, len(period.blocks))
+      passed, watched, memory = period(passed, cell, tokens, past, key)
+      kept = _stack([keep(w) for w in watched])
+      return self._shard(passed), (kept, self._stack_memory(memory))
 
-    carry, watched = step(carry, self.cell, tokens, self.prefix, prefix_key)
+    shared = self.cell, tokens, self._key_pe()
+    passed, made = step(passed, *shared, self.prefix, first, prefix_key)
     if self.periods is not None:
       scan = nnx.scan(
         self._rematerialized(step),
-        in_axes=(nnx.Carry, None, None, 0, 0),
+        in_axes=(nnx.Carry, None, None, None, 0, 0, 0),
         out_axes=(nnx.Carry, 0),
         unroll=self.unroll,
       )
       keys = (
         None if key is None else jax.random.split(periods_key, self.repeats)
       )
-      carry, scanned = scan(carry, self.cell, tokens, self.periods, keys)
-      watched = _in_depth_order(watched, scanned)
-    x_BLD, _ = carry
-    return self._logits(self.norm(x_BLD)), watched
+      passed, scanned = scan(passed, *shared, self.periods, remembered, keys)
+      made = tuple(map(_in_depth_order, made, scanned))
+    x_BLD = passed.x_BLD if self.norm is None else self.norm(passed.x_BLD)
+    return Output(self._logits(x_BLD), *made)
+
+  def _key_pe(self) -> jax.Array | None:
+    return None if self.key_pe_AW is None else self.key_pe_AW[...]
+
+  def _memories(
+    self, memory: jax.Array | None, x_BLD: jax.Array
+  ) -> tuple[jax.Array | None, jax.Array | None]:
+    """The memory [blocks, B, W, D] of the prefix, and of the periods [P, ...].
+
+    Zeros at the beginning of a text.
+    """
+    if self.key_pe_AW is None:
+      return None, None
+    first = len(self.prefix.blocks)
+    period = len(self.periods.blocks) if self.periods is not None else 0
+    if memory is None:
+      batch, _, size = x_BLD.shape
+      layers, span = first + self.repeats * period, self.key_pe_AW.shape[-1]
+      memory = jnp.zeros((layers, batch, span, size), x_BLD.dtype)
+    repeating = memory[first:].reshape(-1, max(period, 1), *memory.shape[1:])
+    return memory[:first], repeating
+
+  def _stack_memory(
+    self, memory: Sequence[jax.Array | None]
+  ) -> jax.Array | None:
+    if not memory or memory[0] is None:
+      return None
+    return self.shard_tokens(jnp.stack(memory), axis=1)
 
   def _rematerialized(self, step: Callable) -> Callable:
     if self.remat == 'none':
@@ -157,15 +216,27 @@ class Decoder(nnx.Module):
       head_DV = self.embed_VD[...].T
     else:
       head_DV = self.head_DV[...]
-    return jnp.einsum(
+    logits_BLV = jnp.einsum(
       'BLD,DV->BLV',
       x_BLD,
       head_DV.astype(x_BLD.dtype),
       preferred_element_type=jnp.float32,
     )
+    if self.head_bias_V is None:
+      return logits_BLV
+    return logits_BLV + self.head_bias_V[...]
 
-  def _shard(self, carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-    return jax.tree.map(self.shard_tokens, carry)
+  def _shard(self, passed: Passed) -> Passed:
+    return jax.tree.map(self.shard_tokens, passed)
+
+
+def _past(
+  memory: jax.Array | None, key_pe_AW: jax.Array | None, num_blocks: int
+) -> list[Past | None]:
+  """What each of a period's blocks sees beside its sequence."""
+  if memory is None:
+    return [None] * num_blocks
+  return [Past(memory[i], key_pe_AW) for i in range(num_blocks)]
 
 
 def _stack(watched: Sequence[Any]) -> Any:

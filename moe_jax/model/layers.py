@@ -1,4 +1,4 @@
-"""RMSNorm and rotary position embedding."""
+"""RMSNorm, LayerNorm and rotary position embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,26 @@ class RMSNorm(nnx.Module):
     mean_square = jnp.square(exact).mean(-1, keepdims=True)
     normal = exact * jax.lax.rsqrt(mean_square + self.epsilon)
     return (normal * self.scale_D[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """`(x - mean) / std * scale + shift`, in float32 (arXiv 1607.06450).
+
+  Attributes:
+    scale_D, shift_D: float32, start at 1 and 0.
+  """
+
+  def __init__(self, size: int, epsilon: float):
+    self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
+    self.shift_D = nnx.Param(jnp.zeros((size,), jnp.float32))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    exact = x.astype(jnp.float32)
+    centred = exact - exact.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+    return (normal * self.scale_D[...] + self.shift_D[...]).astype(x.dtype)
 
 
 def rotate(x_BLHA: jax.Array, theta: float) -> jax.Array:

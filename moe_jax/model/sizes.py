@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 
-_EXPERT = r'gate_up_ND2F|down_NFD'
+_EXPERT = r'gate_up_ND2F|down_NFD|up_NDF|up_bias_NF|down_bias_ND'
 # Added or multiplied element by element: no matmul.
-_ELEMENTWISE = r'scale_.*|.*bias_.*'
+_ELEMENTWISE = r'(scale|shift)_.*|.*bias_.*'
 
 
 class Parameters(NamedTuple):
@@ -47,8 +47,10 @@ def flops_per_token(config: ConfigDict, params: Any) -> int:
   """Floating-point operations of training on one token, forward and backward.
 
   Counted are the matmuls: two operations per weight and use forward, four
-  backward; and in attention the positions that the causal mask lets a token
-  see, on average over a sequence of `data.seq_len`. Not counted are what is
+  backward; and in attention the positions that a token sees: a span, whose
+  keys and values in the memory are made anew for each sequence of
+  `data.seq_len`, or what the causal mask lets it see, on average over such a
+  sequence. Not counted are what is
   done element by element, the optimizer, the embedding's look-up, and what an
   implementation computes beyond need: masked or padded positions, recomputed
   activations.
@@ -61,11 +63,19 @@ def flops_per_token(config: ConfigDict, params: Any) -> int:
     _active(config, keys, size) * _uses(config, keys)
     for keys, size in _leaves(params)
   )
+  return 3 * (2 * round(weights) + _attention_flops(config))
+
+
+def _attention_flops(config: ConfigDict) -> int:
+  """Forward and per token, beside the projections."""
+  model = config.model
+  width = model.num_heads * config_lib.head_dim(config)
+  if model.span:
+    # Keys, keys of positions and values: 3 x 2 operations per head dimension.
+    return 6 * width * model.span * model.num_layers
   # Scores and weighted values: 2 x 2 operations per head dimension and seen
   # position, of which there are (L + 1) / 2.
-  width = config.model.num_heads * config_lib.head_dim(config)
-  attention = 2 * width * (config.data.seq_len + 1) * config.model.num_layers
-  return 3 * (2 * weights + attention)
+  return 2 * width * (config.data.seq_len + 1) * model.num_layers
 
 
 def _leaves(params: Any) -> list[tuple[list[str], int]]:
@@ -80,10 +90,14 @@ def _active(config: ConfigDict, keys: list[str], size: int) -> int:
   return size
 
 
-def _uses(config: ConfigDict, keys: list[str]) -> int:
+def _uses(config: ConfigDict, keys: list[str]) -> float:
   """Matmuls that each weight of a parameter is part of, for one token."""
   if re.fullmatch(_ELEMENTWISE, keys[-1]):
     return 0
+  if keys[-1] == 'key_pe_AW':
+    return 0  # part of the attention
+  if keys[-1] in ('key_DGA', 'value_DGA'):
+    return 1 + config.model.span / config.data.seq_len
   if keys[-1] == 'embed_VD':
     return int(config.model.tie_embeddings)  # as the output head
   if keys[0] == 'cell':  # shared by every MoE sub-layer

@@ -151,10 +151,11 @@ class HyperScore(nnx.Module):
     # G meets the features next, so it is scaled for their number too.
     self.fixed_weights_FXN = fixed(width * features, width, features, experts)
     self.fixed_weights_bias_XN = _zeros(features, experts)
-    self.fixed_bias_FN = self.fixed_bias_bias_N = None
-    if options.bias:
-      self.fixed_bias_FN = fixed(width * features, width, experts)
-      self.fixed_bias_bias_N = _zeros(experts)
+    bias = options.bias
+    self.fixed_bias_FN = (
+      fixed(width * features, width, experts) if bias else None
+    )
+    self.fixed_bias_bias_N = _zeros(experts) if bias else None
 
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
     del ids_T

@@ -18,12 +18,14 @@ class Routing:
     indices_TK: int32 in [0, N); N in an unused slot.
     probabilities_TN: float32, of every expert; they sum to 1.
     logits_TN: float32.
+    seeds_TK: uint32, of the dropout in each slot's expert; None for none.
   """
 
   weights_TK: jax.Array
   indices_TK: jax.Array
   probabilities_TN: jax.Array
   logits_TN: jax.Array
+  seeds_TK: jax.Array | None = None
 
   @property
   def num_experts(self) -> int:
@@ -100,7 +102,7 @@ class Select(nnx.Module):
 
   Attributes:
     pick: `TopK` or `TopP`.
-    weights: a key of `WEIGHTS`.
+    weights: a key of `SCALES`; `chosen` is the softmax of the chosen logits.
     renormalize: divide the chosen weights by their sum. With k = 1 this would
       make every weight 1 and leave the router without a gradient, so there it
       does nothing. (Softmax over the chosen logits is 1 there all the same.)
@@ -135,18 +137,29 @@ class Select(nnx.Module):
 
   def __call__(self, logits_TN: jax.Array) -> Routing:
     """Returns the `Routing` of float32 logits, best expert first."""
-    scores_TN, probabilities_TN = SCALES[self.weights](logits_TN)
+    scores_TN, logarithms_TN = SCALES[self.weights](logits_TN)
     chosen = self.pick(self._choice(scores_TN), scores_TN)
-    weights_TK = WEIGHTS[self.weights](scores_TN, logits_TN, chosen)
-    weights_TK = jnp.where(chosen.used_TK, weights_TK, 0.0)
-    if self.renormalize and chosen.indices_TK.shape[-1] > 1:
-      total_T1 = weights_TK.sum(-1, keepdims=True)
-      # Sigmoids may all be 0 in float32.
-      weights_TK /= jnp.maximum(total_T1, jnp.finfo(jnp.float32).tiny)
     routing = Routing(
-      weights_TK, chosen.indices_TK, probabilities_TN, logits_TN
+      self._weigh(scores_TN, logarithms_TN, chosen),
+      chosen.indices_TK,
+      jax.nn.softmax(logarithms_TN, axis=-1),
+      logits_TN,
     )
     return routing.only(chosen.used_TK)
+
+  def _weigh(
+    self, scores_TN: jax.Array, logarithms_TN: jax.Array, chosen: Chosen
+  ) -> jax.Array:
+    """The chosen scores; over their sum where weights are to add up to 1.
+
+    That quotient is a softmax of logarithms. Dividing would give a gradient
+    of NaN where every chosen score is 0 in float32.
+    """
+    several = chosen.indices_TK.shape[-1] > 1
+    if self.weights == 'chosen' or (self.renormalize and several):
+      logarithms_TK = _take(logarithms_TN, chosen)
+      return jax.nn.softmax(jnp.where(chosen.used_TK, logarithms_TK, -jnp.inf))
+    return _take(scores_TN, chosen)
 
   def steering(self, counts_N: jax.Array) -> jax.Array:
     """0, with the gradient `counts - mean` in the bias.
@@ -170,9 +183,10 @@ class Select(nnx.Module):
     if self.groups == 1:
       return choice_TN
     choice_TJN = choice_TN.reshape(len(choice_TN), self.groups, -1)
-    two = min(2, choice_TJN.shape[-1])
-    best_TJ = jnp.sort(choice_TJN, axis=-1)[..., -two:].sum(-1)
-    open_TJ = _best(best_TJ, self.top_groups)
+    second_TJ1, first_TJ = _two_best(choice_TJN)
+    # Of a group that is closed but for one expert, this one counts alone.
+    second_TJ1 = jnp.where(second_TJ1 == -jnp.inf, 0, second_TJ1)
+    open_TJ = _best(first_TJ + second_TJ1.sum(-1), self.top_groups)
     return jnp.where(open_TJ[..., None], choice_TJN, -jnp.inf).reshape(
       choice_TN.shape
     )
@@ -187,30 +201,18 @@ def _best(values_TN: jax.Array, count: int) -> jax.Array:
   return (best_TK[..., None] == experts_N).any(1)
 
 
+def _two_best(values_TJN: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The second largest along the last axis, if there is one; the largest."""
+  sorted_TJN = jnp.sort(values_TJN, axis=-1)
+  return sorted_TJN[..., -2:-1], sorted_TJN[..., -1]
+
+
 def _softmax(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  probabilities_TN = jax.nn.softmax(logits_TN, axis=-1)
-  return probabilities_TN, probabilities_TN
+  return jax.nn.softmax(logits_TN, axis=-1), logits_TN
 
 
 def _sigmoid(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  scores_TN = jax.nn.sigmoid(logits_TN)
-  # From the logarithms, so that it holds where every sigmoid is 0.
-  return scores_TN, jax.nn.softmax(jax.nn.log_sigmoid(logits_TN), axis=-1)
-
-
-def _of_chosen(
-  scores_TN: jax.Array, logits_TN: jax.Array, chosen: Chosen
-) -> jax.Array:
-  del logits_TN
-  return _take(scores_TN, chosen)
-
-
-def _softmax_of_chosen(
-  scores_TN: jax.Array, logits_TN: jax.Array, chosen: Chosen
-) -> jax.Array:
-  del scores_TN
-  logits_TK = _take(logits_TN, chosen)
-  return jax.nn.softmax(logits_TK, axis=-1, where=chosen.used_TK)
+  return jax.nn.sigmoid(logits_TN), jax.nn.log_sigmoid(logits_TN)
 
 
 def _take(values_TN: jax.Array, chosen: Chosen) -> jax.Array:
@@ -220,13 +222,11 @@ def _take(values_TN: jax.Array, chosen: Chosen) -> jax.Array:
   return jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
 
 
-# logits_TN -> scores_TN, probabilities_TN, by the way of weighing.
-SCALES = {'softmax': _softmax, 'chosen': _softmax, 'sigmoid': _sigmoid}
-# (scores_TN, logits_TN, chosen) -> weights_TK, before any renormalisation.
-WEIGHTS = {
-  'softmax': _of_chosen,
-  'chosen': _softmax_of_chosen,  # the enwik8 code base of RMoE's experiments
-  'sigmoid': _of_chosen,
+# logits_TN -> scores_TN and their logarithms but for a constant of the token.
+SCALES = {
+  'softmax': _softmax,
+  'chosen': _softmax,  # the enwik8 code base of RMoE's experiments
+  'sigmoid': _sigmoid,
 }
 # The pick of `router.selection`, from the config.
 SELECTIONS = {

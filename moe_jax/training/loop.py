@@ -10,6 +10,7 @@ from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, train_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
 from moe_jax.evaluation.perplexity import evaluate_split
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
@@ -34,7 +35,7 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: anything wrong with config or data.
   """
   setup = state_lib.from_config(config)
-  tokenizer = tokenizers.build(config.data.tokenizer)
+  tokenizer = tokenizers.build(config.data)
 
   def windows(split: str) -> Windows:
     documents = corpora.open_documents(config.data, split)
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       seed=config.seed,
       start=start,
       threads=config.data.threads,
+      order=config.data.order,
     )
     train_step, eval_step = make_train_step(setup), make_eval_step(setup)
     with Journal(setup, workdir, start) as journal:
@@ -121,9 +123,26 @@ def train(config: ConfigDict, workdir: str) -> None:
 def _restore_or_init(store: Store, setup: Setup) -> tuple[TrainState, int]:
   """The state to go on from, and the steps it has done."""
   if store.latest_step() is None:
-    return setup.init(), 0
+    return _start(setup), 0
   state, position = store.restore(setup.abstract)
   return state, position['step']
+
+
+def _start(setup: Setup) -> TrainState:
+  """A new run's state, on the parameters that `train.init_from` names.
+
+  Raises:
+    UserError: that is no run, or one of another model.
+  """
+  origin = setup.config.train.init_from
+  if not origin:
+    return setup.init()
+  try:
+    with Store.open(origin, setup.config, read_only=True) as store:
+      found, _ = store.restore({'params': setup.abstract['params']})
+  except UserError as error:
+    raise UserError(f'train.init_from: {error}') from error
+  return setup.init() | found
 
 
 def _due(every: int, step: int, last: bool) -> bool:

@@ -14,8 +14,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 
-# Norms, biases, temperatures and the router's cell: not pulled towards zero.
-_UNDECAYED = r'scale_.*|.*bias_.*|(input|hidden)_[XR][34]?R|log_temperature'
+# Norms, biases, temperatures, keys of positions and the router's cell: not
+# pulled towards zero.
+_UNDECAYED = (
+  r'(scale|shift|key_pe)_.*|.*bias_.*|log_temperature'
+  r'|(input|hidden)_[XR][34]?R'
+)
 
 # What happens to a parameter.
 TRAINED, FROZEN, STEERED = 'trained', 'frozen', 'steered'

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.model.build import build
+from moe_jax.model.build import build, compute_dtype
 from moe_jax.model.decoder import Decoder
 from moe_jax.training import optimizer
 
-# {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}. The key
-# is the run's random state; whoever needs randomness in a step folds the step
-# into it.
+# {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and for
+# models that see tokens before their sequence 'memory': [layers, B, W, D]. The
+# key is the run's random state; whoever needs randomness in a step folds the
+# step into it.
 TrainState = dict[str, Any]
 
 
@@ -56,12 +57,13 @@ class Setup:
   def _create(self, key: jax.Array) -> TrainState:
     params_key, run_key = jax.random.split(key)
     params = _init_params(self.config, self.vocab_size, self.mesh, params_key)
+    memory = empty_memory(self.config, self.mesh, self.config.train.batch_size)
     return {
       'step': jnp.zeros((), jnp.int32),
       'params': params,
       'opt_state': self.tx.init(params),
       'key': jax.random.key_data(run_key),
-    }
+    } | ({} if memory is None else {'memory': memory})
 
 
 def from_config(config: ConfigDict) -> Setup:
@@ -72,7 +74,7 @@ def from_config(config: ConfigDict) -> Setup:
   """
   num_devices = jax.device_count()
   config_lib.validate(config, num_devices)
-  tokenizer = tokenizers.build(config.data.tokenizer)
+  tokenizer = tokenizers.build(config.data)
   return setup(
     config,
     config_lib.vocab_size(config, tokenizer.vocab_size),
@@ -112,6 +114,24 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     mesh_lib.shardings(shapes, mesh),
   )
   return dataclasses.replace(made, abstract=abstract)
+
+
+def empty_memory(
+  config: ConfigDict, mesh: Mesh, batch_size: int
+) -> jax.Array | None:
+  """What a model remembers at the beginning of a text: zeros.
+
+  None for a model that sees nothing before its sequence.
+  """
+  model = config.model
+  if not model.span:
+    return None
+  shape = (model.num_layers, batch_size, model.span, model.hidden_size)
+  return jnp.zeros(
+    shape,
+    compute_dtype(config, mesh),
+    device=mesh_lib.memory_sharding(mesh),
+  )
 
 
 def _graphdef(

@@ -16,7 +16,8 @@ from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer
 from moe_jax.training.state import Setup, TrainState
 
-# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}
+# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}, and of
+# a contiguous stream 'fresh': bool [B], True where a row begins anew.
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
@@ -75,7 +76,8 @@ def make_train_step(
   The loss is the mean over all targets of the global batch, whatever the mesh
   and the number of micro-batches. What the balance loss is taken over,
   `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
-  the global batch, for which a first pass over its micro-batches counts.
+  the global batch, for which a first pass over its micro-batches counts. Rows
+  keep their own memory, whatever micro-batch they are in.
   """
   config, micro_batches = setup.config, setup.config.train.accumulation
   learning_rate = optimizer.schedule(config)
@@ -83,38 +85,60 @@ def make_train_step(
   def loss_fn(
     params: Any,
     batch: Batch,
+    memory: jax.Array | None,
     key: jax.Array | None,
     num_targets: jax.Array,
     whole: Load | None,
-  ) -> tuple[jax.Array, Metrics]:
+  ) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
     model: Decoder = nnx.merge(setup.graphdef, params)
-    logits_BLV, load = model(batch['inputs'], batch['mask'], key=key)
+    logits_BLV, load, memory = model(
+      batch['inputs'], batch['mask'], memory=memory, key=key
+    )
     nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
     auxiliary, metrics = auxiliary_loss(load, config, 1 / micro_batches, whole)
     metrics |= {'loss': nll / num_targets, 'load': load}
-    return metrics['loss'] + auxiliary, metrics
+    return metrics['loss'] + auxiliary, (metrics, memory)
 
   def gradient(
-    params: Any, batch: Batch, key: jax.Array | None
-  ) -> tuple[Any, Metrics]:
+    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
+  ) -> tuple[Any, Metrics, jax.Array | None]:
     num_targets = batch['mask'].sum().astype(jnp.float32)
     grad = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-      return grad(params, batch, key, num_targets, None)
+      grads, (metrics, memory) = grad(
+        params, batch, memory, key, num_targets, None
+      )
+      return grads, metrics, memory
 
-    parts = _split(batch, micro_batches, setup.mesh)
-    parts = parts, None if key is None else jax.random.split(key, micro_batches)
+    def of_part(part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
+      grads, (metrics, memory) = grad(params, *part, num_targets, whole)
+      return (grads, metrics), memory
+
+    parts = (
+      _split(batch, micro_batches, setup.mesh),
+      _split(memory, micro_batches, setup.mesh, axis=1),
+      None if key is None else jax.random.split(key, micro_batches),
+    )
     whole = None
     if config.loss.balance_scope == 'global_batch':
-      whole = _sum(lambda part: load_of(params, *part), parts)
-    return _sum(lambda part: grad(params, *part, num_targets, whole), parts)
+      whole, _ = _sum(lambda part: (load_of(params, *part), None), parts)
+    (grads, metrics), memory = _sum(of_part, parts)
+    return grads, metrics, _join(memory, setup.mesh, axis=1)
 
-  def load_of(params: Any, batch: Batch, key: jax.Array | None) -> Load | None:
+  def load_of(
+    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
+  ) -> Load | None:
     model: Decoder = nnx.merge(setup.graphdef, params)
-    return model(batch['inputs'], batch['mask'], key=key)[1]
+    inputs, mask = batch['inputs'], batch['mask']
+    return model(inputs, mask, memory=memory, key=key).watched
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    grads, metrics = gradient(state['params'], batch, _step_key(state, config))
+    memory = state.get('memory')
+    if memory is not None:
+      memory = jnp.where(batch['fresh'][:, None, None], 0, memory)
+    grads, metrics, memory = gradient(
+      state['params'], batch, memory, _step_key(state, config)
+    )
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
     )
@@ -124,6 +148,8 @@ def make_train_step(
     )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    if memory is not None:
+      new['memory'] = memory
     return state | new, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -135,29 +161,40 @@ def make_train_step(
   )
 
 
-def make_eval_step(setup: Setup) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   """The jitted evaluation of a batch: sums, so that batches can be added up.
 
   Returns:
-    A function of (params, batch) to {'nll': nats, 'targets': their number,
-    'load': Load or None}.
+    A function of (params, batch) and, where the batch goes on with the rows of
+    the one before, that one's memory, which it donates; to {'nll': nats,
+    'targets': their number, 'load': Load or None, 'memory': for the next
+    batch, None without a span}.
   """
 
-  def eval_step(params: Any, batch: Batch) -> Metrics:
+  def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
     model: Decoder = nnx.merge(setup.eval_graphdef, params)
-    logits_BLV, load = model(batch['inputs'], batch['mask'])
+    logits_BLV, load, memory = model(
+      batch['inputs'], batch['mask'], memory=memory
+    )
     return {
       'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
       'targets': batch['mask'].sum(),
       'load': load,
+      'memory': memory,
     }
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract['params'])
-  return jax.jit(
-    eval_step,
-    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
-    out_shardings=mesh_lib.replicated(setup.mesh),
+  of_memory = mesh_lib.memory_sharding(setup.mesh)
+  sums = dict.fromkeys(
+    ('nll', 'targets', 'load'), mesh_lib.replicated(setup.mesh)
   )
+  jitted = jax.jit(
+    eval_step,
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh), of_memory),
+    out_shardings=sums | {'memory': of_memory},
+    donate_argnums=2,
+  )
+  return lambda params, batch, memory=None: jitted(params, batch, memory)
 
 
 def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:
@@ -168,23 +205,44 @@ def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:
   return jax.random.fold_in(key, state['step'])
 
 
-def _sum(function: Callable[[Any], Any], parts: Any) -> Any:
-  """The sum of `function` over the leading axis of `parts`, one at a time."""
+def _sum(function: Callable[[Any], tuple[Any, Any]], parts: Any) -> Any:
+  """Calls `function` for one part after the other, the leading axis of `parts`.
 
-  def add(total: Any, part: Any) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, total, function(part)), None
+  Returns:
+    The sum of its first results, and its second results stacked.
+  """
+
+  def add(total: Any, part: Any) -> tuple[Any, Any]:
+    more, kept = function(part)
+    return jax.tree.map(jnp.add, total, more), kept
 
   first = jax.tree.map(lambda a: a[0], parts)
-  shapes = jax.eval_shape(function, first)
+  shapes, _ = jax.eval_shape(function, first)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  return jax.lax.scan(add, zeros, parts)[0]
+  return jax.lax.scan(add, zeros, parts)
 
 
-def _split(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Batch:
-  """[B, L] -> [count, B / count, L], every device keeping its sequences."""
+def _split(
+  tree: Any, count: int, mesh: jax.sharding.Mesh, axis: int = 0
+) -> Any:
+  """B at `axis` -> [count, ..., B / count, ...], devices keeping their rows."""
 
-  def split(array_BL: jax.Array) -> jax.Array:
-    micro = array_BL.reshape(-1, count, array_BL.shape[-1]).swapaxes(0, 1)
-    return mesh_lib.shard_tokens(micro, mesh, axis=1)
+  def split(array: jax.Array) -> jax.Array:
+    shape = array.shape
+    parts = array.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
+    parts = jnp.moveaxis(parts, axis + 1, 0)
+    return mesh_lib.shard_tokens(parts, mesh, axis=axis + 1)
 
-  return jax.tree.map(split, batch)
+  return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
+  """What `_split` took apart."""
+
+  def join(parts: jax.Array) -> jax.Array:
+    array = jnp.moveaxis(parts, 0, axis + 1)
+    shape = array.shape
+    array = array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+    return mesh_lib.shard_tokens(array, mesh, axis=axis)
+
+  return jax.tree.map(join, tree)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import common, compile_depth, train_step
+from benchmarks import common, compile_depth, router_cost, train_step
 from moe_jax.errors import UserError
 from moe_jax.training import state as state_lib
 
@@ -64,11 +64,28 @@ def test_compile_depth_reports_the_ratio() -> None:
   assert config.model.num_layers == 2 and config.moe.every == 1  # untouched
 
 
+@pytest.mark.slow
+def test_router_cost_compares_with_the_linear_router() -> None:
+  config = tiny.config(**{'router.recurrent': 'rnn', 'router.passing': 'none'})
+  row = router_cost.measure(config, steps=3, warmup=1)
+  assert row['ratio_min'] <= row['ratio'] <= row['ratio_max']
+  assert row['step_seconds'] > 0 and row['linear_step_seconds'] > 0
+  assert config.router.recurrent == 'rnn'  # untouched
+  json.dumps(row)
+
+
+def test_the_linear_router_has_no_cost_over_itself() -> None:
+  with pytest.raises(UserError, match="router.recurrent = 'none' is what"):
+    router_cost.measure(tiny.config(), steps=1, warmup=0)
+
+
 def test_numbers_of_steps_are_checked() -> None:
   with pytest.raises(UserError, match='--steps = 0'):
     train_step.measure(tiny.config(), steps=0, warmup=1)
   with pytest.raises(UserError, match='--repeats = 0'):
     compile_depth.measure(tiny.config(), depths=(2, 4), repeats=0)
+  with pytest.raises(UserError, match='--warmup = -1'):
+    router_cost.measure(tiny.config(), steps=1, warmup=-1)
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
     " ('data', 'errors') for m in sys.modules)\n"
     f'data = ConfigDict({stdlib.to_dict()!r})\n'
     "documents = corpora.open_documents(data, 'validation')\n"
-    "windows = pipeline.Windows(documents, tokenizers.build('bytes'), 64)\n"
+    'windows = pipeline.Windows(documents, tokenizers.ByteTokenizer(), 64)\n'
     'next(pipeline.eval_batches(windows, batch_size=2, rows=[0, 1]))\n'
     "assert 'tensorflow' not in sys.modules\n"
   )

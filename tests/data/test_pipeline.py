@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 
 from moe_jax import errors
 from moe_jax.data import corpora, pipeline, token_index, tokenizers
+from moe_jax.data import windows as windows_lib
 
 MakeData = Callable[[dict[str, bytes]], ConfigDict]
 NamesOf = Callable[[str, int], list[str]]
 
 L = 16
-TOKENIZER = tokenizers.build('bytes')
+TOKENIZER = tokenizers.ByteTokenizer()
 
 
 @pytest.fixture
@@ -190,7 +191,9 @@ def test_evaluation_shared_by_two_processes(
 def test_small_cache_and_many_threads(
   documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(pipeline, '_CACHE_BYTES', 200)  # two or three documents
+  monkeypatch.setattr(
+    windows_lib, '_CACHE_BYTES', 200
+  )  # two or three documents
   windows = pipeline.Windows(documents, TOKENIZER, L)
   order = np.random.default_rng(0).permutation(len(windows)).repeat(8)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -207,7 +210,7 @@ def test_small_cache_and_many_threads(
 def test_document_larger_than_the_cache_is_kept(
   documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(pipeline, '_CACHE_BYTES', 0)
+  monkeypatch.setattr(windows_lib, '_CACHE_BYTES', 0)
   windows = pipeline.Windows(documents, TOKENIZER, L)
   assert windows._pieces[3] is windows._pieces[3]
 

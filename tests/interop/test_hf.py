@@ -37,7 +37,7 @@ def model(config: ConfigDict, params: Any) -> nnx.Module:
 
 def cross_entropy(config: ConfigDict, ids: jax.Array, params: Any) -> jax.Array:
   """Mean over all next tokens."""
-  logits, _ = model(config, params)(ids, jnp.ones(ids.shape, bool))
+  logits = model(config, params)(ids, jnp.ones(ids.shape, bool)).logits_BLV
   return optax.softmax_cross_entropy_with_integer_labels(
     logits[:, :-1], ids[:, 1:]
   ).mean()
@@ -63,9 +63,10 @@ def test_router_logits_and_auxiliary_loss() -> None:
   expected = reference('rmoe_gru')
   config, params = hf.load(RELEASED / 'rmoe_gru')
   ids = jnp.asarray(expected['input_ids'])
-  _, watched = model(config, params)(
+  output = model(config, params)(
     ids, jnp.ones(ids.shape, bool), keep=lambda watched: watched
   )
+  watched = output.watched
   for layer in range(config.model.num_layers):
     [logits_TN] = watched.routing.logits_TN[layer]
     assert error(logits_TN, expected[f'router_logits_{layer}']) < 1e-3

@@ -51,7 +51,7 @@ def run(
   graphdef: nnx.GraphDef, params: Any, ids: np.ndarray, real: Any = None
 ) -> tuple[jax.Array, Any]:
   real = jnp.ones(ids.shape, bool) if real is None else jnp.asarray(real)
-  model = jax.jit(lambda p, i, r: nnx.merge(graphdef, p)(i, r))
+  model = jax.jit(lambda p, i, r: nnx.merge(graphdef, p)(i, r)[:2])
   return model(params, jnp.asarray(ids, jnp.int32), real)
 
 
@@ -134,7 +134,7 @@ def test_how_it_is_computed_does_not_change_gradients(change: dict) -> None:
     graphdef, params = tiny.decoder(config)
 
     def loss(params: Any) -> jax.Array:
-      logits, load = nnx.merge(graphdef, params)(
+      logits, load, _ = nnx.merge(graphdef, params)(
         jnp.asarray(ids), jnp.ones(ids.shape, bool)
       )
       return jnp.square(logits).mean() + load.z.sum()

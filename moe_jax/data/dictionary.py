@@ -1,0 +1,167 @@
+"""Tokenizers whose ids are those of the tokens that a data set holds.
+
+As in the CompeteSMoE code base, a dictionary is read off the splits train,
+validation and test, in order of appearance, so every token of the data has an
+id and no id is idle; the end of a line is the token `<eos>`. A fixed table
+would say the same of enwik8 and be wrong of any other text.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+from etils import epath
+
+from moe_jax import errors
+
+EOS = '<eos>'
+
+
+class Texts(Protocol):
+  """The documents of a split."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i: int) -> str: ...
+
+
+class DictionaryTokenizer:
+  """Ids by order of appearance; see the module.
+
+  Attributes:
+    name: see `tokenizers.Tokenizer`.
+  """
+
+  name: ClassVar[str]
+
+  def __init__(self, tokens: Sequence[str]) -> None:
+    """Takes the dictionary; `<eos>` is added to it if it is not there."""
+    self.tokens = [*tokens] if EOS in tokens else [*tokens, EOS]
+    self.index = {token: i for i, token in enumerate(self.tokens)}
+    self.vocab_size = len(self.tokens)
+    self.eos_id = self.index[EOS]
+
+  @staticmethod
+  def distinct(text: str) -> Iterable[str]:
+    """The tokens of a text once each, in order of appearance."""
+    raise NotImplementedError
+
+
+class WordTokenizer(DictionaryTokenizer):
+  """One token per word, words being what white space separates."""
+
+  name = 'words'
+
+  @staticmethod
+  def distinct(text: str) -> Iterable[str]:
+    return dict.fromkeys(_words(text))
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of the words and ends of lines, int32.
+
+    Raises:
+      UserError: a word is not in the dictionary.
+    """
+    try:
+      return np.array([self.index[word] for word in _words(text)], np.int32)
+    except KeyError as error:
+      raise _unknown(self.name, f'the word {error}') from error
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the words, a space between any two on a line."""
+    text = ' '.join(self.tokens[int(i)] for i in ids)
+    return text.replace(f' {EOS}', '\n').replace(EOS, '\n').replace('\n ', '\n')
+
+
+class EnwikTokenizer(DictionaryTokenizer):
+  """One token per byte value, named by its number; the newline is `<eos>`."""
+
+  name = 'enwik8'
+
+  def __init__(self, tokens: Sequence[str]) -> None:
+    super().__init__(tokens)
+    self._values = [10 if t == EOS else int(t) for t in self.tokens]
+    self._ids = np.full(256, -1, np.int32)
+    self._ids[self._values] = np.arange(self.vocab_size)
+
+  @staticmethod
+  def distinct(text: str) -> Iterable[str]:
+    values, first = np.unique(_bytes(text), return_index=True)
+    ordered = values[np.argsort(first)]
+    return [EOS if value == 10 else str(value) for value in ordered]
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns an id for each byte, int32.
+
+    Raises:
+      UserError: a byte is not in the dictionary.
+    """
+    values = _bytes(text)
+    ids = self._ids[values]
+    if (ids < 0).any():
+      value = values[np.argmin(ids)]
+      raise _unknown(self.name, f'the byte {value} (0x{value:02x})')
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text; bytes that are not UTF-8 become U+FFFD."""
+    return bytes(self._values[int(i)] for i in ids).decode(errors='replace')
+
+
+def load_or_make(
+  kind: type[DictionaryTokenizer], folder: epath.Path, splits: Iterable[Texts]
+) -> DictionaryTokenizer:
+  """The tokenizer of a data set.
+
+  The first call reads all splits and leaves the dictionary beside the prepared
+  data, for the next run and for other processes.
+
+  Args:
+    kind: of the tokenizer.
+    folder: of the prepared data.
+    splits: in the order in which tokens get their ids; read only if needed.
+  """
+  path = folder / f'dictionary-{kind.name}.json'
+  try:
+    return kind(json.loads(path.read_text()))
+  except (OSError, ValueError):
+    found: dict[str, None] = {}
+    for documents in splits:
+      for i in range(len(documents)):
+        found |= dict.fromkeys(kind.distinct(documents[i]))
+    _save(path, list(found))
+    return kind(list(found))
+
+
+def _save(path: epath.Path, tokens: list[str]) -> None:
+  """Saves in one move, so that no process reads half a file."""
+  aside = path.parent / f'{path.name}.{os.getpid()}-{uuid.uuid4().hex}'
+  try:
+    aside.write_text(json.dumps(tokens))
+    aside.replace(path)
+  except OSError:
+    # A data folder that may only be read: every run reads all splits anew.
+    with contextlib.suppress(OSError):
+      aside.unlink(missing_ok=True)
+
+
+def _words(text: str) -> list[str]:
+  lines = text.replace('\r\n', '\n').replace('\r', '\n').split('\n')
+  if not lines[-1]:
+    lines.pop()  # nothing follows the last end of a line
+  return [word for line in lines for word in (*line.split(), EOS)]
+
+
+def _bytes(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode(errors='surrogateescape'), np.uint8)
+
+
+def _unknown(name: str, what: str) -> errors.UserError:
+  return errors.UserError(
+    f'data.tokenizer = {name!r}: {what} is in none of the splits that the'
+    ' dictionary was made of; read the data set it was made of'
+  )

@@ -1,0 +1,127 @@
+"""A split as one long stream of token ids, and windows of it.
+
+The stream is `eos doc eos doc ... eos`, or, where the documents are the pieces
+of one text, that text.
+"""
+
+import collections
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_jax.data import token_index
+from moe_jax.data.corpora import Documents
+from moe_jax.data.tokenizers import Tokenizer
+
+# 'inputs' and 'targets' int32 [L], 'mask' bool [L], perhaps 'fresh' bool [].
+Window = dict[str, np.ndarray]
+
+# Encoded documents that a split keeps at hand; python_stdlib fits whole.
+_CACHE_BYTES = 64 * 2**20
+
+
+class Windows:
+  """The windows of a split, by number; safe to read from several threads.
+
+  Every token of the stream but the first is a target exactly once. The last
+  window is filled up with zeros, where its mask is False.
+
+  Attributes:
+    seq_len: L.
+    num_tokens: targets in all windows.
+    num_stream_tokens: in the stream; one more.
+    num_bytes: UTF-8 bytes of the text, without what separates documents.
+  """
+
+  def __init__(
+    self, documents: Documents, tokenizer: Tokenizer, seq_len: int
+  ) -> None:
+    """Measures the documents; UserError if one of them is not UTF-8."""
+    lengths = token_index.lengths(documents, tokenizer)
+    self._documents = documents
+    self._tokenizer = tokenizer
+    self.seq_len = seq_len
+    # Piece d of the stream is eos and document d; one more eos ends it. In one
+    # text it is document d.
+    self._separated = not documents.one_text
+    sizes = lengths[:, 0] + self._separated
+    self._starts = np.concatenate([[0], np.cumsum(sizes)])
+    self._pieces = _Cache(self._make_piece, _CACHE_BYTES)
+    self.num_stream_tokens = int(self._starts[-1]) + self._separated
+    self.num_tokens = self.num_stream_tokens - 1
+    self.num_bytes = int(lengths[:, 1].sum())
+
+  def __len__(self) -> int:
+    return -(-self.num_tokens // self.seq_len)
+
+  def __getitem__(self, i: int) -> Window:
+    """Returns inputs, targets int32 [L] and mask bool [L] of window `i`."""
+    if not 0 <= i < len(self):
+      raise IndexError(f'window {i} of {len(self)}')
+    return self.at(i)
+
+  def at(self, i: int) -> Window:
+    """Returns window `i`; past the last one it is all padding."""
+    return self.read(i * self.seq_len, self.seq_len)
+
+  def read(self, begin: int, count: int) -> Window:
+    """Returns a window that begins anywhere in the stream.
+
+    Args:
+      begin: number of the first input.
+      count: of targets; fewer at the end of the stream. The rest of L is
+        padding.
+    """
+    count = max(0, min(count, self.num_tokens - begin))
+    inputs, targets = np.zeros((2, self.seq_len), np.int32)
+    if count:
+      tokens = self._tokens(begin, begin + count + 1)
+      inputs[:count], targets[:count] = tokens[:-1], tokens[1:]
+    mask = np.arange(self.seq_len) < count
+    return {'inputs': inputs, 'targets': targets, 'mask': mask}
+
+  def _tokens(self, begin: int, end: int) -> np.ndarray:
+    """Returns tokens [begin, end) of the stream."""
+    d = int(np.searchsorted(self._starts, begin, side='right')) - 1
+    parts = []
+    while begin < end:
+      start = self._starts[d]
+      parts.append(self._pieces[d][begin - start : end - start])
+      begin += len(parts[-1])
+      d += 1
+    return np.concatenate(parts)
+
+  def _make_piece(self, d: int) -> np.ndarray:
+    """Returns piece `d`, in the smallest type that holds its ids."""
+    ids = [np.array([self._tokenizer.eos_id])] if self._separated else []
+    if d < len(self._documents):
+      ids.append(self._tokenizer.encode(self._documents[d]))
+    dtype = np.min_scalar_type(self._tokenizer.vocab_size - 1)
+    return np.concatenate(ids).astype(dtype)
+
+
+class _Cache:
+  """Keeps the arrays read last, up to a number of bytes and at least one."""
+
+  def __init__(self, make: Callable[[int], np.ndarray], max_bytes: int) -> None:
+    self._make = make
+    self._max_bytes = max_bytes
+    self._bytes = 0
+    self._kept = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def __getitem__(self, key: int) -> np.ndarray:
+    with self._lock:
+      if key in self._kept:
+        self._kept.move_to_end(key)
+        return self._kept[key]
+    # Outside the lock: other threads go on while this one reads.
+    array = self._make(key)
+    with self._lock:
+      if key not in self._kept:
+        self._kept[key] = array
+        self._bytes += array.nbytes
+      while self._bytes > self._max_bytes and len(self._kept) > 1:
+        self._bytes -= self._kept.popitem(last=False)[1].nbytes
+    return array

@@ -1,0 +1,85 @@
+"""Settings of routers that contradict each other are refused, both named."""
+
+from typing import Any
+
+import pytest
+import tiny
+
+from moe_jax import config as config_lib
+from moe_jax import routing_rules
+from moe_jax.errors import UserError
+
+# What breaks each rule, in the order of `routing_rules.RULES`.
+BROKEN = (
+  {'router.score': 'hash', 'router.recurrent': 'gru'},
+  {'router.score': 'hash', 'router.jitter': 0.1},
+  {'router.bias': True, 'router.score': 'cosine'},
+  {'router.passing': 'detached'},
+  {'router.projector': 'shared'},
+  {'router.residual_detached': True},
+  {'router.selection': 'top_p', 'moe.dispatch': 'capacity'},
+  {'router.selection': 'top_p', 'router.weights': 'sigmoid'},
+  {'router.groups': 2, 'router.top_groups': 3},
+  {'loss.bias_rate': 0.001, 'router.score': 'random'},
+  {'loss.balance_scope': 'sequence', 'loss.balance_layers': 'joined'},
+  {'optimizer.freeze': 'router_and_cell'},
+)
+NUMBERS = {
+  'no layer before': (
+    {'router.residual': 0.5, 'model.num_layers': 1},
+    ['router.residual = 0.5', 'only one', 'router.residual = 0'],
+  ),
+  'too few groups': (
+    {'router.groups': 4, 'moe.top_k': 3},
+    ['moe.top_k = 3', 'the 2 experts', 'router.top_groups = 1'],
+  ),
+  'too many disabled': (
+    {'eval.disable_top': 7},
+    ['eval.disable_top = 7', '1 of 8 experts', '6 is the most'],
+  ),
+  'groups of unequal size': (
+    {'router.groups': 3},
+    ['moe.num_experts = 8', 'router.groups = 3', '6 or 9'],
+  ),
+  'shared parts': (
+    {'moe.shared.width': 6, 'moe.shared.parts': 4, 'moe.factors': 2},
+    ['moe.shared.width = 6', 'moe.shared.parts = 2 x 4 = 8'],
+  ),
+}
+
+
+def message(values: dict[str, Any]) -> str:
+  with pytest.raises(UserError) as error:
+    config_lib.validate(tiny.config(**values), num_devices=1)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+@pytest.mark.parametrize('place', range(len(routing_rules.RULES)))
+def test_a_conflict_names_both_keys_and_the_remedy(place: int) -> None:
+  rule, said = routing_rules.RULES[place], message(BROKEN[place])
+  for key in rule.keys:
+    assert f'{key} = ' in said
+  assert said.endswith(rule.why)
+
+
+def test_every_rule_has_its_case() -> None:
+  assert len(BROKEN) == len(routing_rules.RULES)
+
+
+@pytest.mark.parametrize('name', NUMBERS)
+def test_numbers_that_do_not_fit_are_named(name: str) -> None:
+  values, fragments = NUMBERS[name]
+  said = message(values)
+  for fragment in fragments:
+    assert fragment in said
+
+
+def test_a_dense_model_has_no_routing_to_contradict() -> None:
+  values = {'moe.num_experts': 0, 'router.passing': 'none'}
+  config_lib.validate(tiny.config(**values), num_devices=1)
+
+
+def test_a_cartesian_layer_has_a_sub_layer_before() -> None:
+  values = {'router.residual': 0.5, 'model.num_layers': 1, 'moe.factors': 2}
+  config_lib.validate(tiny.config(**values), num_devices=1)

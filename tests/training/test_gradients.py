@@ -1,0 +1,139 @@
+"""The loss of a training step and its gradient against the float64 oracle.
+
+Language-model loss, balance loss in every scope and z-loss together, over
+micro-batches and padding, as the optimizer receives them.
+"""
+
+from typing import Any
+
+import gradients
+import jax
+import numpy as np
+import oracle
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from routing import choosing
+from test_step import setup
+
+from moe_jax.training.step import make_train_step
+
+SIZES = {
+  'model.hidden_size': 8,
+  'model.num_heads': 2,
+  'model.num_kv_heads': 2,
+  'moe.num_experts': 4,
+  'moe.expert_width': 12,
+  'router.state_size': 5,
+  'data.seq_len': 6,
+  'train.batch_size': 4,
+  'optimizer.clip_norm': 0.0,
+  'loss.balance_weight': 0.5,
+  'loss.z_weight': 0.1,
+}
+CASES = {
+  'micro-batch': {},
+  'sequence': {'loss.balance_scope': 'sequence'},
+  'sequence, two micro-batches': {
+    'loss.balance_scope': 'sequence',
+    'train.accumulation': 2,
+  },
+  'micro-batch, two of them, gru': {
+    'train.accumulation': 2,
+    'router.recurrent': 'gru',
+  },
+  'global batch, two micro-batches, sigmoid': {
+    'loss.balance_scope': 'global_batch',
+    'train.accumulation': 2,
+    'router.weights': 'sigmoid',
+  },
+}
+LENGTHS = [6, 3, 6, 0]  # of each sequence; the rest is padding
+
+
+def batch() -> dict[str, np.ndarray]:
+  ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (4, 7), np.int32)
+  mask = np.arange(6) < np.array(LENGTHS)[:, None]
+  return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+
+
+def losses(config: ConfigDict, params: Any, before: Any) -> dict[str, float]:
+  """Means over the global batch, and over micro-batches, as of `config`."""
+  data, count = batch(), config.train.accumulation
+  sequences, nll = [], 0.0
+  for row, length in enumerate(LENGTHS):
+    sequences.append(oracle.Sequence(config, params))
+    if not length:
+      continue
+    logits_LV = sequences[-1].run(data['inputs'][row, :length])
+    targets = data['targets'][row, :length, None]
+    shares_LV = np.log(oracle.softmax(logits_LV))
+    nll -= np.take_along_axis(shares_LV, targets, 1).sum()
+  micro_batches = [sequences[i::count] for i in range(count)]
+  balance, z = 0.0, 0.0
+  for layer in range(config.model.num_layers * config.moe.factors):
+    routed = [
+      [tokens(sequence, layer) for sequence in micro_batch]
+      for micro_batch in micro_batches
+    ]
+    balance += choosing.balance_loss(
+      routed, config.loss.balance_scope, config.moe.num_experts
+    )
+    z += np.mean([partitions(each, layer) for each in micro_batches])
+  return {'loss': nll / sum(LENGTHS), 'balance_loss': balance, 'z_loss': z}
+
+
+def tokens(sequence: oracle.Sequence, layer: int) -> list[choosing.Chosen]:
+  if not sequence.routed:
+    return []
+  routed = zip(*sequence.routed[layer], strict=True)
+  return [choosing.Chosen(experts, np.ones(2), p_N) for p_N, experts in routed]
+
+
+def partitions(micro_batch: list[oracle.Sequence], layer: int) -> float:
+  logits = [s.routers.logits[layer] for s in micro_batch if s.routed]
+  return choosing.z_loss(np.concatenate(logits))
+
+
+FAST = ['global batch, two micro-batches, sigmoid']
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES
+  ],
+)
+def test_losses_and_gradients(name: str) -> None:
+  config = tiny.config(**SIZES | CASES[name])
+  made = setup(config)
+  params = gradients.random_like(made.abstract['params'], 0.4)
+  params = jax.tree.map(np.float32, params)
+  state = jax.tree.map(np.asarray, made.init()) | {'params': params}
+  new, metrics = make_train_step(made)(state, batch())
+  for key, value in losses(config, params, params).items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+
+  def total(params: Any, before: Any) -> np.ndarray:
+    parts = losses(config, params, before)
+    return np.array(
+      parts['loss']
+      + config.loss.balance_weight * parts['balance_loss']
+      + config.loss.z_weight * parts['z_loss']
+    )
+
+  found = first_gradient(new, config)
+  gradients.compare(found, total, params, np.array(1.0), rtol=2e-5)
+
+
+def first_gradient(state: Any, config: ConfigDict) -> Any:
+  """Adam's first moment after one step is (1 - b1) times the gradient."""
+  moments = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state['opt_state'])
+    if '.mu' in jax.tree_util.keystr(path)
+  ]
+  tree = jax.tree.structure(state['params'])
+  scaled = [np.asarray(m) / (1 - config.optimizer.b1) for m in moments]
+  return tree.unflatten(scaled)

@@ -1,0 +1,179 @@
+"""Frozen, fixed and steered parameters; jitter, disabled experts, init_from."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from test_step import batch, setup, to_numpy
+
+from moe_jax.errors import UserError
+from moe_jax.training import loop, optimizer
+from moe_jax.training.checkpoint import Store
+from moe_jax.training.state import Setup
+from moe_jax.training.step import make_eval_step, make_train_step
+
+NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
+
+
+def trained(config: ConfigDict, steps: int = 1) -> tuple[Any, Any, list[Any]]:
+  """Parameters before and after, and the metrics of every step."""
+  made = setup(config)
+  state, found = made.init(), []
+  before, step = to_numpy(state['params']), make_train_step(made)
+  for _ in range(steps):
+    state, metrics = step(state, batch(config))
+    found.append(to_numpy(metrics))
+  return before, to_numpy(state['params']), found
+
+
+def moved(before: Any, after: Any) -> dict[str, bool]:
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+  leaves = jax.tree_util.tree_leaves_with_path(changed)
+  return {jax.tree_util.keystr(path): change for path, change in leaves}
+
+
+@pytest.mark.parametrize(
+  ('freeze', 'still'),
+  [
+    ('router', ("['router']",)),
+    ('router_and_cell', ("['router']", "['cell']")),
+  ],
+)
+def test_frozen_parameters_stay(freeze: str, still: tuple[str, ...]) -> None:
+  config = tiny.config(
+    **NOW, **{'router.recurrent': 'gru', 'optimizer.freeze': freeze}
+  )
+  before, after, [metrics] = trained(config)
+  for path, change in moved(before, after).items():
+    assert change != any(part in path for part in still), path
+  assert metrics['gradient_norm'] > 0
+
+
+def test_what_is_fixed_is_never_trained_and_has_no_moments() -> None:
+  config = tiny.config(**NOW, **{'router.score': 'hyper'})
+  before, after, _ = trained(config)
+  for path, change in moved(before, after).items():
+    assert change == ('fixed_' not in path), path
+  moments = setup(config).abstract['opt_state']
+  names = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(moments)
+  ]
+  assert any('embedding_X' in name for name in names)
+  assert not any('fixed_' in name for name in names)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_the_choice_bias_steps_against_the_global_counts(
+  micro_batches: int,
+) -> None:
+  config = tiny.config(
+    **{
+      'loss.bias_rate': 0.25,
+      'moe.factors': 2,
+      'moe.every': 2,
+      'model.num_layers': 3,  # prefix and scanned periods
+      'train.accumulation': micro_batches,
+    }
+  )
+  _, after, [metrics] = trained(config)
+  counts = metrics['load'].counts_N  # [layers, S, N]
+  expected = 0.25 * np.sign(counts.mean(-1, keepdims=True) - counts)
+  labels = optimizer.labels(after, 'none')
+  steered = [
+    leaf
+    for leaf, label in zip(
+      jax.tree.leaves(after), jax.tree.leaves(labels), strict=True
+    )
+    if label == optimizer.STEERED
+  ]
+  # In the order of their names: the period (layer 2), then the prefix (0).
+  found = np.concatenate([np.atleast_2d(leaf) for leaf in steered])
+  np.testing.assert_array_equal(found, expected[::-1].reshape(4, 8))
+
+
+def test_global_balance_is_that_of_one_batch_whatever_the_micro_batches() -> (
+  None
+):
+  losses, params = [], []
+  for micro_batches in (1, 4):
+    config = tiny.config(
+      **NOW,
+      **{
+        'loss.balance_scope': 'global_batch',
+        'loss.balance_weight': 1.0,
+        'train.accumulation': micro_batches,
+        'optimizer.epsilon': 1e-3,  # or Adam's first step is a sign
+      },
+    )
+    _, after, [metrics] = trained(config)
+    losses.append(metrics['balance_loss'])
+    params.append(after)
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params
+  )
+
+
+def test_jitter_is_drawn_anew_each_step_and_never_in_evaluation() -> None:
+  still = tiny.config(**{'optimizer.learning_rate': 1e-12})
+  noisy = tiny.config(
+    **{'optimizer.learning_rate': 1e-12, 'router.jitter': 0.5}
+  )
+  losses = {}
+  for name, config in (('still', still), ('noisy', noisy)):
+    _, _, metrics = trained(config, steps=2)
+    losses[name] = [float(step['loss']) for step in metrics]
+  assert losses['still'][0] == losses['still'][1]
+  assert len({*losses['noisy'], losses['still'][0]}) == 3
+  results = [evaluated(setup(config))['nll'] for config in (still, noisy)]
+  assert results[0] == results[1]
+
+
+def evaluated(made: Setup) -> Any:
+  params = made.init()['params']
+  return to_numpy(make_eval_step(made)(params, batch(made.config)))
+
+
+def test_disabled_experts_are_chosen_by_no_token_in_evaluation() -> None:
+  """The k best of the rest, as though the best had never been there."""
+  disabled = setup(tiny.config(**{'moe.top_k': 1, 'eval.disable_top': 1}))
+  both = setup(tiny.config(**{'moe.top_k': 2}))
+  one = setup(tiny.config(**{'moe.top_k': 1}))
+  counts = {
+    name: evaluated(each)['load'].counts_N[0]
+    for name, each in (('disabled', disabled), ('both', both), ('one', one))
+  }
+  # First layer, equal inputs: first and second choice make up the best two.
+  np.testing.assert_array_equal(
+    counts['disabled'] + counts['one'], counts['both']
+  )
+  trained_with = make_train_step(disabled)(
+    disabled.init(), batch(disabled.config)
+  )[1]
+  np.testing.assert_array_equal(trained_with['load'].counts_N[0], counts['one'])
+
+
+def test_a_run_starts_on_the_parameters_it_is_given(tmp_path: Any) -> None:
+  first = tiny.config(**NOW)
+  made = setup(first)
+  state, _ = make_train_step(made)(made.init(), batch(first))
+  origin = tmp_path / 'origin'
+  with Store.open(str(origin), first) as store:
+    store.save(1, state, {'step': 1})
+  second = tiny.config(
+    **{'train.init_from': str(origin), 'router.jitter': 0.1, 'seed': 5}
+  )
+  start = loop._start(setup(second))
+  jax.tree.map(np.testing.assert_array_equal, start['params'], state['params'])
+  assert int(start['step']) == 0
+
+  other = tiny.config(**{'train.init_from': str(origin), 'moe.num_experts': 4})
+  with pytest.raises(UserError, match='train.init_from: .* moe.num_experts'):
+    loop._start(setup(other))
+  nowhere = tiny.config(**{'train.init_from': str(tmp_path / 'nowhere')})
+  with pytest.raises(UserError, match='train.init_from: .* holds no run'):
+    loop._start(setup(nowhere))
