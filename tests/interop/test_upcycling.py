@@ -63,6 +63,15 @@ EXACT = {
   'Cartesian, recurrent, three factors': {'moe.factors': 3}
   | {'moe.expert_width': 3 * WIDTH, 'router.recurrent': 'rnn'},
 }
+# RMoE's enwik8 backbone, whose networks have biases.
+SPAN = {
+  'model.norm': 'layer',
+  'model.norm_place': 'post',
+  'model.positions': 'span',
+  'model.span': 5,
+  'model.activation': 'relu',
+  'model.head_bias': True,
+}
 INEXACT = {
   'a lone probability': (
     COPIES | {'moe.top_k': 1},
@@ -81,7 +90,16 @@ INEXACT = {
     'a copy of the dense network is 4 experts, and moe.top_k = 2',
   ),
   'halves by top-p': (HALVES | {'router.selection': 'top_p'}, 'is 2 experts'),
+  'a second norm': (SPAN | CARTESIAN, "norm_place = 'post'"),
   'capacity': (COPIES | {'moe.dispatch': 'capacity'}, 'may drop rows'),
+}
+
+
+BIASED = {
+  'copies': COPIES | {'router.bias': True, 'router.weights': 'chosen'},
+  'halves, shared, fixed': HALVES | shared('fixed', 20, routed_weight=0.8),
+  'quarters, shared, parts': QUARTERS
+  | shared('coefficient', WIDTH // 2, parts=2),
 }
 
 
@@ -89,15 +107,18 @@ def target(changes: dict) -> ConfigDict:
   return tiny.config(**({'model.vocab_size': tiny.VOCAB} | changes))
 
 
-def dense() -> tuple[ConfigDict, dict[str, Any]]:
-  config = target({'moe.num_experts': 0, 'model.ffn_width': WIDTH})
+def dense(backbone: dict | None = None) -> tuple[ConfigDict, dict[str, Any]]:
+  size = {'moe.num_experts': 0, 'model.ffn_width': WIDTH}
+  config = target(size | (backbone or {}))
   return config, jax.tree.map(np.asarray, tiny.decoder(config)[1])
 
 
-def upcycled(config: ConfigDict) -> dict[str, Any]:
+def upcycled(
+  config: ConfigDict, backbone: dict | None = None
+) -> dict[str, Any]:
   _, fresh = tiny.decoder(config, seed=7)
   _, shapes = released.abstract(config)
-  return upcycling.upcycle(*dense(), config, fresh, shapes)
+  return upcycling.upcycle(*dense(backbone), config, fresh, shapes)
 
 
 def loss(config: ConfigDict, params: Any) -> jax.Array:
@@ -129,6 +150,16 @@ def test_the_loss_is_the_dense_models(name: str, dense_loss: float) -> None:
   assert not upcycling.inexact(config, WIDTH)
   np.testing.assert_allclose(
     loss(config, upcycled(config)), dense_loss, rtol=1e-5
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', BIASED)
+def test_networks_with_biases_in_another_backbone(name: str) -> None:
+  config = target(SPAN | BIASED[name])
+  assert not upcycling.inexact(config, WIDTH)
+  np.testing.assert_allclose(
+    loss(config, upcycled(config, SPAN)), loss(*dense(SPAN)), rtol=1e-5
   )
 
 
