@@ -25,8 +25,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-tree-mode test-all lint \
-  clean
+.PHONY: help install quickstart test test-slow test-tree-mode test-interop \
+  test-all lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -57,7 +57,12 @@ test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
 	  $(PYTEST) -m 'not slow' \
 	  $(wildcard tests/model tests/routing tests/experts)
 
-test-all: lint test test-slow test-tree-mode ## all of the above, and lint
+# PyTorch and transformers, against which Mixtral's layout is tested.
+test-interop: ## the tests that need the extra `interop`, which it installs
+	$(MAKE) install EXTRAS=interop
+	$(PYTEST) tests/interop/test_mixtral.py
+
+test-all: lint test test-slow test-tree-mode test-interop ## all, and lint
 
 lint: $(INSTALLED) ## style and formatting
 	$(BIN)/ruff check .

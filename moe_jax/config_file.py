@@ -19,12 +19,16 @@ from moe_jax.errors import UserError, nearest
 def load(argument: str) -> ConfigDict:
   """Returns the config of `FILE` or `FILE:preset,variants`, locked.
 
+  A file named .json is the config of a run: `config.json` of its workdir.
+
   Raises:
     UserError: there is no such file, preset or variant, or the file fails.
   """
   path, colon, names = argument.partition(':')
   if not os.path.isfile(path):
     raise UserError(f'--config: there is no file {path}{_similar(path)}')
+  if path.endswith('.json'):
+    return _saved(path)
   try:
     config = _call(path, _import(path), [names] if colon else [])
   except UserError:
@@ -33,6 +37,22 @@ def load(argument: str) -> ConfigDict:
     raise UserError(_blame(path, error)) from error
   _check_schema(path, config)
   return config.lock()
+
+
+def _saved(path: str) -> ConfigDict:
+  """The config that a run wrote."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      config = saved_config.from_json(file.read())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is not the JSON of a config: {error}') from error
+  _check_schema(path, config)
+  return config
+
+
+def schema() -> ConfigDict:
+  """`configs/base.py`: every key there is, at its default, locked."""
+  return base.get_config()
 
 
 def known_keys() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import oracle
 from oracle import Array, f64, softmax
+from routing.oracles import Routers
 
 from moe_jax.config import layer_kinds
 
@@ -26,6 +27,7 @@ class Sequence(oracle.Sequence):
     before = [zeros] * model.num_layers if memory is None else memory
     self.memory = []
     self.ids_L = ids_L
+    self.routers = Routers(self.config.router, self.params.get('cell'))
     x_LD = f64(self.params['embed_VD'])[ids_L]
     for kind, block, past in zip(
       layer_kinds(self.config), oracle.blocks(self.params), before, strict=True

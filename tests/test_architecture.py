@@ -48,7 +48,8 @@ ROOMS = {
   ),
   'model': Room(_MODEL, 'jax flax ml_collections'),
   'interop': Room(
-    f'{_CONFIG} model', 'jax flax ml_collections numpy safetensors'
+    f'{_CONFIG} ranges saved_config model',
+    'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(
     f'{_MODEL} saved_config data distributed.hosts model',
@@ -63,6 +64,17 @@ ROOMS = {
     f'{_CONFIG} data distributed.mesh distributed.hosts training evaluation',
     'jax ml_collections',
   ),
+  # From and to the workdirs of runs.
+  'interop.workdirs': Room(
+    f'{_CONFIG} config_file data distributed.mesh model training',
+    'jax flax ml_collections numpy',
+  ),
+  'interop.programs': Room(
+    f'{_CONFIG} interop interop.workdirs', 'jax ml_collections numpy'
+  ),
+  'interop.command_line': Room('errors interop interop.programs'),
+  'interop.hf': Room('interop interop.command_line'),
+  'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
   'plan': Room(
     f'{_CONFIG} cli data distributed.mesh model training',

@@ -80,6 +80,18 @@ BAD = {
     {'model__num_kv_heads': 3},
     ['model.num_heads = 4', 'model.num_kv_heads = 3'],
   ),
+  'a span of nothing': (
+    {'model__positions': 'span', 'data__order': 'contiguous'},
+    ['model.span = 0', 'model.positions'],
+  ),
+  'a span for rotary positions': (
+    {'model__span': 8},
+    ['model.span = 8', "model.positions = 'rotary'"],
+  ),
+  'a memory of shuffled windows': (
+    {'model__positions': 'span', 'model__span': 8},
+    ["model.positions = 'span'", "data.order = 'shuffled'"],
+  ),
   'odd heads': (
     {'model__head_dim': 5},
     ['head size 5', 'model.head_dim', 'odd'],

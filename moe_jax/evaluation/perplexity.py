@@ -31,7 +31,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on a whole split, on any mesh.
 
-  Prints a table, and writes DIR/evaluation/SPLIT-STEP.json.
+  Prints a table, and writes DIR/evaluation/SPLIT-STEP.json; with
+  `eval.disable_top` = r, SPLIT-STEP-without-top-r.json.
 
   Args:
     config: that the run was made with; mesh and evaluation keys may differ.
@@ -40,7 +41,8 @@ def evaluate(
     split: of the data; None for `eval.split`.
 
   Returns:
-    What `evaluate_split` returns, with `step`.
+    What `evaluate_split` returns, with `step`, and with `disabled_top` where
+    experts were disabled.
 
   Raises:
     UserError: anything wrong with config, data, workdir or step.
@@ -58,7 +60,10 @@ def evaluate(
     result = evaluate_split(
       make_eval_step(setup), restored['params'], windows, config, setup.mesh
     )
-  result = {'step': step} | result
+  disabled = config.eval.disable_top
+  result = (
+    {'step': step} | ({'disabled_top': disabled} if disabled else {}) | result
+  )
   if jax.process_index() == 0:
     _report(result, workdir, split)
   return result
@@ -117,10 +122,14 @@ def evaluate_split(
 
 
 def _report(result: dict[str, float], workdir: str, split: str) -> None:
-  print(result_table([(split, result)]))
+  title, suffix = split, ''
+  if 'disabled_top' in result:
+    title = f'{split}, top {result["disabled_top"]} disabled'
+    suffix = f'-without-top-{result["disabled_top"]}'
+  print(result_table([(title, result)]))
   name = re.sub(r'[^\w.+-]', '_', split)
   folder = os.path.join(workdir, 'evaluation')
-  path = os.path.join(folder, f'{name}-{result["step"]}.json')
+  path = os.path.join(folder, f'{name}-{result["step"]}{suffix}.json')
   os.makedirs(folder, exist_ok=True)
   row = {'split': split} | result
   workdir_lib.replace(path, json.dumps(row) + '\n')

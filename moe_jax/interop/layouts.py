@@ -1,6 +1,6 @@
 """Which tensors of a released checkpoint hold which of our parameters.
 
-One table per released format, read in both directions. A line is
+One table per format, read in both directions. A line is
 
   our parameter: (axes, names)
 
@@ -8,10 +8,8 @@ One table per released format, read in both directions. A line is
 for a, then b; every such brace is an axis the tensors are stacked along, in
 front of their own. `axes` names all of them, then ours: `(HA)D->DHA` reads a
 [H*A, D] tensor into [D, H, A], as PyTorch keeps linear weights as [out, in].
-What stands under `block/` is below `model.layers.N.` in the file.
-
-Sources: llama_moe_rnn/llama_moe_modeling.py and rnn.py of qiuzh20/RMoE, and
-transformers/models/llama/modeling_llama.py of suu990901/CartesianMoE.
+What stands under `block/` is below `model.layers.N.` in the file, unless its
+name begins with `model.`: then it is one tensor for all layers.
 """
 
 import itertools
@@ -42,7 +40,8 @@ _DECODER = {
 }
 
 
-def _feed_forward(ours: str, theirs: str) -> Rules:
+def feed_forward(ours: str, theirs: str) -> Rules:
+  """One network, by the names that Llama gave its parts."""
   return {
     f'{ours}/gate_up_D2F': (
       'gFD->DgF',
@@ -52,108 +51,109 @@ def _feed_forward(ours: str, theirs: str) -> Rules:
   }
 
 
-def _rmoe(config: ConfigDict) -> Rules:
-  sub = 'block/chain/sub_layers/0'
-  recurrent = config.router.recurrent != 'none'
-  score = 'weight2' if recurrent else 'gate.weight'
-  experts = 'block_sparse_moe.experts.{*}.'
-  return {
-    'cell/input_X3R': ('goi->igo', 'model.rnn_router.weight_i{r|z|n}'),
-    'cell/hidden_R3R': ('goi->igo', 'model.rnn_router.weight_h{r|z|n}'),
-    'cell/input_bias_3R': ('gR->gR', 'model.rnn_router.bias_i{r|z|n}'),
-    'cell/hidden_bias_3R': ('gR->gR', 'model.rnn_router.bias_h{r|z|n}'),
-    f'{sub}/router/features/project/projector_DR': (
-      'RD->DR',
-      'block_sparse_moe.weight1',
-    ),
-    f'{sub}/router/score/weight_XN': ('NX->XN', f'block_sparse_moe.{score}'),
-    f'{sub}/experts/gate_up_ND2F': ('NgFD->NDgF', experts + '{w1|w3}.weight'),
-    f'{sub}/experts/down_NFD': ('NDF->NFD', experts + 'w2.weight'),
-    f'{sub}/bias_D': ('D->D', 'block_sparse_moe.bias'),
-    **_feed_forward(f'{sub}/shared', 'mlp_share'),
-  }
-
-
-def _cartesian(config: ConfigDict) -> Rules:
-  rules = {'block/chain/norms/1/scale_D': ('D->D', 'mlp_layernorm.weight')}
-  # The release numbers its two sub-layers, and a conventional layer not at all.
-  for s, suffix in enumerate(('',) if config.moe.factors == 1 else ('0', '1')):
-    sub = f'block/chain/sub_layers/{s}'
-    experts = f'mlp{suffix}.{{*}}.'
-    rules |= {
-      f'{sub}/router/score/weight_XN': ('NX->XN', f'wg{suffix}.weight'),
-      f'{sub}/experts/gate_up_ND2F': (
-        'NgFD->NDgF',
-        experts + '{gate_proj|up_proj}.weight',
-      ),
-      f'{sub}/experts/down_NFD': ('NDF->NFD', experts + 'down_proj.weight'),
-      f'{sub}/mixing/coefficient_D2': (
-        'cD->Dc',
-        f'coefficient{suffix}.weight',
-      ),
-      f'{sub}/mixing/bias_2': ('c->c', f'coefficient{suffix}.bias'),
-      **_feed_forward(f'{sub}/shared', f'res_mlp{suffix}'),
-    }
-  return rules
-
-
-LAYOUTS = {'rmoe': _rmoe, 'cartesian': _cartesian}
-
-
 class Leaf(NamedTuple):
   """The released tensors of one of our parameters.
 
   Attributes:
     names: an array of strings; its axes are those the tensors are stacked on.
     axes: from the stacked tensors to ours, as in the tables.
+    shape: of our parameter.
   """
 
   names: np.ndarray
   axes: str
+  shape: tuple[int, ...]
 
-  def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of each released tensor, where our parameter has `shape`."""
-    theirs, ours = self.axes.split('->')
-    size = dict(zip(ours, shape, strict=True))
-    groups = re.findall(r'\(\w+\)|\w', theirs)[self.names.ndim :]
-    return tuple(math.prod(size[a] for a in g.strip('()')) for g in groups)
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """Of each released tensor."""
+    theirs, _ = self.axes.split('->')
+    return self._joined(theirs)[self.names.ndim :]
 
-  def gather(
-    self, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]
-  ) -> np.ndarray:
-    """Our parameter, float32 of `shape`, from the released `tensors`."""
-    theirs, ours = re.sub(r'[()]', '', self.axes).split('->')
-    size = dict(zip(ours, shape, strict=True))
+  def gather(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Our parameter, float32, from the released `tensors`."""
     stacked = np.stack(
       [tensors[name].astype(np.float32) for name in self.names.flat]
-    ).reshape([size[axis] for axis in theirs])
-    return np.ascontiguousarray(np.einsum(f'{theirs}->{ours}', stacked))
+    )
+    theirs, ours = self._split_axes()
+    sizes = [self._sizes[axis] for axis in theirs]
+    array = np.einsum(f'{theirs}->{ours}', stacked.reshape(sizes))
+    return np.ascontiguousarray(array).reshape(self.shape)
 
   def scatter(self, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The released tensors of our parameter: the inverse of `gather`."""
+    """The released tensors of our parameter: the inverse of `gather`.
+
+    Raises:
+      UserError: layers differ in what the format has only one tensor for.
+    """
+    theirs, ours = self._split_axes()
+    sizes = [self._sizes[axis] for axis in ours]
+    stacked = np.einsum(f'{ours}->{theirs}', array.reshape(sizes))
+    tensors = np.ascontiguousarray(stacked).reshape(-1, *self.tensor_shape)
+    return joined(zip(self.names.flat, tensors, strict=True))
+
+  def _split_axes(self) -> tuple[str, str]:
     theirs, ours = re.sub(r'[()]', '', self.axes).split('->')
-    stacked = np.ascontiguousarray(np.einsum(f'{ours}->{theirs}', array))
-    tensors = stacked.reshape(-1, *self.tensor_shape(array.shape))
-    return dict(zip(self.names.flat, tensors, strict=True))
+    return theirs, ours
+
+  def _joined(self, axes: str) -> tuple[int, ...]:
+    """The sizes of axes of which those in brackets are one."""
+    groups = re.findall(r'\(\w+\)|\w', axes)
+    return tuple(
+      math.prod(self._sizes[axis] for axis in group.strip('()'))
+      for group in groups
+    )
+
+  @property
+  def _sizes(self) -> dict[str, int]:
+    """Of every axis: some are counted in the names, others in our shape."""
+    theirs, ours = self.axes.split('->')
+    sizes = dict(zip(theirs, self.names.shape, strict=False))
+    groups = re.findall(r'\((\w+)\)|(\w)', ours)
+    for (several, one), size in zip(groups, self.shape, strict=True):
+      known = [axis for axis in several if axis in sizes]
+      for axis in several or one:
+        if axis not in known:  # one at most
+          sizes[axis] = size // math.prod(sizes[k] for k in known)
+    return sizes
+
+
+def joined(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """A dict of them.
+
+  Raises:
+    UserError: two of the same name differ.
+  """
+  found = {}
+  for name, tensor in tensors:
+    if name in found and not np.array_equal(found[name], tensor):
+      raise UserError(
+        f'{name} is one tensor for all layers in the released format, but the'
+        ' layers of this model differ in it'
+      )
+    found[name] = tensor
+  return found
 
 
 def leaves(
-  shapes: Mapping[Path, tuple[int, ...]], config: ConfigDict, layout: str
+  shapes: Mapping[Path, tuple[int, ...]],
+  config: ConfigDict,
+  layout: str,
+  rules: Rules,
 ) -> dict[Path, Leaf]:
   """Where each of our parameters stands in a released file.
 
   Args:
     shapes: of every parameter, by its path.
     config: of the model.
-    layout: a key of `LAYOUTS`.
+    layout: the name of the format, for the message.
+    rules: of the format, beside the decoder's own.
 
   Raises:
     UserError: the released format has no tensor for a parameter.
   """
-  rules = _DECODER | _feed_forward(
-    'block/chain/sub_layers/0/feed_forward', 'mlp'
-  )
-  rules |= LAYOUTS[layout](config)
+  dense = feed_forward('block/chain/sub_layers/0/feed_forward', 'mlp')
+  rules = _DECODER | dense | rules
   prefix = len({path[2] for path in shapes if path[0] == 'prefix'})
   period = len({path[2] for path in shapes if path[0] == 'periods'})
 
@@ -170,11 +170,12 @@ def leaves(
       layers = range(prefix + path[2], prefix + shape[0] * period, period)
       names = [names_in(template, layer) for layer in layers]
       theirs, ours = axes.split('->')
-      return Leaf(np.stack(names), f'P{theirs}->P{ours}')
-    return Leaf(names_in(template, path[2] if in_block else None), axes)
+      return Leaf(np.stack(names), f'P{theirs}->P{ours}', shape)
+    return Leaf(names_in(template, path[2] if in_block else None), axes, shape)
 
   def names_in(template: str, layer: int | None) -> np.ndarray:
-    start = '' if layer is None else f'model.layers.{layer}.'
+    of_layer = layer is not None and not template.startswith('model.')
+    start = f'model.layers.{layer}.' if of_layer else ''
     return _expand(start + template, range(config.moe.num_experts))
 
   return {path: leaf(path, shape) for path, shape in shapes.items()}

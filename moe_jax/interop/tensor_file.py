@@ -1,7 +1,11 @@
-"""`model.safetensors`: read whole, and held against what is asked for."""
+"""The tensors of a checkpoint: read whole, held against what is asked for.
+
+They are in `model.safetensors`, or in several files that
+`model.safetensors.index.json` lists by tensor.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
+from moe_jax.interop.released_keys import read_json
 
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
 # By the file's names; bfloat16 is known to NumPy once jax is imported.
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
 _FREQUENCIES = r'model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq'
@@ -18,21 +25,51 @@ _MOST_NAMED = 4  # tensors of one kind that an error lists
 
 
 def read(
-  path: Path, wanted: Mapping[str, tuple[int, ...]], config: ConfigDict
+  directory: Path,
+  wanted: Mapping[str, tuple[int, ...]],
+  unread: Collection[str],
+  config: ConfigDict,
 ) -> dict[str, np.ndarray]:
   """Reads exactly the wanted tensors.
 
   Args:
-    path: the file.
+    directory: of the checkpoint.
     wanted: the shape of every tensor, by name.
+    unread: further tensors that may be there, and are dropped.
     config: of the model; what the file may repeat follows from it.
 
   Raises:
-    UserError: the file cannot be read; or a tensor is missing, left over, or
+    UserError: a file cannot be read; or a tensor is missing, left over, or
       of another shape, or holds something else than floats.
   """
-  tensors = _without_repeats(path, _load(path), config)
+  sharded = not (directory / SINGLE).exists() and (directory / INDEX).exists()
+  path = directory / (INDEX if sharded else SINGLE)
+  tensors = _load_shards(path) if sharded else _load(path)
+  tensors = {name: t for name, t in tensors.items() if name not in unread}
+  tensors = _without_repeats(path, tensors, config)
   _check(path, tensors, wanted)
+  return tensors
+
+
+def _load_shards(index: Path) -> dict[str, np.ndarray]:
+  """Every tensor of the files that the index names, each from its own."""
+  places = read_json(index).get('weight_map')
+  names = places.values() if isinstance(places, dict) else [None]
+  if not all(
+    isinstance(name, str) and Path(name).name == name for name in names
+  ):
+    raise UserError(
+      f'{index} has no weight_map from tensors to files beside it'
+    )
+  tensors = {}
+  for file in sorted(set(names)):
+    found = _load(index.with_name(file))
+    stray = [name for name in found if places.get(name) != file]
+    lost = [n for n, f in places.items() if f == file and n not in found]
+    problems = _listed(f'{file} has ', stray) + _listed(f'{file} lacks ', lost)
+    if problems:
+      raise UserError(f'{index} is of other files: {"; ".join(problems)}')
+    tensors |= found
   return tensors
 
 

@@ -66,11 +66,12 @@ def windows(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
   ]
 
 
-def nats(config: ConfigDict, params: Any) -> float:
+def nats(config: ConfigDict, params: Any, disable_top: int = 0) -> float:
   """Minus the log probability of the whole stream, in float64."""
   total = 0.0
   for inputs_L, targets_L in windows(config):
-    logits_LV = oracle.Sequence(config, params).run(inputs_L)
+    sequence = oracle.Sequence(config, params, disable_top=disable_top)
+    logits_LV = sequence.run(inputs_L)
     shares_LV = oracle.softmax(logits_LV)
     total -= np.log(shares_LV[np.arange(len(targets_L)), targets_L]).sum()
   return total
@@ -106,6 +107,22 @@ def test_equals_the_oracle(
     'bits_per_byte': pytest.approx(total / math.log(2) / num_bytes, rel=1e-6),
     'tokens': num_tokens,
   }
+
+
+def test_without_the_best_expert_of_every_token(
+  config: ConfigDict, workdir: Path
+) -> None:
+  """CartesianMoE's Table 4, and its own file beside the usual one."""
+  disabled = config.copy_and_resolve_references()
+  disabled.eval.disable_top = 1
+  params = runs.restore(config, workdir, STEPS)['params']
+  result = perplexity.evaluate(disabled, str(workdir))
+  loss = nats(config, params, disable_top=1) / result['tokens']
+  assert result['loss'] == pytest.approx(loss, rel=1e-6)
+  assert result['loss'] != perplexity.evaluate(config, str(workdir))['loss']
+  written = workdir / 'evaluation' / f'validation-{STEPS}-without-top-1.json'
+  assert json.loads(written.read_text()) == {'split': 'validation'} | result
+  assert result['disabled_top'] == 1
 
 
 def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:

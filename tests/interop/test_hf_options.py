@@ -7,12 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from released import save, shape_of_model
+from released import random_params, save
 from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
-from moe_jax.interop import hf, released_config
+from moe_jax.interop import formats, hf
 
 # The tensors of an option, as the released code names them: those of the
 # checkpoint at hand that go and those that come, with their shapes.
@@ -109,12 +108,8 @@ OPTIONS = {
 def test_options(option: str, copy: Callable[..., Path]) -> None:
   name, changes, gone, come = OPTIONS[option]
   folder = copy(name, **changes)
-  layout, config = released_config.read(folder / 'config.json')
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: random.normal(0, 0.1, leaf.shape).astype('f4'),
-    nnx.to_pure_dict(nnx.state(shape_of_model(config), nnx.Param)),
-  )
+  layout, config = formats.read(folder)
+  params = random_params(config)
   tensors = hf.to_released(params, config, layout)
 
   before = load_file(folder / 'model.safetensors')
@@ -135,8 +130,7 @@ def test_options(option: str, copy: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
-    ('rmoe_gru', {'moe_router_type': 'rnn'}, 'moe_router_type = "rnn"'),
-    ('rmoe_gru', {'num_experts_per_tok': 1}, 'num_experts_per_tok = 1 .*2'),
+    ('rmoe_gru', {'num_experts_per_tok': 0}, 'num_experts_per_tok = 0 .*1'),
     ('rmoe_gru', {'num_experts_per_tok': 9}, 'num_experts_per_tok = 9 .*8'),
     ('rmoe_gru', {'moe_num_layers': 5}, 'moe_num_layers = 5 .*= 4'),
     ('rmoe_gru', {'hidden_act': 'gelu'}, 'hidden_act = "gelu" .*"silu"'),
@@ -151,7 +145,14 @@ def test_options(option: str, copy: Callable[..., Path]) -> None:
     ('rmoe_gru', {'num_key_value_heads': 3}, 'num_key_value_heads = 3 .*4'),
     ('rmoe_gru', {'add_moe_bias': 1}, 'add_moe_bias = 1 .*true or false'),
     ('rmoe_gru', {'rms_norm_eps': -1}, 'rms_norm_eps = -1 .*at least 0'),
-    ('rmoe_gru', {'model_type': 'mixtral'}, 'model_type = "mixtral" .*RMoE'),
+    ('rmoe_gru', {'model_type': 'olmoe'}, 'model_type = "olmoe" .*RMoE'),
+    ('rmoe_gru', {'head_dim': 16}, 'head_dim = 16 .*null'),
+    ('rmoe_gru', {'mlp_bias': True}, 'mlp_bias = true .*false'),
+    (
+      'rmoe_gru',
+      {'rope_parameters': {'rope_theta': 1e4, 'rope_type': 'yarn'}},
+      'rope_parameters = {.*rope_theta alone',
+    ),
     ('cartesian', {'moe_top_k': -2}, 'moe_top_k = -2 .*at least 1'),
     ('cartesian', {'moe_grained': 'half'}, 'moe_grained = "half" .*"full"'),
     ('cartesian', {'moe_scale': 2}, 'moe_scale = 2 .*null'),
@@ -160,11 +161,6 @@ def test_options(option: str, copy: Callable[..., Path]) -> None:
       'cartesian',
       {'interleave_moe_layer': False},
       'interleave_moe_layer = false .*true',
-    ),
-    (
-      'cartesian',
-      {'c2_fine_grain': False, 'fine_grain': True},
-      'use_residual = true .*fine_grain',
     ),
   ],
 )

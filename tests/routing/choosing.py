@@ -102,24 +102,26 @@ Batch = list[list[Chosen]]
 
 
 def balance_loss(micro_batches: list[Batch], scope: str, num: int) -> float:
-  """N sum_n f_n P_n (arXiv 2101.03961 eq. 4-6), f_n over what `scope` says."""
-  everything = sum((sum(batch, []) for batch in micro_batches), [])
+  """N sum_n f_n P_n (arXiv 2101.03961 eq. 4-6), f_n over what `scope` says.
+
+  The global batch is one batch, whatever the micro-batches; the other scopes
+  are averaged over them.
+  """
+  if scope == 'global_batch':
+    return uneven(sum((sum(batch, []) for batch in micro_batches), []), num)
   losses = []
   for batch in micro_batches:
-    tokens = sum(batch, [])
     if scope == 'sequence':  # arXiv 2412.19437 eq. 17-20, without its 1 / K
-      each = [uneven(seq, seq, num) for seq in batch if seq]
-      losses.append(np.mean(each))
+      losses.append(np.mean([uneven(seq, num) for seq in batch if seq]))
     else:
-      counted = everything if scope == 'global_batch' else tokens
-      losses.append(uneven(counted, tokens, num))
+      losses.append(uneven(sum(batch, []), num))
   return float(np.mean(losses))
 
 
-def uneven(counted: list[Chosen], tokens: list[Chosen], num: int) -> float:
+def uneven(tokens: list[Chosen], num: int) -> float:
   total = 0.0
   for n in range(num):
-    f_n = sum(token.experts.count(n) for token in counted) / len(counted)
+    f_n = sum(token.experts.count(n) for token in tokens) / len(tokens)
     p_n = sum(token.probabilities_N[n] for token in tokens) / len(tokens)
     total += f_n * p_n
   return num * total

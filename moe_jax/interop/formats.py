@@ -1,0 +1,173 @@
+"""The formats there are, told apart by what a folder holds.
+
+Whatever would make a model compute something else than its own code does is
+refused; keys that its forward pass does not read are ignored.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError, choose
+from moe_jax.interop import cartesian, llama, mixtral, neutral, rmoe
+from moe_jax.interop.layouts import Rules
+from moe_jax.interop.released_keys import Keys, read_json
+
+
+class Format(NamedTuple):
+  """One released layout.
+
+  Attributes:
+    recognises: whether a `config.json`'s values are of it.
+    defaults: what its configuration class fills in for an absent key.
+    read: from its keys to our sections.
+    write: from our config to its keys.
+    rules: where its tensors are; see `layouts`.
+    unread: tensors that its code has and never reads.
+  """
+
+  recognises: Callable[[dict[str, Any]], bool]
+  defaults: dict[str, Any]
+  read: Callable[[Keys], dict[str, dict[str, Any]]]
+  write: Callable[[ConfigDict], dict[str, Any]]
+  rules: Callable[[ConfigDict], Rules]
+  unread: Callable[[ConfigDict], dict[str, tuple[int, ...]]]
+
+
+def _format(module: Any) -> Format:
+  unread = getattr(module, 'unread', lambda config: {})
+  return Format(
+    module.recognises,
+    module.DEFAULTS,
+    module.read,
+    module.write,
+    module.rules,
+    unread,
+  )
+
+
+# In this order: what CartesianMoE's code wrote calls itself a Llama too.
+FORMATS = {
+  'rmoe': _format(rmoe),
+  'cartesian': _format(cartesian),
+  'mixtral': _format(mixtral),
+  'llama': _format(llama),
+}
+ROUTED = ('rmoe', 'cartesian', 'mixtral')
+_SUPPORTED = (
+  'supported: "llama_moe_rnn", which is RMoE; "llama" with the key'
+  ' c2_fine_grain, which is CartesianMoE; "mixtral"'
+)
+_PICKLES = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.ckpt')
+
+
+def read(
+  directory: Path, allowed: Iterable[str] = ROUTED
+) -> tuple[str, ConfigDict]:
+  """Reads the `config.json` of a checkpoint.
+
+  Args:
+    directory: of the checkpoint.
+    allowed: the formats that will do.
+
+  Returns:
+    The name of the format, and a config with the sections of
+    `neutral.NEUTRAL`: what `moe_jax.model.build` and the balance loss read.
+
+  Raises:
+    UserError: the folder holds no checkpoint, or one of another kind, which
+      the message names; or a key is missing or has a value that is not
+      supported.
+  """
+  path = directory / 'config.json'
+  _refuse_other_folders(directory)
+  values = read_json(path)
+  _refuse_other_configs(path, values)
+  names = [name for name, f in FORMATS.items() if f.recognises(values)]
+  if not names:
+    kind = json.dumps(values.get('model_type'))
+    raise UserError(
+      f'{path}: model_type = {kind} is not a released format that can be read'
+      f' ({_SUPPORTED})'
+    )
+  if names[0] not in allowed:
+    raise UserError(f'{path} is of {_article(names[0])}, {_why_not(names[0])}')
+  return names[0], parse(path, values, names[0])
+
+
+def parse(path: Path, values: dict[str, Any], name: str) -> ConfigDict:
+  """The config that a format's `config.json` with these values means."""
+  keys = Keys(path, FORMATS[name].defaults | values)
+  return neutral.config_of(**FORMATS[name].read(keys))
+
+
+def write(config: ConfigDict, name: str) -> dict[str, Any]:
+  """The `config.json` of a model of ours in a format.
+
+  Raises:
+    UserError: the format cannot say what the model is; it names the key.
+  """
+  choose('--format', name, FORMATS)
+  values = FORMATS[name].write(config)
+  ours = neutral.meaning(config)
+  theirs = neutral.meaning(parse(Path('config.json'), values, name))
+  for key in ours:
+    if ours[key] != theirs[key]:
+      raise UserError(
+        f"{key} = {ours[key]!r} cannot be said in the format '{name}',"
+        f' where it would be {theirs[key]!r}'
+      )
+  return values
+
+
+def _refuse_other_folders(directory: Path) -> None:
+  """Tells folders that are not of a released checkpoint at all."""
+  if directory.is_file():
+    raise UserError(f'{directory} is a file; give the folder it is in')
+  if (directory / 'config.json').exists():
+    return
+  if directory.is_dir() and _orbax(directory):
+    raise UserError(
+      f'{directory} is an Orbax checkpoint, not a released one: there is no'
+      f' {directory / "config.json"}; give the workdir it is in to export'
+    )
+
+
+def _orbax(directory: Path) -> bool:
+  names = ('_CHECKPOINT_METADATA', '_METADATA', 'checkpoints', 'manifest.ocdbt')
+  inside = [path / '_CHECKPOINT_METADATA' for path in directory.iterdir()]
+  found = any((directory / name).exists() for name in names)
+  return found or any(path.exists() for path in inside)
+
+
+def _refuse_other_configs(path: Path, values: dict[str, Any]) -> None:
+  if {'model', 'moe', 'router'} <= values.keys():
+    raise UserError(
+      f'{path} is of a workdir of moe_jax, not of a released checkpoint;'
+      ' python -m moe_jax.interop.hf export makes one of it'
+    )
+  folder = path.parent
+  pickles = [file.name for kind in _PICKLES for file in folder.glob(kind)]
+  if pickles and not list(folder.glob('*.safetensors*')):
+    raise UserError(
+      f'{folder} holds a PyTorch checkpoint ({sorted(pickles)[0]}), a pickle'
+      ' that would have to be run; save it as safetensors first'
+    )
+
+
+def _article(name: str) -> str:
+  return {'llama': 'an ordinary Llama', 'mixtral': 'a Mixtral'}.get(
+    name, f"the format '{name}'"
+  )
+
+
+def _why_not(name: str) -> str:
+  if name == 'llama':
+    return (
+      'which has no experts; python -m moe_jax.interop.upcycle makes an MoE of'
+      f' it ({_SUPPORTED})'
+    )
+  return 'which will not do here: a dense model is needed'

@@ -1,0 +1,103 @@
+"""Models in workdirs as training makes them: a config and its checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax import config_file
+from moe_jax.data import tokenizers
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
+from moe_jax.training import state as state_lib
+from moe_jax.training.checkpoint import Store
+
+
+def full_config(
+  sections: ConfigDict, tokenizer: str, seq_len: Any
+) -> ConfigDict:
+  """Every key of the schema: the model's from `sections`, others' defaults.
+
+  Args:
+    sections: as `released.load` returns them.
+    tokenizer: `data.tokenizer`.
+    seq_len: `data.seq_len`, unless it is no number of tokens.
+
+  Raises:
+    UserError: the config is not valid.
+  """
+  config = config_file.schema()
+  with config.unlocked():
+    for name in ('model', 'moe', 'router'):
+      config[name].update(sections[name])
+    config.model.dtype = 'auto'
+    config.loss.balance_layers = sections.loss.balance_layers
+    config.data.tokenizer = tokenizer
+    if type(seq_len) is int and seq_len > 0:
+      config.data.seq_len = seq_len
+  config_lib.validate(config, 1)
+  return config
+
+
+def write(workdir: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:
+  """Makes a workdir whose checkpoint of step 0 holds `params`.
+
+  Training goes on from there, with an optimizer that has seen nothing.
+  """
+  setup = _setup(with_vocabulary(config))
+  state = setup.init()  # for all but the parameters
+  state['params'] = jax.tree.map(
+    lambda leaf, old: jax.device_put(leaf, old.sharding),
+    dict(params),
+    state['params'],
+  )
+  with Store.open(str(workdir), config) as store:
+    store.save(0, state, {'step': 0})
+
+
+def read(
+  workdir: Path, step: int | None
+) -> tuple[ConfigDict, dict[str, Any], int]:
+  """The config, the parameters and the step of a checkpoint.
+
+  The config's `model.vocab_size` is never 0 here.
+
+  Args:
+    workdir: of a run.
+    step: None for the newest.
+
+  Raises:
+    UserError: there is no such run or checkpoint.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
+  config = config_file.load(str(path))
+  whole = with_vocabulary(config)
+  with Store.open(str(workdir), config, read_only=True) as store:
+    step = store.latest_step() if step is None else step
+    state, _ = store.restore({'params': _setup(whole).abstract['params']}, step)
+  return whole, jax.tree.map(np.asarray, state['params']), step
+
+
+def with_vocabulary(config: ConfigDict) -> ConfigDict:
+  """The config with a `model.vocab_size` that is not 0."""
+  whole = ConfigDict(config).unlock()
+  if not config.model.vocab_size:
+    whole.model.vocab_size = tokenizers.build(config.data.tokenizer).vocab_size
+  return whole.lock()
+
+
+def initial(config: ConfigDict) -> dict[str, Any]:
+  """Parameters as training would draw them from `config.seed`."""
+  return jax.tree.map(np.asarray, _setup(config).init()['params'])
+
+
+def _setup(config: ConfigDict) -> state_lib.Setup:
+  """Of training on one device, where arrays are whole."""
+  one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
+  return state_lib.setup(config, config.model.vocab_size, one)

@@ -1,0 +1,288 @@
+"""Corpora of one text, their dictionaries, and rows that go on and on."""
+
+import collections
+import pathlib
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from moe_jax import errors
+from moe_jax.data import corpora, dictionary, pipeline, texts, tokenizers
+from moe_jax.data.segments import Segments
+
+DataConfig = Callable[..., ConfigDict]
+
+# 1000 bytes, so the splits begin at 900 and 950. Byte 900 lies inside a
+# character of two bytes.
+ENWIK = ('<page>\nnaïve → text\r\t' * 60).encode()[:899] + 'é'.encode() * 50
+ENWIK = (ENWIK + b'\nend of it')[:1000].ljust(1000, b'.')
+PARTS = {
+  'train': ENWIK[:900],
+  'validation': ENWIK[900:950],
+  'test': ENWIK[950:],
+}
+WIKI = {
+  'train': ' \n = Title = \n the <unk> of the café \n no end',
+  'valid': ' the new \n',
+  'test': ' of \n',
+}
+
+
+@pytest.fixture
+def enwik8(tmp_path: pathlib.Path, data_config: DataConfig) -> ConfigDict:
+  path = tmp_path / 'enwik8.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('enwik8', ENWIK)
+  return data_config(name='enwik8', path=str(path), tokenizer='enwik8')
+
+
+@pytest.fixture
+def wikitext(tmp_path: pathlib.Path, data_config: DataConfig) -> ConfigDict:
+  path = tmp_path / 'wikitext-103-v1.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, text in WIKI.items():
+      archive.writestr(f'wikitext-103/wiki.{name}.tokens', text)
+  return data_config(name='wikitext103', path=str(path), tokenizer='words')
+
+
+def stream(windows: pipeline.Windows) -> np.ndarray:
+  return windows._tokens(0, windows.num_stream_tokens)
+
+
+def open_windows(
+  data: ConfigDict, split: str, seq_len: int = 8
+) -> pipeline.Windows:
+  documents = corpora.open_documents(data, split)
+  return pipeline.Windows(documents, tokenizers.build(data), seq_len)
+
+
+@pytest.mark.parametrize('split', PARTS)
+def test_enwik8_is_its_bytes(
+  enwik8: ConfigDict, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Many pieces, nothing between them, not even where a character is cut."""
+  monkeypatch.setattr(texts, '_PIECE_BYTES', 16)
+  windows = open_windows(enwik8, split)
+  tokenizer = tokenizers.build(enwik8)
+  values = np.frombuffer(PARTS[split], np.uint8)
+  names = [dictionary.EOS if v == 10 else str(v) for v in values]
+  assert [tokenizer.tokens[i] for i in stream(windows)] == names
+  assert windows.num_tokens == len(values) - 1
+  assert windows.num_bytes == len(values)
+  if split == 'train':
+    assert len(corpora.open_documents(enwik8, split)) > 10
+
+
+def test_ids_by_order_of_appearance(enwik8: ConfigDict) -> None:
+  tokenizer = tokenizers.build(enwik8)
+  order = list(dict.fromkeys(ENWIK))
+  expected = [dictionary.EOS if v == 10 else str(v) for v in order]
+  assert tokenizer.tokens == expected
+  assert tokenizer.vocab_size == len(set(ENWIK))
+  assert tokenizer.tokens[tokenizer.eos_id] == dictionary.EOS
+  text = '<page>\nté'
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+  with pytest.raises(errors.UserError, match='the byte 90 .0x5a. is in none'):
+    tokenizer.encode('Z')
+
+
+def test_words_as_the_released_dictionary(wikitext: ConfigDict) -> None:
+  """Its loop, restated: split every line, add <eos>, number as they appear."""
+  index: dict[str, int] = {}
+  ids = {}
+  for name, text in WIKI.items():
+    ids[name] = [
+      index.setdefault(word, len(index))
+      for line in text.splitlines()
+      for word in [*line.split(), '<eos>']
+    ]
+  tokenizer = tokenizers.build(wikitext)
+  assert tokenizer.tokens == list(index)
+  for name, split in zip(WIKI, texts.SPLITS, strict=True):
+    np.testing.assert_array_equal(
+      stream(open_windows(wikitext, split)), ids[name]
+    )
+  assert tokenizer.decode(ids['valid']) == 'the new\n'
+  with pytest.raises(errors.UserError, match="the word 'unseen' is in none"):
+    tokenizer.encode('the unseen')
+
+
+def test_the_dictionary_is_made_once(
+  wikitext: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  first = tokenizers.build(wikitext)
+
+  def refuse(self: corpora.Documents, i: int) -> str:
+    raise AssertionError('read again')
+
+  monkeypatch.setattr(corpora.Documents, '__getitem__', refuse)
+  assert tokenizers.build(wikitext).tokens == first.tokens
+
+
+def test_declared_sizes_need_no_data(data_config: DataConfig) -> None:
+  absent = data_config(name='enwik8', path='/nowhere', tokenizer='enwik8')
+  assert tokenizers.vocab_size(absent, 205) == 205
+  assert tokenizers.vocab_size(data_config(tokenizer='bytes'), 300) == 257
+
+
+def test_bad_zip_files(
+  tmp_path: pathlib.Path, data_config: DataConfig, wikitext: ConfigDict
+) -> None:
+  with pytest.raises(errors.UserError, match='data.path = .*not a zip file'):
+    corpora.open_documents(
+      data_config(name='enwik8', path=str(tmp_path / 'no.zip')), 'train'
+    )
+  other = data_config(name='enwik8', path=wikitext.path)
+  with pytest.raises(errors.UserError, match=r'holds 0 files \*enwik8'):
+    corpora.open_documents(other, 'train')
+
+
+@pytest.mark.parametrize('name', ['enwik8', 'wikitext103'])
+def test_a_download_that_fails_says_what_to_put_where(
+  name: str, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def fail(self: object, url: str) -> None:
+    raise tfds.download.DownloadError(f'no route to {url}')
+
+  monkeypatch.setattr(tfds.download.DownloadManager, 'download', fail)
+  with pytest.raises(errors.UserError) as caught:
+    corpora.open_documents(data_config(name=name), 'train')
+  message = str(caught.value)
+  assert '\n' not in message
+  for part in (name, texts.BUILDERS[name].URL, 'data.path'):
+    assert part in message
+
+
+def test_downloads_are_read(
+  enwik8: ConfigDict, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(
+    tfds.download.DownloadManager, 'download', lambda self, url: enwik8.path
+  )
+  data = data_config(name='enwik8', tokenizer='enwik8')
+  assert open_windows(data, 'train').num_bytes == 900
+
+
+def epochs(
+  windows: pipeline.Windows, rows: int, steps: int, **keys: int
+) -> list[pipeline.Batch]:
+  options = {'seed': 0, 'start': 0, 'threads': 1} | keys
+  batches = pipeline.train_batches(
+    windows, batch_size=rows, rows=range(rows), order='contiguous', **options
+  )
+  found = [next(batches) for _ in range(steps)]
+  batches.close()
+  return found
+
+
+def test_rows_go_on_where_they_stopped(enwik8: ConfigDict) -> None:
+  """Within an epoch; then from another offset, and with a fresh memory."""
+  windows = open_windows(enwik8, 'train', seq_len=32)
+  whole, row_tokens = stream(windows), 900 // 4
+  batches = epochs(windows, rows=4, steps=40)
+  offsets, fresh_at = [], []
+  for step, batch in enumerate(batches):
+    assert batch['mask'].all()
+    assert batch['fresh'].dtype == bool
+    assert len(set(batch['fresh'])) == 1
+    if batch['fresh'][0]:
+      fresh_at.append(step)
+      first = batch['inputs'][0]
+      begins = [o for o in range(32) if (whole[o : o + 32] == first).all()]
+      offsets.append(begins)
+      begin = None
+    for row in range(4):
+      part = whole[row * row_tokens : (row + 1) * row_tokens]
+      fits = [
+        b
+        for b in range(row_tokens - 32)
+        if (part[b : b + 32] == batch['inputs'][row]).all()
+        and (part[b + 1 : b + 33] == batch['targets'][row]).all()
+      ]
+      assert fits
+      if row == 0 and begin is not None:
+        assert begin + 32 in fits
+    begin = begin + 32 if begin is not None else begins[0]
+  assert fresh_at[0] == 0
+  assert 0 in offsets[0]
+  # 225 tokens a row: 7 segments from offset 0, 6 or 7 from another.
+  assert set(np.diff(fresh_at)) <= {6, 7}
+
+
+def test_contiguous_is_a_function_of_seed_and_step(enwik8: ConfigDict) -> None:
+  windows = open_windows(enwik8, 'train', seq_len=32)
+  straight = epochs(windows, rows=4, steps=20)
+  resumed = epochs(windows, rows=4, steps=8, start=12)
+  for a, b in zip(straight[12:], resumed, strict=True):
+    for key, value in a.items():
+      np.testing.assert_array_equal(value, b[key])
+  other = epochs(windows, rows=4, steps=20, seed=1)
+  assert any(
+    (a['inputs'] != b['inputs']).any()
+    for a, b in zip(straight, other, strict=True)
+  )
+
+
+def test_two_processes_read_what_one_reads(enwik8: ConfigDict) -> None:
+  windows = open_windows(enwik8, 'train', seq_len=32)
+  one = epochs(windows, rows=4, steps=15)
+  halves = []
+  for rows in (range(2), range(2, 4)):
+    batches = pipeline.train_batches(
+      windows,
+      batch_size=4,
+      rows=rows,
+      seed=0,
+      start=0,
+      threads=1,
+      order='contiguous',
+    )
+    halves.append([next(batches) for _ in range(15)])
+    batches.close()
+  for whole, a, b in zip(one, *halves, strict=True):
+    for key, value in whole.items():
+      np.testing.assert_array_equal(value, np.concatenate([a[key], b[key]]))
+
+
+def test_offsets_lie_below_a_segment(enwik8: ConfigDict) -> None:
+  windows = open_windows(enwik8, 'train', seq_len=32)
+  segments = Segments(windows, 4, seed=3)
+  segments.at(2000, 0)
+  counts = collections.Counter(segments._offsets)
+  assert segments._offsets[0] == 0
+  assert set(counts) == set(range(32))
+
+
+def test_rows_shorter_than_a_segment(enwik8: ConfigDict) -> None:
+  windows = open_windows(enwik8, 'train', seq_len=32)
+  with pytest.raises(errors.UserError, match='rows of 30, but data.seq_len ='):
+    epochs(windows, rows=30, steps=1)
+  # 33 tokens: one segment, always the same.
+  (only,) = {b['inputs'].tobytes() for b in epochs(windows, 27, 5)}
+  assert only
+
+
+@pytest.mark.parametrize('rows', [1, 3, 7, 64])
+def test_contiguous_evaluation_predicts_every_token_once(
+  enwik8: ConfigDict, rows: int
+) -> None:
+  windows = open_windows(enwik8, 'validation')
+  batches = list(
+    pipeline.eval_batches(
+      windows, batch_size=rows, rows=range(rows), order='contiguous'
+    )
+  )
+  assert batches[0]['fresh'].all()
+  assert not any(batch['fresh'].any() for batch in batches[1:])
+  by_row = [
+    np.concatenate([b['targets'][row][b['mask'][row]] for b in batches])
+    for row in range(rows)
+  ]
+  np.testing.assert_array_equal(np.concatenate(by_row), stream(windows)[1:])
+  for row in range(rows):
+    masks = np.concatenate([b['mask'][row] for b in batches])
+    assert not masks[masks.sum() :].any()  # padding only at a row's end

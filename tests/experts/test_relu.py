@@ -1,0 +1,130 @@
+"""ReLU experts with biases and dropout: every dispatch computes one sum."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_dispatch import DISPATCHES, D, F, K, N, T
+
+from moe_jax.experts.dropout import dropout, dropout_rows
+from moe_jax.experts.relu import ReluExpertBank
+from moe_jax.routing.selection import Routing
+
+RATE = 0.4
+
+
+def make_bank() -> ReluExpertBank:
+  return ReluExpertBank(
+    N, D, F, init_std=0.3, dropout=RATE, rngs=nnx.Rngs(params=0)
+  )
+
+
+def operands() -> tuple[Any, ...]:
+  """x, weights, choice, seeds and parameters; a fifth of the slots unused."""
+  rng = np.random.default_rng(0)
+  choice = np.stack([rng.permutation(N)[:K] for _ in range(T)])
+  choice[rng.random((T, K)) < 0.2] = N
+  weights = rng.random((T, K)) * (choice < N)
+  seeds = rng.integers(0, 2**32, (T, K), np.uint32)
+  params = nnx.to_pure_dict(nnx.state(make_bank(), nnx.Param))
+  noisy = {k: v + 0.2 * rng.standard_normal(v.shape) for k, v in params.items()}
+  x = rng.standard_normal((T, D))
+  single = functools.partial(jax.tree.map, jnp.float32)
+  seeds = jnp.asarray(seeds)
+  return single(x), single(weights), jnp.int32(choice), seeds, single(noisy)
+
+
+def dense(
+  x: jax.Array, weights: Any, choice: Any, seeds: Any, params: dict
+) -> jax.Array:
+  """Every expert for every slot, and a mask for each from its seed."""
+  hidden_TNF = jax.nn.relu(
+    jnp.einsum('TD,NDF->TNF', x, params['up_NDF']) + params['up_bias_NF']
+  )
+  y = jnp.zeros_like(x)
+  for t in range(T):
+    for k in range(K):
+      n = int(choice[t, k])
+      if n == N:
+        continue
+      if seeds is None:
+        hidden = hidden_TNF[t, n]
+      else:
+        kept = jax.random.bernoulli(
+          jax.random.key(int(seeds[t, k])), 1 - RATE, (F,)
+        )
+        hidden = hidden_TNF[t, n] * np.asarray(kept) / (1 - RATE)
+      out = hidden @ params['down_NFD'][n] + params['down_bias_ND'][n]
+      y = y.at[t].add(weights[t, k] * out)
+  return y
+
+
+@functools.cache
+def expected(with_dropout: bool) -> Any:
+  x, weights, choice, seeds, params = operands()
+  seeds = seeds if with_dropout else None
+
+  def total(x: jax.Array, weights: jax.Array, params: dict) -> Any:
+    y = dense(x, weights, choice, seeds, params)
+    return jnp.sin(y).sum(), y
+
+  # Op by op: as one program this would compile for minutes.
+  return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(
+    x, weights, params
+  )
+
+
+@pytest.mark.parametrize('with_dropout', [False, True])
+@pytest.mark.parametrize('name', DISPATCHES)
+def test_equals_every_expert_for_every_slot(
+  name: str, with_dropout: bool
+) -> None:
+  dispatch = DISPATCHES[name]()
+  x, weights, choice, seeds, params = operands()
+  graphdef = nnx.graphdef(nnx.eval_shape(make_bank))
+
+  def total(x: jax.Array, weights: jax.Array, params: dict) -> Any:
+    logits = jnp.zeros((T, N))
+    routing = Routing(
+      weights, choice, logits, logits, seeds if with_dropout else None
+    )
+    y, dropped = dispatch(x, routing, nnx.merge(graphdef, params))
+    return jnp.sin(y).sum(), (y, dropped)
+
+  gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+  (_, (y, dropped)), grads = jax.jit(gradient)(x, weights, params)
+  (_, expected_y), expected_grads = expected(with_dropout)
+  assert int(dropped) == 0
+  np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    grads,
+    expected_grads,
+  )
+
+
+def test_a_rows_mask_is_its_seeds_alone() -> None:
+  """Neither its place nor the units held here change it."""
+  hidden = jnp.ones((5, 8))
+  seeds = np.arange(5, dtype=np.uint32)
+
+  def drop(hidden: jax.Array, seeds: Any, first: int) -> jax.Array:
+    return dropout_rows(hidden, 0.5, seeds, num_units=8, first_unit=first)
+
+  whole = drop(hidden, seeds, 0)
+  assert {0.0, 2.0} == set(np.unique(whole))
+  np.testing.assert_array_equal(drop(hidden, seeds[::-1], 0), whole[::-1])
+  np.testing.assert_array_equal(drop(hidden[:, :3], seeds, 5), whole[:, 5:])
+
+
+def test_dropout_keeps_the_mean_and_none_is_none() -> None:
+  x = jnp.ones((100, 100))
+  dropped = dropout(x, 0.3, jax.random.key(0))
+  assert abs(float(dropped.mean()) - 1) < 0.05
+  assert abs(float((dropped == 0).mean()) - 0.3) < 0.02
+  assert dropout(x, 0.3, None) is x
+  assert dropout(x, 0.0, jax.random.key(0)) is x

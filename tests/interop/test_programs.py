@@ -1,0 +1,176 @@
+"""The commands, from a shell: what they write, say and refuse."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from released import RELEASED, random_params, save
+from safetensors.numpy import load_file
+
+from configs import base
+from moe_jax import saved_config
+from moe_jax.errors import UserError
+from moe_jax.interop import hf, programs, workdirs
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: Any, program: str = 'hf') -> tuple[int, str, str]:
+  """Exit status, stdout and stderr."""
+  done = subprocess.run(
+    [sys.executable, '-m', f'moe_jax.interop.{program}', *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def errors(*arguments: Any, program: str = 'hf') -> str:
+  """What a failing command says: one line, with exit status 2."""
+  status, out, err = run(*arguments, program=program)
+  lines = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert (status, out, len(lines)) == (2, '', 1), err
+  assert 'Traceback' not in err
+  return lines[0]
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  workdir = tmp_path_factory.mktemp('imported') / 'run'
+  programs.import_(RELEASED / 'cartesian', workdir, 'bytes')
+  return workdir
+
+
+@pytest.mark.slow
+def test_there_and_back(tmp_path: Path) -> None:
+  source, run_dir, out = RELEASED / 'rmoe_gru', tmp_path / 'w', tmp_path / 'out'
+  status, said, _ = run('import', source, run_dir)
+  assert status == 0 and 'logits equal to 0.0e+00' in said
+  status, said, _ = run('export', run_dir, out, '--max-shard-bytes=150000')
+  assert status == 0 and "in the format 'rmoe'" in said
+  assert (out / 'model.safetensors.index.json').exists()
+  ids = np.random.default_rng(0).integers(97, size=(2, 7))
+  np.testing.assert_array_equal(hf.logits(out, ids), hf.logits(source, ids))
+  assert run('verify', run_dir, out)[0] == 0
+  tensors = load_file(source / 'model.safetensors')
+  tensors['model.layers.1.block_sparse_moe.weight2'] *= 1.01
+  shutil.copytree(source, tmp_path / 'other')
+  save(tmp_path / 'other', tensors)
+  assert 'the models differ' in errors('verify', run_dir, tmp_path / 'other')
+
+
+def test_an_imported_workdir_has_every_key(imported: Path) -> None:
+  config = json.loads((imported / 'config.json').read_text())
+  schema = base.get_config().to_dict()
+  assert saved_config.flatten(config).keys() == (
+    saved_config.flatten(schema).keys()
+  )
+  assert config['data']['seq_len'] == 64  # its max_position_embeddings
+  assert config['moe']['factors'] == 2
+  assert config['loss']['balance_layers'] == 'joined'
+  assert sorted(path.name for path in imported.parent.iterdir()) == ['run']
+  _, params, step = workdirs.read(imported, None)
+  assert step == 0
+  theirs = load_file(RELEASED / 'cartesian' / 'model.safetensors')
+  ours = params['embed_VD']
+  np.testing.assert_array_equal(ours, theirs['model.embed_tokens.weight'])
+
+
+def test_what_is_there_is_not_overwritten(imported: Path) -> None:
+  with pytest.raises(UserError, match='is there already; name a new folder'):
+    programs.import_(RELEASED / 'cartesian', imported, 'bytes')
+
+
+def test_a_failed_export_leaves_nothing(imported: Path) -> None:
+  with pytest.raises(UserError, match='experts in every layer'):
+    programs.export(imported, imported.parent / 'x', 'mixtral', 'float32', 0, 0)
+  assert [path.name for path in imported.parent.iterdir()] == ['run']
+
+
+def test_what_a_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
+  folder = tmp_path / 'big'
+  shutil.copytree(RELEASED / 'rmoe_gru', folder)
+  tensors = load_file(folder / 'model.safetensors')
+  tensors['model.norm.weight'][3] = 1e5
+  save(folder, tensors)
+  config, params = hf.load(folder)
+  with pytest.raises(UserError, match=r'model.norm.weight, .* 100000'):
+    hf.save(
+      tmp_path,
+      config,
+      params,
+      'rmoe',
+      max_positions=8,
+      dtype='float16',
+      max_shard_bytes=0,
+    )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([], 'arguments are required: COMMAND'),
+    (['imprt', 'a', 'b'], "'imprt'.*import"),
+    (['import', 'nowhere', 'b'], 'nowhere/config.json cannot be read'),
+    (['export', 'nowhere', 'b'], 'nowhere is not the workdir of a run'),
+    (['export', 'a', 'b', '--dtype=int8'], "--dtype: .*'int8'.*float16"),
+  ],
+)
+@pytest.mark.slow
+def test_mistakes_on_the_command_line(arguments: list, message: str) -> None:
+  assert re.search(message, errors(*arguments))
+
+
+@pytest.mark.slow
+def test_upcycling_a_llama(tmp_path: Path) -> None:
+  keys = {
+    'model_type': 'llama',
+    'vocab_size': 300,
+    'hidden_size': 32,
+    'intermediate_size': 40,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'rope_parameters': {'rope_theta': 500.0, 'rope_type': 'default'},
+  }
+  config = tiny.config(
+    **{
+      'model.vocab_size': 300,
+      'model.ffn_width': 40,
+      'model.rope_theta': 500.0,
+      'moe.num_experts': 0,
+    }
+  )
+  save(tmp_path, hf.to_released(random_params(config), config, 'llama'))
+  (tmp_path / 'config.json').write_text(json.dumps(keys))
+  with pytest.raises(UserError, match='an ordinary Llama, .*upcycle'):
+    hf.load(tmp_path)
+
+  path = ROOT / 'configs' / 'quickstart.py'
+  flags = [
+    f'--config.model.{key}={config.model[key]}'
+    for key in 'num_layers hidden_size num_heads num_kv_heads vocab_size '
+    'rope_theta'.split()
+  ]
+  status, said, err = run(
+    f'--dense={tmp_path}',
+    f'--config={path}',
+    f'--workdir={tmp_path / "w"}',
+    '--config.model.head_dim=0',
+    '--config.moe.expert_width=40',
+    '--config.router.recurrent=none',
+    '--config.moe.factors=1',
+    '--config.moe.shared.width=0',
+    *flags,
+    program='upcycle',
+  )
+  assert status == 0, err
+  assert 'starts as exactly the model' in said
+  assert 'checkpoints' in [p.name for p in (tmp_path / 'w').iterdir()]
