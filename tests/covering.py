@@ -40,6 +40,17 @@ def cover(
   return rows
 
 
+def most_varied(rows: Sequence[Row], count: int, by: str) -> list[Row]:
+  """Rows that differ in dimension `by` and together have most of the values."""
+  picked, seen = [], set()
+  for _ in range(count):
+    others = [row for row in rows if (by, row[by]) not in seen]
+    row = max(others, key=lambda row: len(row.items() - seen))
+    picked.append(row)
+    seen |= row.items()
+  return picked
+
+
 def pairs_of(dimensions: Mapping[str, Sequence[str]]) -> list[Pair]:
   return [
     frozenset([(a, x), (b, y)])

@@ -127,19 +127,8 @@ def spelled(row: covering.Row) -> str:
   return ', '.join(row.values())
 
 
-def most_varied(rows: list[covering.Row], count: int) -> list[covering.Row]:
-  """Rows of different scores that together have most of the settings."""
-  picked, seen = [], set()
-  for _ in range(count):
-    others = [row for row in rows if ('score', row['score']) not in seen]
-    row = max(others, key=lambda row: len(row.items() - seen))
-    picked.append(row)
-    seen |= row.items()
-  return picked
-
-
 # The rows of the fast suite, on one device.
-FEW = most_varied(ROWS, 4)
+FEW = covering.most_varied(ROWS, 4, by='score')
 
 
 def test_every_pair_of_settings_occurs_or_is_refused() -> None:
