@@ -121,6 +121,7 @@ def test_what_a_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
     (['imprt', 'a', 'b'], "'imprt'.*import"),
     (['import', 'nowhere', 'b'], 'nowhere/config.json cannot be read'),
     (['export', 'nowhere', 'b'], 'nowhere is not the workdir of a run'),
+    (['export', 'a', 'b', '--max-shard-bytes=-1'], "'-1' is no number of"),
     (['export', 'a', 'b', '--dtype=int8'], "--dtype: .*'int8'.*float16"),
   ],
 )
