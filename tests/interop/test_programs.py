@@ -175,3 +175,15 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
   assert status == 0, err
   assert 'starts as exactly the model' in said
   assert 'checkpoints' in [p.name for p in (tmp_path / 'w').iterdir()]
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [('{"seed": 0, ', 'not the JSON of a config'), ('{"seed": 0}', 'missing')],
+)
+def test_the_config_of_a_run_is_checked(
+  text: str, message: str, tmp_path: Path
+) -> None:
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match=message):
+    workdirs.read(tmp_path, None)
