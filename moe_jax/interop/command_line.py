@@ -64,7 +64,7 @@ def _parser(doc: str) -> argparse.ArgumentParser:
   _add_dtype(made)
   made.add_argument(
     '--max-shard-bytes',
-    type=int,
+    type=_size,
     default=0,
     help='begin another file when one is so large; 0, one file',
   )
@@ -73,6 +73,13 @@ def _parser(doc: str) -> argparse.ArgumentParser:
   _add_dtype(made)
   _add_step(made)
   return parser
+
+
+def _size(text: str) -> int:
+  """A number of bytes."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f'{text!r} is no number of bytes')
+  return int(text)
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -82,7 +82,6 @@ NEUTRAL = {
     'bias_rate': 0.0,
     'z_weight': 0.0,
   },
-  'eval': {'disable_top': 0},
 }
 
 # How it is trained or computed, not what: free in every comparison.

@@ -68,7 +68,7 @@ def load(
     allowed: the formats, of `formats.FORMATS`, that will do.
 
   Returns:
-    config: the sections `model`, `moe`, `router`, `loss` and `eval`, locked.
+    config: the sections `model`, `moe`, `router` and `loss`, locked.
     params: the nested dict that `moe_jax.model.build` describes, NumPy float32.
 
   Raises:

@@ -121,6 +121,7 @@ def test_what_a_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
     (['imprt', 'a', 'b'], "'imprt'.*import"),
     (['import', 'nowhere', 'b'], 'nowhere/config.json cannot be read'),
     (['export', 'nowhere', 'b'], 'nowhere is not the workdir of a run'),
+    (['export', 'a', 'b', '--max-shard-bytes=-1'], "'-1' is no number of"),
     (['export', 'a', 'b', '--dtype=int8'], "--dtype: .*'int8'.*float16"),
   ],
 )
@@ -174,3 +175,15 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
   assert status == 0, err
   assert 'starts as exactly the model' in said
   assert 'checkpoints' in [p.name for p in (tmp_path / 'w').iterdir()]
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [('{"seed": 0, ', 'not the JSON of a config'), ('{"seed": 0}', 'missing')],
+)
+def test_the_config_of_a_run_is_checked(
+  text: str, message: str, tmp_path: Path
+) -> None:
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match=message):
+    workdirs.read(tmp_path, None)
