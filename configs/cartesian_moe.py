@@ -8,7 +8,7 @@ the paper's method: two sub-layers of 16 half-width experts, top-2 in each, and
 a shared expert in each. A row below is `configs/cartesian_moe.py:` and `base`
 or `large` with its variant; published are the perplexity on Pile's validation
 split after 100B tokens and millions of parameters, total / active, which these
-sizes reproduce:
+sizes reproduce (sizes without an active count are ours, made to be equal):
 
   variant          base perplexity, size    large perplexity, size
   ,dense           8.55  162.4              6.95   468.2

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, layer_kinds
 from moe_jax.model.build import build, compute_dtype, repetition
+from moe_jax.model.span import BLOCK
 
 _Shape = jax.ShapeDtypeStruct
 
@@ -68,11 +69,26 @@ def temporaries(
   held += period.count('moe')
   split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
   return Temporaries(
-    activations=rows * (kept + working),
+    activations=rows * (kept + working + _span_scores(one)),
     dispatch=rows * held * dispatch,
     logits=rows * 2 * 4 * config.data.seq_len * vocab_size // split,
     weight_copies=copies // (mesh['fsdp'] * mesh['expert']),
   )
+
+
+def _span_scores(config: ConfigDict) -> int:
+  """Bytes per sequence that backward works with in one span attention.
+
+  Four float32 arrays of the scores of the queries computed together, their
+  gradients, shifted and not; and where blocks of queries are recomputed one at
+  a time, so that none is among what is kept, as many again. The fours are what
+  compiled programs come to.
+  """
+  model, length = config.model, config.data.seq_len
+  if model.positions != 'span':
+    return 0
+  queries, arrays = (length, 4) if length <= BLOCK else (BLOCK, 8)
+  return arrays * 4 * model.num_heads * queries * (model.span + queries)
 
 
 def _dispatches(config: ConfigDict, expert: int) -> tuple[int, int]:

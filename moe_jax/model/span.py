@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from moe_jax.model.attention import group_logits, weigh
 
 # Queries that are computed together; each then costs W + this many keys.
-_BLOCK = 128
+BLOCK = 128
 
 
 class SpanAttend:
   """See the module; the context is W positions and the sequence itself."""
 
-  def __init__(self, dropout: float, block: int = _BLOCK):
+  def __init__(self, dropout: float, block: int = BLOCK):
     """Describes it.
 
     Args:

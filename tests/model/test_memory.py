@@ -40,6 +40,12 @@ LARGER = {
     pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
     pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
     pytest.param(SPAN, {'data': 2, 'expert': 2}, marks=pytest.mark.slow),
+    pytest.param(SPAN | {'model.remat': 'full'}, {}, marks=pytest.mark.slow),
+    pytest.param(
+      SPAN | {'data.seq_len': 256, 'model.span': 512, 'train.batch_size': 8},
+      {},
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       {'router.selection': 'top_p', 'moe.renormalize': False},
       {},

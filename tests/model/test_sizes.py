@@ -29,9 +29,9 @@ def test_published_sizes_of_cartesian_moe(names: str) -> None:
   config = cartesian_moe.get_config(names)
   total, active = published.CARTESIAN[names]
   counted = count(config)
-  assert counted.total / 1e6 == pytest.approx(total, abs=0.15)
+  assert counted.total / 1e6 == pytest.approx(total, abs=0.1)
   if active:
-    assert counted.active / 1e6 == pytest.approx(active, abs=0.15)
+    assert counted.active / 1e6 == pytest.approx(active, abs=0.1)
 
 
 @pytest.mark.parametrize('names', published.RMOE)
