@@ -88,7 +88,7 @@ def with_vocabulary(config: ConfigDict) -> ConfigDict:
   """The config with a `model.vocab_size` that is not 0."""
   whole = ConfigDict(config).unlock()
   if not config.model.vocab_size:
-    whole.model.vocab_size = tokenizers.build(config.data.tokenizer).vocab_size
+    whole.model.vocab_size = tokenizers.build(config.data).vocab_size
   return whole.lock()
 
 
