@@ -7,12 +7,31 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from moe_jax import config as config_lib
+from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.training import state as state_lib
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch, make_train_step
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'moe_jax')
+
+
+def set_up(config: ConfigDict) -> Setup:
+  """The setup of a config on all devices there are; no data set is read.
+
+  Raises:
+    UserError: anything wrong with the config.
+  """
+  num_devices = jax.device_count()
+  config_lib.validate(config, num_devices)
+  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  vocab_size = config_lib.vocab_size(config, of_tokenizer)
+  shape = config_lib.mesh_shape(config, num_devices)
+  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  return state_lib.setup(config, vocab_size, mesh)
 
 
 def compile_train_step(made: Setup) -> tuple[jax.stages.Compiled, float]:
@@ -33,8 +52,10 @@ def random_batches(made: Setup, count: int) -> list[Batch]:
 
   def batch() -> Batch:
     ids = rng.integers(made.vocab_size, size=(2, *_shape(made)), dtype=np.int32)
-    mask = np.ones(_shape(made), bool)
-    rows = {'inputs': ids[0], 'targets': ids[1], 'mask': mask}
+    rows = {'inputs': ids[0], 'targets': ids[1]}
+    rows['mask'] = np.ones(_shape(made), bool)
+    if made.config.data.order == 'contiguous':
+      rows['fresh'] = np.zeros(len(ids[0]), bool)
     return jax.device_put(rows, mesh_lib.batch_sharding(made.mesh))
 
   return [batch() for _ in range(count)]
@@ -83,11 +104,8 @@ def peak_memory(compiled: jax.stages.Compiled) -> tuple[int, str]:
 
 
 def _abstract_batch(made: Setup) -> Batch:
-  dtypes = {'inputs': np.int32, 'targets': np.int32, 'mask': np.bool_}
-  return {
-    name: jax.ShapeDtypeStruct(_shape(made), dtype)
-    for name, dtype in dtypes.items()
-  }
+  [batch] = random_batches(made, 1)
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
 
 
 def _shape(made: Setup) -> tuple[int, int]:

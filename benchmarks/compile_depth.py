@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.training import state as state_lib
 
 DEPTHS = (4, 24)
 GOAL = 1.3
@@ -56,9 +55,7 @@ def measure(
 
   if repeats < 1:
     raise UserError(f'--repeats = {repeats} must be at least 1')
-  setups = {
-    depth: state_lib.from_config(_of_depth(config, depth)) for depth in depths
-  }
+  setups = {depth: common.set_up(_of_depth(config, depth)) for depth in depths}
   common.compile_train_step(setups[depths[0]])  # the first one starts XLA up
   seconds = {depth: [] for depth in depths}
   for _ in range(repeats):

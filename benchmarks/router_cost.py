@@ -50,7 +50,6 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   import numpy as np
 
   from benchmarks import common
-  from moe_jax.training import state as state_lib
 
   if steps < 1 or warmup < 0:
     raise UserError(
@@ -63,7 +62,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
     )
   programs, states = [], []
   for each in (config, _linear(config)):
-    made = state_lib.from_config(each)
+    made = common.set_up(each)
     programs.append(common.compile_train_step(made)[0])
     states.append(jax.block_until_ready(made.init()))
   seconds = []

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.training import state as state_lib
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -58,7 +57,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
     raise UserError(
       f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
     )
-  made = state_lib.from_config(config)
+  made = common.set_up(config)
   compiled, compile_seconds = common.compile_train_step(made)
   batches = common.random_batches(made, warmup + steps)
   state = jax.block_until_ready(made.init())
