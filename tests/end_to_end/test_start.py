@@ -1,4 +1,4 @@
-"""How runs start: on their own or another's, or not at all, claiming nothing."""
+"""How a run starts: alone, on another one, or not at all, claiming nothing."""
 
 import shutil
 from collections.abc import Callable
