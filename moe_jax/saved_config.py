@@ -72,15 +72,25 @@ def changed_meaning(
 
 
 def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Keys by which `new` describes another model than `old`, to evaluate it."""
+  """Keys by which `new` describes another model than `old`, to evaluate it.
+
+  Of `loss.bias_rate` it counts whether it is 0: the bias is a parameter.
+  """
   # These have the ids of the data set that the model was trained on.
   of_data = new['data']['tokenizer'] in ('enwik8', 'words')
   model = (*_MODEL, 'data.name') if of_data else _MODEL
+  if has_choice_bias(old) != has_choice_bias(new):
+    model = (*model, 'loss.bias_rate')
   return [
     key
     for key in changed_meaning(old, new)
     if _under(key, model) and not _under(key, _COMPUTED)
   ]
+
+
+def has_choice_bias(config: Mapping[str, Any]) -> bool:
+  """Whether the model has biases that balance the choice of experts."""
+  return flatten(config).get('loss.bias_rate', 0) > 0
 
 
 def describe(

@@ -260,3 +260,12 @@ def test_evaluation_may_change_all_but_the_model() -> None:
     'data.tokenizer',
     'moe.top_k',
   ]
+
+
+def test_the_bias_on_the_choice_is_part_of_the_model() -> None:
+  without, slow, fast = (
+    make(loss__bias_rate=rate).to_dict() for rate in (0.0, 0.001, 0.1)
+  )
+  assert saved_config.changed_model(slow, fast) == []
+  for old, new in ((without, slow), (slow, without)):
+    assert saved_config.changed_model(old, new) == ['loss.bias_rate']

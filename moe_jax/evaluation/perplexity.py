@@ -41,8 +41,7 @@ def evaluate(
     split: of the data; None for `eval.split`.
 
   Returns:
-    What `evaluate_split` returns, with `step`, and with `disabled_top` where
-    experts were disabled.
+    What `evaluate_split` returns, with `step`.
 
   Raises:
     UserError: anything wrong with config, data, workdir or step.
@@ -60,10 +59,7 @@ def evaluate(
     result = evaluate_split(
       make_eval_step(setup), restored['params'], windows, config, setup.mesh
     )
-  disabled = config.eval.disable_top
-  result = (
-    {'step': step} | ({'disabled_top': disabled} if disabled else {}) | result
-  )
+  result = {'step': step} | result
   if jax.process_index() == 0:
     _report(result, workdir, split)
   return result
@@ -94,7 +90,7 @@ def evaluate_split(
   Returns:
     `loss` (nats per token), `perplexity` (e to that), `bits_per_byte` (of the
     text; the separators of documents are paid for, but are no bytes) and
-    `tokens` (predicted).
+    `tokens` (predicted); with `eval.disable_top`, that as `disabled_top`.
   """
   batch_size = config_lib.eval_batch_size(config)
   sharding = mesh_lib.batch_sharding(mesh)
@@ -113,7 +109,8 @@ def evaluate_split(
     tokens += int(sums['targets'])
   loss = nll / tokens
   bytes_per_token = windows.num_bytes / windows.num_tokens
-  return {
+  disabled = config.eval.disable_top
+  return ({'disabled_top': disabled} if disabled else {}) | {
     'loss': loss,
     'perplexity': math.exp(loss) if loss < 700 else math.inf,
     'bits_per_byte': loss / math.log(2) / bytes_per_token,
@@ -121,15 +118,17 @@ def evaluate_split(
   }
 
 
+def suffix(result: dict[str, float]) -> str:
+  """`-without-top-r`, what a split's name ends in if experts were disabled."""
+  disabled = result.get('disabled_top')
+  return f'-without-top-{disabled}' if disabled else ''
+
+
 def _report(result: dict[str, float], workdir: str, split: str) -> None:
-  title, suffix = split, ''
-  if 'disabled_top' in result:
-    title = f'{split}, top {result["disabled_top"]} disabled'
-    suffix = f'-without-top-{result["disabled_top"]}'
-  print(result_table([(title, result)]))
+  print(result_table([(split + suffix(result), result)]))
   name = re.sub(r'[^\w.+-]', '_', split)
   folder = os.path.join(workdir, 'evaluation')
-  path = os.path.join(folder, f'{name}-{result["step"]}{suffix}.json')
+  path = os.path.join(folder, f'{name}-{result["step"]}{suffix(result)}.json')
   os.makedirs(folder, exist_ok=True)
   row = {'split': split} | result
   workdir_lib.replace(path, json.dumps(row) + '\n')

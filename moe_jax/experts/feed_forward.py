@@ -20,8 +20,8 @@ class FeedForward(nnx.Module):
   """`down(silu(gate(x)) * up(x))`, without biases.
 
   Attributes:
-    gate_up_D2F: the gate and the up projection.
-    down_FD: the projection back.
+    gate_up_D2F: float32, the gate and the up projection.
+    down_FD: float32, the projection back.
   """
 
   def __init__(
@@ -79,13 +79,44 @@ class DenseLayer(nnx.Module):
     return dropout(y_TD, self.dropout, output_key), state, None
 
 
-class ExpertBank(nnx.Module):
+class StackedExperts(nnx.Module):
+  """What all banks of N experts have in common.
+
+  Attributes:
+    num_units: F of a whole expert; a shard may hold a part.
+    dropout: of hidden units.
+  """
+
+  def __init__(self, num_units: int, dropout: float):
+    self.num_units = num_units
+    self.dropout = dropout
+
+  @property
+  def num_experts(self) -> int:
+    """Experts in this bank; on a shard, those that live there."""
+    return self.down_NFD.shape[0]
+
+  def _drop(
+    self,
+    hidden: jax.Array,
+    seeds: jax.Array | None,
+    first_unit: jax.Array | int,
+  ) -> jax.Array:
+    return dropout_rows(
+      hidden,
+      self.dropout,
+      seeds,
+      num_units=self.num_units,
+      first_unit=first_unit,
+    )
+
+
+class ExpertBank(StackedExperts):
   """N SwiGLU experts, stacked.
 
   Attributes:
-    gate_up_ND2F: the gate and up projections of every expert.
-    down_NFD: the projections back.
-    num_units: F of a whole expert; a shard may hold a part.
+    gate_up_ND2F: float32, the gate and up projections of every expert.
+    down_NFD: float32, the projections back.
   """
 
   def __init__(
@@ -98,6 +129,7 @@ class ExpertBank(nnx.Module):
     rngs: nnx.Rngs,
     dropout: float = 0.0,
   ):
+    super().__init__(width, dropout)
     init = nnx.initializers.normal(init_std)
     self.gate_up_ND2F = nnx.Param(
       init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
@@ -105,13 +137,6 @@ class ExpertBank(nnx.Module):
     self.down_NFD = nnx.Param(
       init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
-    self.num_units = width
-    self.dropout = dropout
-
-  @property
-  def num_experts(self) -> int:
-    """Experts in this bank; on a shard, those that live there."""
-    return self.down_NFD.shape[0]
 
   def grouped(
     self,
@@ -150,17 +175,3 @@ class ExpertBank(nnx.Module):
     hidden_NCF = self._drop(_gate(gate_NCF, up_NCF), seeds_NC, first_unit)
     down_NFD = self.down_NFD[...].astype(rows_NCD.dtype)
     return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)
-
-  def _drop(
-    self,
-    hidden: jax.Array,
-    seeds: jax.Array | None,
-    first_unit: jax.Array | int,
-  ) -> jax.Array:
-    return dropout_rows(
-      hidden,
-      self.dropout,
-      seeds,
-      num_units=self.num_units,
-      first_unit=first_unit,
-    )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.dropout import dropout, dropout_rows
+from moe_jax.experts.dropout import dropout
+from moe_jax.experts.feed_forward import StackedExperts
 from moe_jax.experts.grouped_matmul import grouped_matmul
 
 # x [..., D] times a bank of weights [N, D, F], every row with its expert's.
@@ -23,8 +24,8 @@ class ReluFeedForward(nnx.Module):
   """`relu(x up + up_bias) down + down_bias`.
 
   Attributes:
-    up_DF, up_bias_F: into the hidden units.
-    down_FD, down_bias_D: back.
+    up_DF, up_bias_F: float32, into the hidden units.
+    down_FD, down_bias_D: float32, back.
   """
 
   def __init__(
@@ -37,10 +38,14 @@ class ReluFeedForward(nnx.Module):
     dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
-    self.up_DF = nnx.Param(init(rngs.params(), (hidden_size, width)))
-    self.up_bias_F = nnx.Param(jnp.zeros((width,)))
-    self.down_FD = nnx.Param(init(rngs.params(), (width, hidden_size)))
-    self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,)))
+    self.up_DF = nnx.Param(
+      init(rngs.params(), (hidden_size, width), jnp.float32)
+    )
+    self.up_bias_F = nnx.Param(jnp.zeros((width,), jnp.float32))
+    self.down_FD = nnx.Param(
+      init(rngs.params(), (width, hidden_size), jnp.float32)
+    )
+    self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
     self.dropout = dropout
 
   def __call__(
@@ -54,13 +59,12 @@ class ReluFeedForward(nnx.Module):
     return dropout(hidden_TF, self.dropout, key) @ down_FD + down_bias_D
 
 
-class ReluExpertBank(nnx.Module):
+class ReluExpertBank(StackedExperts):
   """N ReLU experts, stacked.
 
   Attributes:
-    up_NDF, up_bias_NF: into every expert's hidden units.
-    down_NFD, down_bias_ND: back.
-    num_units: F of a whole expert; a shard may hold a part.
+    up_NDF, up_bias_NF: float32, into every expert's hidden units.
+    down_NFD, down_bias_ND: float32, back.
   """
 
   def __init__(
@@ -73,22 +77,18 @@ class ReluExpertBank(nnx.Module):
     rngs: nnx.Rngs,
     dropout: float = 0.0,
   ):
+    super().__init__(width, dropout)
     init = nnx.initializers.normal(init_std)
     self.up_NDF = nnx.Param(
-      init(rngs.params(), (num_experts, hidden_size, width))
+      init(rngs.params(), (num_experts, hidden_size, width), jnp.float32)
     )
-    self.up_bias_NF = nnx.Param(jnp.zeros((num_experts, width)))
+    self.up_bias_NF = nnx.Param(jnp.zeros((num_experts, width), jnp.float32))
     self.down_NFD = nnx.Param(
-      init(rngs.params(), (num_experts, width, hidden_size))
+      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
-    self.down_bias_ND = nnx.Param(jnp.zeros((num_experts, hidden_size)))
-    self.num_units = width
-    self.dropout = dropout
-
-  @property
-  def num_experts(self) -> int:
-    """Experts in this bank; on a shard, those that live there."""
-    return self.down_NFD.shape[0]
+    self.down_bias_ND = nnx.Param(
+      jnp.zeros((num_experts, hidden_size), jnp.float32)
+    )
 
   def grouped(
     self,
@@ -143,11 +143,6 @@ class ReluExpertBank(nnx.Module):
         self.down_bias_ND,
       )
     )
-    hidden = dropout_rows(
-      jax.nn.relu(multiply(x, up_NDF) + spread(up_bias_NF)),
-      self.dropout,
-      seeds,
-      num_units=self.num_units,
-      first_unit=first_unit,
-    )
+    hidden = jax.nn.relu(multiply(x, up_NDF) + spread(up_bias_NF))
+    hidden = self._drop(hidden, seeds, first_unit)
     return multiply(hidden, down_NFD) + spread(down_bias_ND)

@@ -49,12 +49,12 @@ def write(workdir: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:
   Training goes on from there, with an optimizer that has seen nothing.
   """
   setup = _setup(with_vocabulary(config))
-  state = setup.init()  # for all but the parameters
-  state['params'] = jax.tree.map(
-    lambda leaf, old: jax.device_put(leaf, old.sharding),
+  placed = jax.tree.map(
+    lambda leaf, made: jax.device_put(leaf, made.sharding),
     dict(params),
-    state['params'],
+    setup.abstract['params'],
   )
+  state = setup.init(placed)
   with Store.open(str(workdir), config) as store:
     store.save(0, state, {'step': 0})
 

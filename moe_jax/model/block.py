@@ -63,9 +63,22 @@ class Block(nnx.Module):
     context_BLD, memory_BWD = _with_memory(x_BLD, past)
     attention_key, chain_key = split(key, 2)
     with jax.named_scope('attention'):
-      x_BLD += self._attend(self.norm(context_BLD), x_BLD, past, attention_key)
+      u_BLD = self._read(context_BLD)
+      seen_BLD = self._attend(u_BLD, x_BLD, past, attention_key)
+      x_BLD = self._add(x_BLD, seen_BLD)
     y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
-    return Passed(y_BLD, state), watched, memory_BWD
+    return Passed(self._leave(x_BLD, y_BLD), state), watched, memory_BWD
+
+  def _read(self, context_BLD: jax.Array) -> jax.Array:
+    return self.norm(context_BLD)
+
+  def _add(self, x_BLD: jax.Array, seen_BLD: jax.Array) -> jax.Array:
+    return x_BLD + seen_BLD
+
+  def _leave(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+    """From the chain's input and output, the block's output."""
+    del x_BLD
+    return y_BLD
 
   def _attend(
     self,
@@ -104,23 +117,14 @@ class PostNormBlock(Block):
     super().__init__(norm, attention, chain)
     self.outer_norm = outer_norm
 
-  def __call__(
-    self,
-    passed: Passed,
-    cell: Cell,
-    tokens: Tokens,
-    past: Past | None,
-    key: jax.Array | None,
-  ) -> tuple[Passed, Watched | None, jax.Array | None]:
-    x_BLD, state = passed
-    context_BLD, memory_BWD = _with_memory(x_BLD, past)
-    attention_key, chain_key = split(key, 2)
-    with jax.named_scope('attention'):
-      seen_BLD = self._attend(context_BLD, x_BLD, past, attention_key)
-      x_BLD = self.norm(x_BLD + seen_BLD)
-    y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
-    x_BLD = self.outer_norm(x_BLD + y_BLD)
-    return Passed(x_BLD, state), watched, memory_BWD
+  def _read(self, context_BLD: jax.Array) -> jax.Array:
+    return context_BLD
+
+  def _add(self, x_BLD: jax.Array, seen_BLD: jax.Array) -> jax.Array:
+    return self.norm(x_BLD + seen_BLD)
+
+  def _leave(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+    return self.outer_norm(x_BLD + y_BLD)
 
 
 class Period(nnx.Module):

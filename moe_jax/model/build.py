@@ -1,8 +1,10 @@
-"""From a config to a `Decoder`: here, once, strings become objects."""
+"""From a config to a `Decoder`: here, once, strings become objects.
+
+The blocks are made in `build_block`, the routers in `build_router`.
+"""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,72 +14,12 @@ from ml_collections import ConfigDict
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import choose
-from moe_jax.experts.cartesian import (
-  Chain,
-  Norm,
-  PostNormChain,
-  SubLayer,
-)
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.experts.feed_forward import DenseLayer, ExpertBank, FeedForward
-from moe_jax.experts.moe import (
-  CoefficientMixing,
-  FixedMixing,
-  Mixing,
-  MoELayer,
-  SumMixing,
-)
-from moe_jax.experts.relu import ReluExpertBank, ReluFeedForward
-from moe_jax.model.attention import Attend, Attention, RotaryAttend
-from moe_jax.model.block import Block, Period, PostNormBlock
+from moe_jax.model import build_block, build_router
+from moe_jax.model.block import Period
+from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
-from moe_jax.model.layers import LayerNorm, RMSNorm
-from moe_jax.model.span import SpanAttend
-from moe_jax.routing import recurrent
-from moe_jax.routing.cells import CELLS, Cell
-from moe_jax.routing.router import Features, Router
-from moe_jax.routing.scores import SCORES, ScoreOptions
-from moe_jax.routing.selection import SCALES, SELECTIONS, Select
-
-NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
-
-# Of the dense and shared feed-forward, and of the bank of experts.
-FEED_FORWARDS = {
-  'swiglu': (FeedForward, ExpertBank),
-  'relu': (ReluFeedForward, ReluExpertBank),
-}
-
-ATTENDS = {
-  'rotary': lambda model: RotaryAttend(model.rope_theta, model.dropout),
-  'span': lambda model: SpanAttend(model.dropout),
-}
-
-MIXINGS = {
-  'sum': lambda config, rngs: SumMixing(),
-  'fixed': lambda config, rngs: FixedMixing(
-    config.moe.shared.routed_weight, config.moe.shared.shared_weight
-  ),
-  'coefficient': lambda config, rngs: CoefficientMixing(
-    config.model.hidden_size, init_std=config.model.init_std, rngs=rngs
-  ),
-}
-
-
-class Parts(NamedTuple):
-  """What every block of a model is made of.
-
-  Attributes:
-    config: the whole config.
-    vocab_size: V.
-    dispatch: of all MoE layers.
-    disable_top: as in `build`.
-  """
-
-  config: ConfigDict
-  vocab_size: int
-  dispatch: Dispatch
-  disable_top: int
 
 
 def build(
@@ -105,7 +47,7 @@ def build(
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
   parts = Parts(config, vocab_size, _dispatch(config, mesh), disable_top)
-  make_block = functools.partial(_block, parts)
+  make_block = functools.partial(build_block.block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:
     pattern = kinds[first : first + period]
@@ -122,15 +64,15 @@ def build(
     head_DV = nnx.Param(init(rngs.params(), (model.hidden_size, vocab_size)))
   return Decoder(
     embed_VD,
-    _cell(config, rngs),
+    build_router.cell(config, rngs),
     Period([make_block(kind, rngs) for kind in kinds[:first]]),
     periods,
-    _norm(config) if model.norm_place == 'pre' else None,
+    build_block.norm(config) if model.norm_place == 'pre' else None,
     head_DV,
     head_bias_V=nnx.Param(jnp.zeros(vocab_size)) if model.head_bias else None,
     key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
-    num_residual_logits=_num_residual_logits(config),
+    num_residual_logits=build_router.num_residual_logits(config),
     dtype=compute_dtype(config, mesh),
     remat=model.remat,
     unroll=model.unroll,
@@ -177,185 +119,8 @@ def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
   return ExpertParallel(mesh, dispatch, mesh_lib.TOKEN_AXES)
 
 
-def _block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
-  config, model = parts.config, parts.config.model
-  attention = Attention(
-    model.hidden_size,
-    model.num_heads,
-    model.num_kv_heads,
-    head_dim(config),
-    attend=_attend(config),
-    init_std=model.init_std,
-    rngs=rngs,
-  )
-  make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
-  sub_layers = make(parts, rngs)
-  norms = [_norm(config) for _ in sub_layers]
-  place = {'pre': _pre_norm, 'post': _post_norm}[model.norm_place]
-  return place(config, attention, norms, sub_layers)
-
-
-def _pre_norm(
-  config: ConfigDict,
-  attention: Attention,
-  norms: Sequence[Norm],
-  sub_layers: Sequence[SubLayer],
-) -> Block:
-  return Block(_norm(config), attention, Chain(norms, sub_layers))
-
-
-def _post_norm(
-  config: ConfigDict,
-  attention: Attention,
-  norms: Sequence[Norm],
-  sub_layers: Sequence[SubLayer],
-) -> Block:
-  chain = PostNormChain(norms, sub_layers)
-  return PostNormBlock(_norm(config), attention, chain, _norm(config))
-
-
-def _norm(config: ConfigDict) -> Norm:
-  return NORMS[config.model.norm](
-    config.model.hidden_size, config.model.norm_epsilon
-  )
-
-
-def _attend(config: ConfigDict) -> Attend:
-  return ATTENDS[config.model.positions](config.model)
-
-
 def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:
   if config.model.positions != 'span':
     return None
   shape = head_dim(config), config.model.span
   return nnx.Param(jax.random.normal(rngs.params(), shape))  # as released
-
-
-def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
-  model = parts.config.model
-  feed_forward, _ = FEED_FORWARDS[model.activation]
-  dense = feed_forward(
-    model.hidden_size,
-    model.ffn_width,
-    init_std=model.init_std,
-    rngs=rngs,
-    dropout=model.dropout,
-  )
-  return [DenseLayer(dense, model.dropout)]
-
-
-def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
-  """One MoE sub-layer per factor; all together cost what one would."""
-  config, moe, model = parts.config, parts.config.moe, parts.config.model
-
-  def sub_layer(place: int) -> MoELayer:
-    _, bank = FEED_FORWARDS[model.activation]
-    experts = bank(
-      moe.num_experts,
-      model.hidden_size,
-      moe.expert_width // moe.factors,
-      init_std=model.init_std,
-      rngs=rngs,
-      dropout=model.dropout,
-    )
-    shared, mixing = _shared(config, rngs)
-    bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
-    return MoELayer(
-      _router(parts, place, rngs),
-      _select(parts),
-      parts.dispatch,
-      experts,
-      shared=shared,
-      shared_parts=moe.shared.parts,
-      mixing=mixing,
-      bias_D=bias_D,
-      dropout=model.dropout,
-    )
-
-  return [sub_layer(place) for place in range(moe.factors)]
-
-
-def _shared(
-  config: ConfigDict, rngs: nnx.Rngs
-) -> tuple[nnx.Module | None, Mixing | None]:
-  shared = config.moe.shared
-  if not shared.width:
-    return None, None
-  feed_forward, _ = FEED_FORWARDS[config.model.activation]
-  expert = feed_forward(
-    config.model.hidden_size,
-    shared.width // config.moe.factors,
-    init_std=config.model.init_std,
-    rngs=rngs,
-    dropout=config.model.dropout,
-  )
-  name = choose('moe.shared.mixing', shared.mixing, MIXINGS)
-  return expert, MIXINGS[name](config, rngs)
-
-
-def _cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
-  router = config.router
-  shared = router.projector == 'shared'
-  input_size = config.model.hidden_size if shared else router.state_size
-  cell = CELLS[choose('router.recurrent', router.recurrent, CELLS)]
-  return cell(input_size, router.state_size, rngs=rngs)
-
-
-def _num_residual_logits(config: ConfigDict) -> int:
-  return config.moe.num_experts if config.router.residual else 0
-
-
-def _router(parts: Parts, place: int, rngs: nnx.Rngs) -> Router:
-  """The router of the sub-layer at `place` in its layer."""
-  config, router = parts.config, parts.config.router
-  features, num_features = _features(config, rngs)
-  options = ScoreOptions(
-    num_features=num_features,
-    num_experts=config.moe.num_experts,
-    vocab_size=parts.vocab_size,
-    width=router.mlp_width,
-    reduced_size=router.reduced_size,
-    bias=router.bias,
-    salt=place,
-    init_std=config.model.init_std,
-  )
-  score = SCORES[choose('router.score', router.score, SCORES)]
-  return Router(
-    features,
-    score(options, rngs=rngs),
-    residual=router.residual,
-    detached=router.residual_detached,
-    jitter=router.jitter,
-  )
-
-
-def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
-  """What the score reads, and its width."""
-  router, hidden_size = config.router, config.model.hidden_size
-  if router.recurrent == 'none':
-    return recurrent.HiddenFeatures(), hidden_size
-  project = recurrent.whole
-  if router.projector == 'layerwise':
-    project = recurrent.Projector(
-      hidden_size,
-      router.state_size,
-      init_std=config.model.init_std,
-      rngs=rngs,
-    )
-  features = recurrent.RecurrentFeatures(project, router.passing)
-  return features, router.state_size
-
-
-def _select(parts: Parts) -> Select:
-  config, router = parts.config, parts.config.router
-  pick = choose('router.selection', router.selection, SELECTIONS)
-  return Select(
-    config.moe.num_experts,
-    SELECTIONS[pick](config),
-    weights=choose('router.weights', router.weights, SCALES),
-    renormalize=config.moe.renormalize,
-    groups=router.groups,
-    top_groups=router.top_groups,
-    disable_top=parts.disable_top,
-    biased=config.loss.bias_rate > 0,
-  )

@@ -23,21 +23,37 @@ class Store:
   """
 
   def __init__(
-    self, workdir: str, config: ConfigDict, manager: ocp.CheckpointManager
+    self,
+    workdir: str,
+    config: ConfigDict,
+    manager: ocp.CheckpointManager,
+    remedy: str = '',
   ) -> None:
     self._workdir = workdir
     self._config = config
     self._manager = manager
+    self._remedy = remedy
 
   @classmethod
   @contextlib.contextmanager
   def open(
-    cls, workdir: str, config: ConfigDict, read_only: bool = False
+    cls,
+    workdir: str,
+    config: ConfigDict,
+    read_only: bool = False,
+    remedy: str = '',
   ) -> Iterator['Store']:
     """Opens the run in `workdir`, a new one unless `read_only`.
 
     Leaving the context waits for saves in flight. All processes of a run call
     this, and every other method, alike.
+
+    Args:
+      workdir: the directory.
+      config: of the run; with `read_only`, of its model.
+      read_only: nothing is written, and there has to be a run.
+      remedy: of a run that is only read, what to do if it will not do, where
+        the usual advice would be wrong.
 
     Raises:
       UserError: the directory is not writable, or it was made with a config
@@ -45,12 +61,12 @@ class Store:
         another model. Nothing has been written then.
     """
     if read_only:
-      workdir_lib.check_model(workdir, config)
+      workdir_lib.check_model(workdir, config, remedy)
     else:
       workdir_lib.claim(workdir, config, write=jax.process_index() == 0)
     manager = _manager(workdir, config, read_only)
     try:
-      yield cls(workdir, config, manager)
+      yield cls(workdir, config, manager, remedy)
     finally:
       manager.close()
 
@@ -124,7 +140,8 @@ class Store:
     steps = self.steps()
     if not steps:
       raise UserError(
-        f'workdir {self._workdir} holds no checkpoint yet; train first'
+        f'workdir {self._workdir} holds no checkpoint yet;'
+        f' {self._remedy or "train first"}'
       )
     if step is not None and step not in steps:
       raise UserError(
@@ -141,14 +158,25 @@ class Store:
       for path, leaf in _flatten(metadata).items()
       if path.split('.')[0] in abstract_state
     }
+    remedy = self._remedy or 'give its config or another --workdir'
     for path in sorted(saved | asked):
       there, here = _shape(saved.get(path)), _shape(asked.get(path))
       if there != here:
         raise UserError(
           f'workdir {self._workdir} was made with another model: {path} is'
           f' {there} in the checkpoint of step {step} and {here} by this'
-          ' config; give its config or another --workdir'
+          f' config; {remedy}'
         )
+
+
+def newest_step(workdir: str, config: ConfigDict) -> int | None:
+  """Of the checkpoints in `workdir`, whoever's; None without any.
+
+  Writes nothing, and asks for no run.
+  """
+  workdir_lib.refuse_url(workdir)
+  with contextlib.closing(_manager(workdir, config, read_only=True)) as manager:
+    return manager.latest_step()
 
 
 def _manager(

@@ -1,6 +1,8 @@
 """The training loop: what happens, in order, on one page."""
 
+import contextlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,11 +12,12 @@ from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, train_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.errors import UserError
-from moe_jax.evaluation.perplexity import evaluate_split
+from moe_jax.evaluation import perplexity
+from moe_jax.training import origin
 from moe_jax.training import state as state_lib
-from moe_jax.training.checkpoint import Store
+from moe_jax.training.checkpoint import Store, newest_step
 from moe_jax.training.interrupt import Interrupt
+from moe_jax.training.losses import Metrics
 from moe_jax.training.report import Journal, check_finite, describe
 from moe_jax.training.state import Setup, TrainState
 from moe_jax.training.step import make_eval_step, make_train_step
@@ -67,17 +70,28 @@ def train(config: ConfigDict, workdir: str) -> None:
   batch_size, steps = config.train.batch_size, config.train.steps
   sharding = mesh_lib.batch_sharding(setup.mesh)
   rows = hosts.local_rows(sharding, batch_size)
-  with Store.open(workdir, config) as store, Interrupt() as interrupt:
-    state, start = _restore_or_init(store, setup)
-    batches = train_batches(
-      train_windows,
-      batch_size=batch_size,
-      rows=rows,
-      seed=config.seed,
-      start=start,
-      threads=config.data.threads,
-      order=config.data.order,
-    )
+  # All that can be refused, before the workdir becomes this run's.
+  newest = newest_step(workdir, config)
+  given = origin.params(setup) if newest is None else None
+  start = newest or 0
+  batches = train_batches(
+    train_windows,
+    batch_size=batch_size,
+    rows=rows,
+    seed=config.seed,
+    start=start,
+    threads=config.data.threads,
+    order=config.data.order,
+  )
+  with (
+    contextlib.closing(batches),
+    Store.open(workdir, config) as store,
+    Interrupt() as interrupt,
+  ):
+    if newest is None:
+      state = setup.init(given)
+    else:
+      state, _ = store.restore(setup.abstract, newest)
     train_step, eval_step = make_train_step(setup), make_eval_step(setup)
     with Journal(setup, workdir, start) as journal:
       journal.say(describe(setup, train_windows))
@@ -93,19 +107,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         if _due(config.train.log_every, step, last):
           journal.note(step, metrics)
         if eval_windows and _due(config.eval.every, step, step == steps):
-          journal.write()
-          jax.block_until_ready(state)  # or its steps would count as evaluation
-          began = time.perf_counter()
-          result = evaluate_split(
-            eval_step,
-            state['params'],
-            eval_windows,
-            config,
-            setup.mesh,
-            max_batches=config.eval.batches,
-          )
-          seconds = time.perf_counter() - began
-          journal.evaluation(step, config.eval.split, result, seconds)
+          _evaluate(setup, eval_step, state, eval_windows, journal, step)
         if _due(config.checkpoint.every, step, last):
           # Last: what is written of a step outlives a kill during the save.
           journal.write()
@@ -115,34 +117,34 @@ def train(config: ConfigDict, workdir: str) -> None:
           break
       journal.write()
       journal.say(journal.summary(int(state['step'])))
-    batches.close()
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)
 
 
-def _restore_or_init(store: Store, setup: Setup) -> tuple[TrainState, int]:
-  """The state to go on from, and the steps it has done."""
-  if store.latest_step() is None:
-    return _start(setup), 0
-  state, position = store.restore(setup.abstract)
-  return state, position['step']
-
-
-def _start(setup: Setup) -> TrainState:
-  """A new run's state, on the parameters that `train.init_from` names.
-
-  Raises:
-    UserError: that is no run, or one of another model.
-  """
-  origin = setup.config.train.init_from
-  if not origin:
-    return setup.init()
-  try:
-    with Store.open(origin, setup.config, read_only=True) as store:
-      found, _ = store.restore({'params': setup.abstract['params']})
-  except UserError as error:
-    raise UserError(f'train.init_from: {error}') from error
-  return setup.init() | found
+def _evaluate(
+  setup: Setup,
+  eval_step: Callable[..., Metrics],
+  state: TrainState,
+  windows: Windows,
+  journal: Journal,
+  step: int,
+) -> None:
+  """Evaluates in the midst of training, which pauses."""
+  config = setup.config
+  journal.write()
+  jax.block_until_ready(state)  # or its steps would count as evaluation
+  began = time.perf_counter()
+  result = perplexity.evaluate_split(
+    eval_step,
+    state['params'],
+    windows,
+    config,
+    setup.mesh,
+    max_batches=config.eval.batches,
+  )
+  seconds = time.perf_counter() - began
+  name = config.eval.split + perplexity.suffix(result)
+  journal.evaluation(step, name, result, seconds)
 
 
 def _due(every: int, step: int, last: bool) -> bool:

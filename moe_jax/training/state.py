@@ -1,6 +1,7 @@
 """The state of a training run: a plain dict of arrays, made where it lives."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,23 +45,39 @@ class Setup:
   config: ConfigDict
   vocab_size: int
 
-  def init(self) -> TrainState:
-    """Makes the state from `config.seed`, every leaf already in its place."""
-    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-    create = jax.jit(
-      self._create,
-      out_shardings=out_shardings,
+  def init(self, params: Any = None) -> TrainState:
+    """Makes the state from `config.seed`, every leaf already in its place.
+
+    Args:
+      params: the model's, where they belong; None draws them. They become part
+        of the state as they are: a second set never exists.
+    """
+    key = jax.random.key(self.config.seed)
+    if params is None:
+      return self._jit(self._create, self.abstract)(key)
+    rest = {k: leaf for k, leaf in self.abstract.items() if k != 'params'}
+    return self._jit(self._rest, rest)(key, params) | {'params': params}
+
+  def _jit(
+    self, make: Callable[..., TrainState], made: TrainState
+  ) -> Callable[..., TrainState]:
+    return jax.jit(
+      make,
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, made),
       compiler_options=_init_options(self.mesh),
     )
-    return create(jax.random.key(self.config.seed))
 
   def _create(self, key: jax.Array) -> TrainState:
-    params_key, run_key = jax.random.split(key)
+    params_key, _ = jax.random.split(key)
     params = _init_params(self.config, self.vocab_size, self.mesh, params_key)
+    return self._rest(key, params) | {'params': params}
+
+  def _rest(self, key: jax.Array, params: Any) -> TrainState:
+    """All of the first state but its parameters."""
+    _, run_key = jax.random.split(key)
     memory = empty_memory(self.config, self.mesh, self.config.train.batch_size)
     return {
       'step': jnp.zeros((), jnp.int32),
-      'params': params,
       'opt_state': self.tx.init(params),
       'key': jax.random.key_data(run_key),
     } | ({} if memory is None else {'memory': memory})

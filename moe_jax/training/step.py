@@ -1,7 +1,7 @@
 """The training step and the evaluation step, each one `jax.jit`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,62 +10,29 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.model.decoder import Decoder
-from moe_jax.routing import balance
+from moe_jax.model.decoder import Decoder, Output
 from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer
+from moe_jax.training.losses import Metrics, auxiliary_loss, cross_entropy
 from moe_jax.training.state import Setup, TrainState
 
 # {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}, and of
 # a contiguous stream 'fresh': bool [B], True where a row begins anew.
 Batch = dict[str, jax.Array]
-Metrics = dict[str, Any]
 
 
-def cross_entropy(
-  logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
-) -> jax.Array:
-  """Summed over the targets under the mask, in nats, float32."""
-  nll_BL = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BLV, targets_BL
-  )
-  return (nll_BL * mask_BL).sum()
+class _Reads(NamedTuple):
+  """What a pass of the model reads beside its parameters.
 
-
-def auxiliary_loss(
-  load: Load | None,
-  config: ConfigDict,
-  share: float = 1.0,
-  whole: Load | None = None,
-) -> tuple[jax.Array | float, Metrics]:
-  """The weighted balance and z losses, and both unweighted as metrics.
-
-  Args:
-    load: of a micro-batch; None without MoE layers.
-    config: the whole config; reads `loss`.
-    share: of the micro-batch in the losses' mean over micro-batches.
-    whole: of the global batch, if its shares are to be even, else None.
+  Attributes:
+    batch: whole or a micro-batch.
+    memory: of its rows, None without a span.
+    key: of its random numbers, None where it draws none.
   """
-  if load is None:
-    return 0.0, {}
-  steering = load.steering.sum()
-  if config.loss.balance_layers == 'joined':
-    load, whole = balance.joined(load), whole and balance.joined(whole)
-  if config.loss.balance_scope == 'sequence':
-    balance_loss = share * balance.sequence_balance_loss(load)
-  elif whole is not None:
-    balance_loss = balance.balance_loss(load, whole)
-  else:
-    balance_loss = share * balance.balance_loss(load)
-  metrics = {
-    'balance_loss': balance_loss,
-    'z_loss': share * balance.z_loss(load),
-  }
-  weighted = (
-    config.loss.balance_weight * metrics['balance_loss']
-    + config.loss.z_weight * metrics['z_loss']
-  )
-  return weighted + steering, metrics
+
+  batch: Batch
+  memory: jax.Array | None
+  key: jax.Array | None
 
 
 def make_train_step(
@@ -79,66 +46,15 @@ def make_train_step(
   the global batch, for which a first pass over its micro-batches counts. Rows
   keep their own memory, whatever micro-batch they are in.
   """
-  config, micro_batches = setup.config, setup.config.train.accumulation
+  config = setup.config
   learning_rate = optimizer.schedule(config)
-
-  def loss_fn(
-    params: Any,
-    batch: Batch,
-    memory: jax.Array | None,
-    key: jax.Array | None,
-    num_targets: jax.Array,
-    whole: Load | None,
-  ) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
-    model: Decoder = nnx.merge(setup.graphdef, params)
-    logits_BLV, load, memory = model(
-      batch['inputs'], batch['mask'], memory=memory, key=key
-    )
-    nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
-    auxiliary, metrics = auxiliary_loss(load, config, 1 / micro_batches, whole)
-    metrics |= {'loss': nll / num_targets, 'load': load}
-    return metrics['loss'] + auxiliary, (metrics, memory)
-
-  def gradient(
-    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
-  ) -> tuple[Any, Metrics, jax.Array | None]:
-    num_targets = batch['mask'].sum().astype(jnp.float32)
-    grad = jax.grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
-      grads, (metrics, memory) = grad(
-        params, batch, memory, key, num_targets, None
-      )
-      return grads, metrics, memory
-
-    def of_part(part: tuple[Any, ...]) -> tuple[Any, jax.Array | None]:
-      grads, (metrics, memory) = grad(params, *part, num_targets, whole)
-      return (grads, metrics), memory
-
-    parts = (
-      _split(batch, micro_batches, setup.mesh),
-      _split(memory, micro_batches, setup.mesh, axis=1),
-      None if key is None else jax.random.split(key, micro_batches),
-    )
-    whole = None
-    if config.loss.balance_scope == 'global_batch':
-      whole, _ = _sum(lambda part: (load_of(params, *part), None), parts)
-    (grads, metrics), memory = _sum(of_part, parts)
-    return grads, metrics, _join(memory, setup.mesh, axis=1)
-
-  def load_of(
-    params: Any, batch: Batch, memory: jax.Array | None, key: jax.Array | None
-  ) -> Load | None:
-    model: Decoder = nnx.merge(setup.graphdef, params)
-    inputs, mask = batch['inputs'], batch['mask']
-    return model(inputs, mask, memory=memory, key=key).watched
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     memory = state.get('memory')
     if memory is not None:
       memory = jnp.where(batch['fresh'][:, None, None], 0, memory)
-    grads, metrics, memory = gradient(
-      state['params'], batch, memory, _step_key(state, config)
-    )
+    reads = _Reads(batch, memory, _step_key(state, config))
+    grads, metrics, memory = _gradient(setup, state['params'], reads)
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
     )
@@ -195,6 +111,68 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
     donate_argnums=2,
   )
   return lambda params, batch, memory=None: jitted(params, batch, memory)
+
+
+def _gradient(
+  setup: Setup, params: Any, reads: _Reads
+) -> tuple[Any, Metrics, jax.Array | None]:
+  """The gradient over a global batch, its metrics, and the next memory."""
+  config, mesh = setup.config, setup.mesh
+  count = config.train.accumulation
+  num_targets = reads.batch['mask'].sum().astype(jnp.float32)
+  of_loss = jax.grad(_loss, argnums=1, has_aux=True)
+  if count == 1:
+    grads, (metrics, memory) = of_loss(setup, params, reads, num_targets, None)
+    return grads, metrics, memory
+
+  parts = _Reads(
+    _split(reads.batch, count, mesh),
+    _split(reads.memory, count, mesh, axis=1),
+    None if reads.key is None else jax.random.split(reads.key, count),
+  )
+  whole = None
+  if config.loss.balance_scope == 'global_batch':
+    whole, _ = _sum(
+      lambda part: (_run(setup, params, part).watched, None), parts
+    )
+
+  def of_part(part: _Reads) -> tuple[Any, jax.Array | None]:
+    grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)
+    return (grads, metrics), memory
+
+  (grads, metrics), memory = _sum(of_part, parts)
+  return grads, metrics, _join(memory, mesh, axis=1)
+
+
+def _loss(
+  setup: Setup,
+  params: Any,
+  reads: _Reads,
+  num_targets: jax.Array,
+  whole: Load | None,
+) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
+  """A micro-batch's part of the loss, its metrics, and the next memory.
+
+  Args:
+    setup: of the run.
+    params: of the model.
+    reads: of the micro-batch.
+    num_targets: in the global batch.
+    whole: as in `auxiliary_loss`.
+  """
+  config, batch = setup.config, reads.batch
+  logits_BLV, load, memory = _run(setup, params, reads)
+  nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
+  share = 1 / config.train.accumulation
+  auxiliary, metrics = auxiliary_loss(load, config, share, whole)
+  metrics |= {'loss': nll / num_targets, 'load': load}
+  return metrics['loss'] + auxiliary, (metrics, memory)
+
+
+def _run(setup: Setup, params: Any, reads: _Reads) -> Output:
+  model: Decoder = nnx.merge(setup.graphdef, params)
+  batch, memory, key = reads
+  return model(batch['inputs'], batch['mask'], memory=memory, key=key)
 
 
 def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:

@@ -5,6 +5,7 @@ It is a path of a mounted file system; on several hosts, of one they share.
 
 import os
 import tempfile
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,7 +26,7 @@ def claim(workdir: str, config: ConfigDict, write: bool) -> None:
   Raises:
     UserError: the directory belongs to another run, or is not writable.
   """
-  _refuse_url(workdir)
+  refuse_url(workdir)
   saved = _saved_config(workdir)
   if saved is not None:
     new = config.to_dict()
@@ -36,21 +37,45 @@ def claim(workdir: str, config: ConfigDict, write: bool) -> None:
     replace(config_path(workdir), saved_config.to_json(config))
 
 
-def check_model(workdir: str, config: ConfigDict) -> None:
+def check_model(workdir: str, config: ConfigDict, remedy: str = '') -> None:
   """Refuses a `workdir` without a run, or with a run of another model.
+
+  Args:
+    workdir: the directory.
+    config: of the model.
+    remedy: what to do instead, where the usual advice would be wrong.
 
   Raises:
     UserError: as said, naming the keys that differ.
   """
-  _refuse_url(workdir)
+  saved = config_of(workdir, remedy)
+  new = config.to_dict()
+  _refuse(workdir, saved_config.changed_model(saved, new), saved, new, remedy)
+
+
+def config_of(workdir: str, remedy: str = '') -> dict[str, Any]:
+  """The config of the run in `workdir`; arguments as in `check_model`.
+
+  Raises:
+    UserError: it holds no run.
+  """
+  refuse_url(workdir)
   saved = _saved_config(workdir)
   if saved is None:
+    remedy = remedy or 'train first, with the same --config and --workdir'
     raise UserError(
       f'workdir {workdir} holds no run: there is no {config_path(workdir)};'
-      ' train first, with the same --config and --workdir'
+      f' {remedy}'
     )
-  new = config.to_dict()
-  _refuse(workdir, saved_config.changed_model(saved, new), saved, new)
+  return saved
+
+
+def refuse_url(workdir: str) -> None:
+  """Raises a UserError unless `workdir` is a path."""
+  if '://' in workdir:
+    raise UserError(
+      f'workdir {workdir} is a URL; mount the bucket and give its path'
+    )
 
 
 def config_path(workdir: str) -> str:
@@ -87,12 +112,14 @@ def _saved_config(workdir: str) -> dict | None:
     ) from error
 
 
-def _refuse(workdir: str, keys: list[str], old: dict, new: dict) -> None:
+def _refuse(
+  workdir: str, keys: list[str], old: dict, new: dict, remedy: str = ''
+) -> None:
   if keys:
     raise UserError(
       f'workdir {workdir} was made with another config:'
       f' {saved_config.describe(keys, old, new)};'
-      ' give the old values or another --workdir'
+      f' {remedy or "give the old values or another --workdir"}'
     )
 
 
@@ -107,10 +134,3 @@ def _check_writable(workdir: str) -> None:
       f'workdir {workdir} is not writable: {error.strerror};'
       ' choose another --workdir'
     ) from error
-
-
-def _refuse_url(workdir: str) -> None:
-  if '://' in workdir:
-    raise UserError(
-      f'workdir {workdir} is a URL; mount the bucket and give its path'
-    )

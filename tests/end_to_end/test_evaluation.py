@@ -132,6 +132,21 @@ def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
     assert row == {'split': 'validation'} | result
 
 
+def test_training_marks_evaluations_without_the_best_experts(
+  config: ConfigDict, workdir: Path, tmp_path: Path
+) -> None:
+  """A row of its own name, which says how many; the same numbers."""
+  disabled = config.copy_and_resolve_references()
+  disabled.eval.disable_top = 1
+  disabled.train.steps = disabled.eval.every = HALF
+  loop.train(disabled, str(tmp_path))
+  assert not runs.rows(tmp_path, 'validation')
+  (row,) = runs.rows(tmp_path, 'validation-without-top-1')
+  result = perplexity.evaluate(disabled, str(tmp_path))
+  assert row == {'split': 'validation-without-top-1'} | result
+  assert row['disabled_top'] == 1
+
+
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
   split = Windows(

@@ -4,9 +4,10 @@ import pytest
 
 from moe_jax import ranges
 from moe_jax.experts.dispatch import DISPATCHES
-from moe_jax.model import build
 from moe_jax.model.build import repetition
+from moe_jax.model.build_block import MIXINGS
 from moe_jax.model.decoder import REMAT_POLICIES
+from moe_jax.routing.cells import CELLS
 from moe_jax.routing.scores import SCORES
 
 
@@ -35,8 +36,8 @@ def test_config_knows_every_part_there_is() -> None:
   """A part that `ranges` does not list could not be chosen."""
   parts = {
     'moe.dispatch': DISPATCHES,
-    'moe.shared.mixing': build.MIXINGS,
-    'router.recurrent': build.CELLS,
+    'moe.shared.mixing': MIXINGS,
+    'router.recurrent': CELLS,
     'router.score': SCORES,
     'model.remat': REMAT_POLICIES,
   }

@@ -1,16 +1,20 @@
 """Frozen, fixed and steered parameters; jitter, disabled experts, init_from."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from flax import traverse_util
 from ml_collections import ConfigDict
 from test_step import batch, setup, to_numpy
 
 from moe_jax.errors import UserError
-from moe_jax.training import loop, optimizer
+from moe_jax.training import optimizer, origin
+from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
@@ -157,23 +161,91 @@ def test_disabled_experts_are_chosen_by_no_token_in_evaluation() -> None:
   np.testing.assert_array_equal(trained_with['load'].counts_N[0], counts['one'])
 
 
-def test_a_run_starts_on_the_parameters_it_is_given(tmp_path: Any) -> None:
-  first = tiny.config(**NOW)
-  made = setup(first)
-  state, _ = make_train_step(made)(made.init(), batch(first))
-  origin = tmp_path / 'origin'
-  with Store.open(str(origin), first) as store:
+@pytest.fixture(scope='module')
+def origin_run(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Any]:
+  """The workdir of a run of one step, and its parameters."""
+  config = tiny.config(**NOW)
+  made = setup(config)
+  state, _ = make_train_step(made)(made.init(), batch(config))
+  folder = tmp_path_factory.mktemp('origin')
+  with Store.open(str(folder), config) as store:
     store.save(1, state, {'step': 1})
-  second = tiny.config(
-    **{'train.init_from': str(origin), 'router.jitter': 0.1, 'seed': 5}
-  )
-  start = loop._start(setup(second))
-  jax.tree.map(np.testing.assert_array_equal, start['params'], state['params'])
-  assert int(start['step']) == 0
+  return folder, to_numpy(state['params'])
 
-  other = tiny.config(**{'train.init_from': str(origin), 'moe.num_experts': 4})
-  with pytest.raises(UserError, match='train.init_from: .* moe.num_experts'):
-    loop._start(setup(other))
-  nowhere = tiny.config(**{'train.init_from': str(tmp_path / 'nowhere')})
-  with pytest.raises(UserError, match='train.init_from: .* holds no run'):
-    loop._start(setup(nowhere))
+
+def test_a_run_starts_on_the_parameters_it_is_given(
+  origin_run: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """And all the rest is what it would be without; no second set is drawn."""
+  folder, expected = origin_run
+  made = setup(
+    tiny.config(
+      **{'train.init_from': str(folder), 'router.jitter': 0.1, 'seed': 5}
+    )
+  )
+  drawn = made.init()
+  monkeypatch.setattr(state_lib, '_init_params', lambda *_: pytest.fail())
+  given = origin.params(made)
+  state = made.init(given)
+  jax.tree.map(np.testing.assert_array_equal, state['params'], expected)
+  for leaf, of_origin in zip(
+    jax.tree.leaves(state['params']), jax.tree.leaves(given), strict=True
+  ):
+    assert leaf is of_origin
+  assert jax.tree.structure(state) == jax.tree.structure(drawn)
+  for name in drawn.keys() - {'params'}:
+    jax.tree.map(np.testing.assert_array_equal, state[name], drawn[name])
+  same = jax.tree.map(
+    lambda leaf, asked: leaf.sharding == asked.sharding, state, made.abstract
+  )
+  assert all(jax.tree.leaves(same))
+
+
+def test_a_choice_bias_that_the_origin_lacks_starts_at_zero(
+  origin_run: tuple[Path, Any], tmp_path: Path
+) -> None:
+  folder, expected = origin_run
+  config = tiny.config(
+    **{'train.init_from': str(folder), 'loss.bias_rate': 0.1}
+  )
+  made = setup(config)
+  state = made.init(origin.params(made))
+  found = traverse_util.flatten_dict(to_numpy(state['params']))
+  biases = {path for path in found if path[-1] == 'choice_bias_N'}
+  assert biases and not any(found[path].any() for path in biases)
+  rest = {path: found[path] for path in found if path not in biases}
+  jax.tree.map(
+    np.testing.assert_array_equal, traverse_util.unflatten_dict(rest), expected
+  )
+
+  # A run that has them hands them on, and none can do without.
+  state, _ = make_train_step(made)(state, batch(config))
+  with Store.open(str(tmp_path), config) as store:
+    store.save(1, state, {'step': 1})
+  changes = {'train.init_from': str(tmp_path)}
+  again = setup(tiny.config(**changes, **{'loss.bias_rate': 0.5}))
+  jax.tree.map(
+    np.testing.assert_array_equal, origin.params(again), state['params']
+  )
+  with pytest.raises(UserError, match=r'loss.bias_rate was 0.1, now 0.0'):
+    origin.params(setup(tiny.config(**changes)))
+
+
+def test_an_origin_that_will_not_do_is_refused(
+  origin_run: tuple[Path, Any], tmp_path: Path
+) -> None:
+  (tmp_path / 'empty').mkdir()
+  shutil.copy(origin_run[0] / 'config.json', tmp_path / 'empty')
+  for folder, key, fragment in (
+    (origin_run[0], {'moe.num_experts': 4}, 'moe.num_experts was 8, now 4'),
+    (tmp_path / 'nowhere', {}, 'holds no run'),
+    (tmp_path / 'empty', {}, 'holds no checkpoint'),
+  ):
+    made = setup(tiny.config(**{'train.init_from': str(folder)}, **key))
+    with pytest.raises(UserError, match=fragment) as error:
+      origin.params(made)
+    message = str(error.value)
+    assert message.startswith('train.init_from: ')
+    assert message.endswith('; name another train.init_from')

@@ -1,0 +1,58 @@
+"""The losses of a batch: of its targets, and those of its routers."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from moe_jax.routing import balance
+from moe_jax.routing.balance import Load
+
+Metrics = dict[str, Any]
+
+
+def cross_entropy(
+  logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
+) -> jax.Array:
+  """Summed over the targets under the mask, in nats, float32."""
+  nll_BL = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BLV, targets_BL
+  )
+  return (nll_BL * mask_BL).sum()
+
+
+def auxiliary_loss(
+  load: Load | None,
+  config: ConfigDict,
+  share: float = 1.0,
+  whole: Load | None = None,
+) -> tuple[jax.Array | float, Metrics]:
+  """The weighted balance and z losses, and both unweighted as metrics.
+
+  Args:
+    load: of a micro-batch; None without MoE layers.
+    config: the whole config; reads `loss`.
+    share: of the micro-batch in the losses' mean over micro-batches.
+    whole: of the global batch, if its shares are to be even, else None.
+  """
+  if load is None:
+    return 0.0, {}
+  steering = load.steering.sum()
+  if config.loss.balance_layers == 'joined':
+    load, whole = balance.joined(load), whole and balance.joined(whole)
+  if config.loss.balance_scope == 'sequence':
+    balance_loss = share * balance.sequence_balance_loss(load)
+  elif whole is not None:
+    balance_loss = balance.balance_loss(load, whole)
+  else:
+    balance_loss = share * balance.balance_loss(load)
+  metrics = {
+    'balance_loss': balance_loss,
+    'z_loss': share * balance.z_loss(load),
+  }
+  weighted = (
+    config.loss.balance_weight * metrics['balance_loss']
+    + config.loss.z_weight * metrics['z_loss']
+  )
+  return weighted + steering, metrics
