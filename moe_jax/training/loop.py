@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, train_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
@@ -35,11 +34,9 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: anything wrong with config or data.
   """
   setup = state_lib.from_config(config)
-  tokenizer = tokenizers.build(config.data)
 
   def windows(split: str) -> Windows:
-    documents = corpora.open_documents(config.data, split)
-    return Windows(documents, tokenizer, config.data.seq_len)
+    return Windows.open(config.data, split, setup.tokenizer)
 
   return Prepared(
     setup,
@@ -67,7 +64,10 @@ def train(config: ConfigDict, workdir: str) -> None:
   batch_size, steps = config.train.batch_size, config.train.steps
   sharding = mesh_lib.batch_sharding(setup.mesh)
   rows = hosts.local_rows(sharding, batch_size)
-  with Store.open(workdir, config) as store, Interrupt() as interrupt:
+  with (
+    Store.open(workdir, config, setup.dictionary) as store,
+    Interrupt() as interrupt,
+  ):
     state, start = _restore_or_init(store, setup)
     batches = train_batches(
       train_windows,
@@ -138,7 +138,9 @@ def _start(setup: Setup) -> TrainState:
   if not origin:
     return setup.init()
   try:
-    with Store.open(origin, setup.config, read_only=True) as store:
+    with Store.open(
+      origin, setup.config, setup.dictionary, read_only=True
+    ) as store:
       found, _ = store.restore({'params': setup.abstract['params']})
   except UserError as error:
     raise UserError(f'train.init_from: {error}') from error
