@@ -121,6 +121,7 @@ def eval_batch_size(config: ConfigDict) -> int:
 def _check_experts(config: ConfigDict) -> None:
   moe = config.moe
   if not moe.num_experts:
+    routing_rules.check_dense(config)
     return
   if moe.top_k > moe.num_experts:
     raise UserError(

@@ -45,6 +45,22 @@ RULES = (
     'a hash reads no input that could be jittered: set 0',
   ),
   Rule(
+    lambda c: c.router.score == 'hash' and c.router.residual > 0,
+    ('router.score', 'router.residual'),
+    'a hash is the same table in every layer, so adding one changes no choice:'
+    ' set 0',
+  ),
+  Rule(
+    lambda c: c.router.score == 'hash' and c.loss.z_weight > 0,
+    ('router.score', 'loss.z_weight'),
+    'the logits of a hash are fixed, so nothing can make them smaller: set 0',
+  ),
+  Rule(
+    lambda c: c.router.score == 'hash' and c.optimizer.freeze != 'none',
+    ('router.score', 'optimizer.freeze'),
+    "a hash is never trained, so there is no router to freeze: set 'none'",
+  ),
+  Rule(
     lambda c: c.router.bias and c.router.score not in _BIASED,
     ('router.bias', 'router.score'),
     'only the scores linear, mlp and hyper have a bias: set False',
@@ -76,6 +92,21 @@ RULES = (
     "sigmoid scores do not sum to 1, as top_p needs: set 'softmax' or 'chosen'",
   ),
   Rule(
+    lambda c: c.router.weights == 'chosen' and not c.moe.renormalize,
+    ('router.weights', 'moe.renormalize'),
+    "a softmax over the chosen sums to 1: set True, or weights = 'softmax'",
+  ),
+  Rule(
+    lambda c: (
+      c.router.weights == 'chosen'
+      and c.router.selection == 'top_k'
+      and c.moe.top_k == 1
+    ),
+    ('router.weights', 'moe.top_k'),
+    'the only weight is 1 whatever its logit, so the router would learn nothing'
+    " of the model: set weights = 'softmax'",
+  ),
+  Rule(
     lambda c: c.router.top_groups > c.router.groups,
     ('router.top_groups', 'router.groups'),
     'a token cannot choose from more groups than there are',
@@ -86,6 +117,12 @@ RULES = (
     'a bias would undo what is fixed on purpose: set loss.bias_rate = 0',
   ),
   Rule(
+    lambda c: c.loss.bias_rate > 0 and c.optimizer.freeze != 'none',
+    ('loss.bias_rate', 'optimizer.freeze'),
+    'a bias would go on moving the choices of a frozen router: set'
+    ' loss.bias_rate = 0',
+  ),
+  Rule(
     lambda c: (
       c.loss.balance_scope == 'sequence' and c.loss.balance_layers == 'joined'
     ),
@@ -93,14 +130,36 @@ RULES = (
     "sequences are balanced layer by layer: set 'separate'",
   ),
   Rule(
-    lambda c: (
-      c.optimizer.freeze == 'router_and_cell'
-      and not (_recurrent(c) and c.moe.num_experts)
-    ),
+    lambda c: c.optimizer.freeze == 'router_and_cell' and not _recurrent(c),
     ('optimizer.freeze', 'router.recurrent'),
     "there is no cell to freeze: set 'router'",
   ),
 )
+
+
+# What a model without experts has to leave as it is: key and value.
+_DENSE = {
+  'router.recurrent': 'none',
+  'router.residual': 0.0,
+  'router.jitter': 0.0,
+  'loss.bias_rate': 0.0,
+  'optimizer.freeze': 'none',
+  'eval.disable_top': 0,
+}
+
+
+def check_dense(config: ConfigDict) -> None:
+  """Refuses settings of routers in a model without experts.
+
+  Raises:
+    UserError: names the key and what would be right.
+  """
+  for key, value in _DENSE.items():
+    if ranges.get(config, key) != value:
+      raise UserError(
+        f'{key} = {ranges.get(config, key)!r} is about routers, and'
+        f' moe.num_experts = 0 is a dense model: set {key} = {value!r}'
+      )
 
 
 def check(config: ConfigDict, sub_layers: int) -> None:
@@ -146,8 +205,9 @@ def _check_choice(config: ConfigDict) -> None:
       f' {router.groups} leave of moe.num_experts = {moe.num_experts}'
     )
   if left - disabled < wanted:
+    of = 'moe.top_k' if router.selection == 'top_k' else 'router.selection'
     raise UserError(
       f'eval.disable_top = {disabled} leaves {max(left - disabled, 0)} of'
-      f' {left} experts to choose from, too few for {wanted} (moe.top_k);'
-      f' {left - wanted} is the most'
+      f' {left} experts to choose from, too few for {of} ='
+      f' {ranges.get(config, of)!r}; {left - wanted} is the most'
     )

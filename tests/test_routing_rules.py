@@ -13,14 +13,20 @@ from moe_jax.errors import UserError
 BROKEN = (
   {'router.score': 'hash', 'router.recurrent': 'gru'},
   {'router.score': 'hash', 'router.jitter': 0.1},
+  {'router.score': 'hash', 'router.residual': 0.5},
+  {'router.score': 'hash', 'loss.z_weight': 0.1},
+  {'router.score': 'hash', 'optimizer.freeze': 'router'},
   {'router.bias': True, 'router.score': 'cosine'},
   {'router.passing': 'detached'},
   {'router.projector': 'shared'},
   {'router.residual_detached': True},
   {'router.selection': 'top_p', 'moe.dispatch': 'capacity'},
   {'router.selection': 'top_p', 'router.weights': 'sigmoid'},
+  {'router.weights': 'chosen', 'moe.renormalize': False},
+  {'router.weights': 'chosen', 'moe.top_k': 1},
   {'router.groups': 2, 'router.top_groups': 3},
   {'loss.bias_rate': 0.001, 'router.score': 'random'},
+  {'loss.bias_rate': 0.001, 'optimizer.freeze': 'router'},
   {'loss.balance_scope': 'sequence', 'loss.balance_layers': 'joined'},
   {'optimizer.freeze': 'router_and_cell'},
 )
@@ -35,7 +41,19 @@ NUMBERS = {
   ),
   'too many disabled': (
     {'eval.disable_top': 7},
-    ['eval.disable_top = 7', '1 of 8 experts', '6 is the most'],
+    ['eval.disable_top = 7', '1 of 8 experts', 'moe.top_k = 2', '6 is the'],
+  ),
+  'all disabled': (
+    {'eval.disable_top': 8, 'router.selection': 'top_p'},
+    ['0 of 8 experts', "router.selection = 'top_p'", '7 is the most'],
+  ),
+  'recurrence of nothing': (
+    {'moe.num_experts': 0, 'router.recurrent': 'gru'},
+    ["router.recurrent = 'gru'", 'moe.num_experts = 0', "= 'none'"],
+  ),
+  'nothing to disable': (
+    {'moe.num_experts': 0, 'eval.disable_top': 1},
+    ['eval.disable_top = 1', 'moe.num_experts = 0', '= 0'],
   ),
   'groups of unequal size': (
     {'router.groups': 3},
@@ -75,7 +93,7 @@ def test_numbers_that_do_not_fit_are_named(name: str) -> None:
     assert fragment in said
 
 
-def test_a_dense_model_has_no_routing_to_contradict() -> None:
+def test_of_a_dense_model_only_what_would_have_an_effect_is_refused() -> None:
   values = {'moe.num_experts': 0, 'router.passing': 'none'}
   config_lib.validate(tiny.config(**values), num_devices=1)
 

@@ -31,14 +31,20 @@ class Cell(Protocol):
 
 
 class Memoryless(nnx.Module):
-  """No recurrence: the state is () in every layer, and nobody calls it."""
+  """No recurrence: what is read is the input, and the state is ()."""
 
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
     del input_size, state_size, rngs
 
   def start(self, num_tokens: int) -> CellState:
+    """Nothing to remember."""
     del num_tokens
     return ()
+
+  def __call__(
+    self, u_TX: jax.Array, state: CellState
+  ) -> tuple[jax.Array, CellState]:
+    return u_TX, state
 
 
 class RNNCell(nnx.Module):

@@ -62,7 +62,7 @@ class LinearScore(nnx.Module):
 
 
 class MLPScore(nnx.Module):
-  """Two layers with a GELU between them (SMoE-MLP).
+  """Two layers with a GELU between them (SMoE-MLP), float32.
 
   Attributes:
     mlp_XF: to the hidden layer.
@@ -84,7 +84,7 @@ class MLPScore(nnx.Module):
 
 
 class CosineScore(nnx.Module):
-  """`cos(features, e_n) / temperature` (CosineMoE).
+  """`cos(features, e_n) / temperature` (CosineMoE), float32.
 
   Attributes:
     embedding_NX: e, one embedding per expert.
@@ -105,7 +105,7 @@ class CosineScore(nnx.Module):
 class XMoEScore(nnx.Module):
   """`cos(features W, e_n) / temperature`, in few dimensions (arXiv 2204.09179).
 
-  Attributes:
+  Attributes, float32:
     reduction_XE: W.
     embedding_NE: e, one embedding per expert.
     log_temperature: as in `CosineScore`.
@@ -127,7 +127,7 @@ class XMoEScore(nnx.Module):
 class HyperScore(nnx.Module):
   """A linear score whose G and b a fixed random network makes (HyperMoE).
 
-  Only the network's input, one embedding per layer, is trained.
+  Only the network's input, one embedding per layer, is trained; float32.
 
   Attributes:
     embedding_X: what the network reads.
@@ -152,9 +152,7 @@ class HyperScore(nnx.Module):
     self.fixed_weights_FXN = fixed(width * features, width, features, experts)
     self.fixed_weights_bias_XN = _zeros(features, experts)
     bias = options.bias
-    self.fixed_bias_FN = (
-      fixed(width * features, width, experts) if bias else None
-    )
+    self.fixed_bias_FN = fixed(width, width, experts) if bias else None
     self.fixed_bias_bias_N = _zeros(experts) if bias else None
 
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +81,8 @@ class TopP:
   """The best until their probabilities sum to more than p.
 
   The expert that exceeds p is kept too (TopP baseline of CartesianMoE, arXiv
-  2410.16077), so there is at least one, and K = N slots.
+  2410.16077), so there is at least one, and K = N slots. A bias on the choice
+  changes the order, not the probabilities that are added up.
   """
 
   p: float
@@ -138,7 +140,10 @@ class Select(nnx.Module):
   def __call__(self, logits_TN: jax.Array) -> Routing:
     """Returns the `Routing` of float32 logits, best expert first."""
     scores_TN, logarithms_TN = SCALES[self.weights](logits_TN)
-    chosen = self.pick(self._choice(scores_TN), scores_TN)
+    # Kept for the backward pass: rounded otherwise, a second choice could give
+    # the gradient to other experts than those that were asked.
+    chosen = self.pick(self._choice(logits_TN, scores_TN), scores_TN)
+    chosen = checkpoint_name(chosen, 'routing')
     routing = Routing(
       self._weigh(scores_TN, logarithms_TN, chosen),
       chosen.indices_TK,
@@ -173,17 +178,23 @@ class Select(nnx.Module):
     bias_N = self.choice_bias_N[...]
     return ((bias_N - jax.lax.stop_gradient(bias_N)) * excess_N).sum()
 
-  def _choice(self, scores_TN: jax.Array) -> jax.Array:
-    """What experts are chosen by; -inf for those that cannot be."""
-    choice_TN = jax.lax.stop_gradient(scores_TN)
-    disabled_TN = _best(choice_TN, self.disable_top)
+  def _choice(self, logits_TN: jax.Array, scores_TN: jax.Array) -> jax.Array:
+    """What experts are chosen by; -inf for those that cannot be.
+
+    Scores where they are added up, otherwise the logits: their order is the
+    same, and still one where scores are too close to 0 or 1 for float32.
+    """
+    logits_TN, choice_TN = jax.lax.stop_gradient((logits_TN, scores_TN))
+    disabled_TN = _best(logits_TN, self.disable_top)
     if self.choice_bias_N is not None:
       choice_TN += jax.lax.stop_gradient(self.choice_bias_N[...])
+    elif self.groups == 1:
+      choice_TN = logits_TN
     choice_TN = jnp.where(disabled_TN, -jnp.inf, choice_TN)
     if self.groups == 1:
       return choice_TN
     choice_TJN = choice_TN.reshape(len(choice_TN), self.groups, -1)
-    second_TJ1, first_TJ = _two_best(choice_TJN)
+    first_TJ, second_TJ1 = _two_best(choice_TJN)
     # Of a group that is closed but for one expert, this one counts alone.
     second_TJ1 = jnp.where(second_TJ1 == -jnp.inf, 0, second_TJ1)
     open_TJ = _best(first_TJ + second_TJ1.sum(-1), self.top_groups)
@@ -202,9 +213,9 @@ def _best(values_TN: jax.Array, count: int) -> jax.Array:
 
 
 def _two_best(values_TJN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The second largest along the last axis, if there is one; the largest."""
+  """The largest along the last axis, and the second largest if there is one."""
   sorted_TJN = jnp.sort(values_TJN, axis=-1)
-  return sorted_TJN[..., -2:-1], sorted_TJN[..., -1]
+  return sorted_TJN[..., -1], sorted_TJN[..., -2:-1]
 
 
 def _softmax(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
