@@ -7,8 +7,10 @@ would say the same of enwik8 and be wrong of any other text.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import urllib.parse
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol
@@ -33,7 +35,7 @@ class DictionaryTokenizer:
   """Ids by order of appearance; see the module.
 
   Attributes:
-    name: see `tokenizers.Tokenizer`.
+    name: see `tokenizers.Tokenizer`, as for all others.
   """
 
   name: ClassVar[str]
@@ -44,6 +46,8 @@ class DictionaryTokenizer:
     self.index = {token: i for i, token in enumerate(self.tokens)}
     self.vocab_size = len(self.tokens)
     self.eos_id = self.index[EOS]
+    table = json.dumps(self.tokens).encode()
+    self.digest = hashlib.sha256(table).hexdigest()
 
   @staticmethod
   def distinct(text: str) -> Iterable[str]:
@@ -113,7 +117,10 @@ class EnwikTokenizer(DictionaryTokenizer):
 
 
 def load_or_make(
-  kind: type[DictionaryTokenizer], folder: epath.Path, splits: Iterable[Texts]
+  kind: type[DictionaryTokenizer],
+  folder: epath.Path,
+  text_key: str,
+  splits: Iterable[Texts],
 ) -> DictionaryTokenizer:
   """The tokenizer of a data set.
 
@@ -123,9 +130,11 @@ def load_or_make(
   Args:
     kind: of the tokenizer.
     folder: of the prepared data.
+    text_key: the feature of the texts; another one has its own dictionary.
     splits: in the order in which tokens get their ids; read only if needed.
   """
-  path = folder / f'dictionary-{kind.name}.json'
+  feature = urllib.parse.quote(text_key, safe='')
+  path = folder / f'dictionary-{feature}-{kind.name}.json'
   try:
     return kind(json.loads(path.read_text()))
   except (OSError, ValueError):

@@ -19,11 +19,14 @@ class Tokenizer(Protocol):
     vocab_size: every id is in [0, vocab_size).
     eos_id: the id that stands between documents; where it is also the end of a
       line, `encode` makes it too.
+    digest: tells its table of ids from others of that name; None if there is
+      one table only.
   """
 
   name: str
   vocab_size: int
   eos_id: int
+  digest: str | None
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, int32 [tokens]."""
@@ -38,6 +41,7 @@ class ByteTokenizer:
   name = 'bytes'
   vocab_size = 257
   eos_id = 256
+  digest = None
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the UTF-8 bytes of `text`, int32 [bytes]."""
@@ -73,7 +77,8 @@ def build(data: ConfigDict) -> Tokenizer:
   if data.tokenizer in _FIXED:
     return kind()
   splits = corpora.open_splits(data)
-  return dictionary.load_or_make(kind, splits[0].folder, splits)
+  folder = splits[0].folder
+  return dictionary.load_or_make(kind, folder, data.text_key, splits)
 
 
 def vocab_size(data: ConfigDict, declared: int) -> int:

@@ -7,10 +7,12 @@ of one text, that text.
 import collections
 import threading
 from collections.abc import Callable
+from typing import Self
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from moe_jax.data import token_index
+from moe_jax.data import corpora, token_index
 from moe_jax.data.corpora import Documents
 from moe_jax.data.tokenizers import Tokenizer
 
@@ -51,6 +53,17 @@ class Windows:
     self.num_stream_tokens = int(self._starts[-1]) + self._separated
     self.num_tokens = self.num_stream_tokens - 1
     self.num_bytes = int(lengths[:, 1].sum())
+
+  @classmethod
+  def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
+    """The windows of a split of the data set that a config names.
+
+    Args:
+      data: the keys `config.data`.
+      split: as in `corpora.open_documents`, which says what is raised.
+      tokenizer: that of the config.
+    """
+    return cls(corpora.open_documents(data, split), tokenizer, data.seq_len)
 
   def __len__(self) -> int:
     return -(-self.num_tokens // self.seq_len)

@@ -12,7 +12,6 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, eval_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
@@ -48,11 +47,8 @@ def evaluate(
   """
   setup = state.from_config(config)
   split = split or config.eval.split
-  with Store.open(workdir, config, read_only=True) as store:
-    tokenizer = tokenizers.build(config.data)
-    windows = Windows(
-      corpora.open_documents(config.data, split), tokenizer, config.data.seq_len
-    )
+  with Store.open(workdir, config, setup.dictionary, read_only=True) as store:
+    windows = Windows.open(config.data, split, setup.tokenizer)
     step = store.latest_step() if step is None else step
     wanted = {key: setup.abstract[key] for key in ('step', 'params')}
     restored, _ = store.restore(wanted, step)

@@ -36,7 +36,7 @@ def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
   longest = read_json(checkpoint / 'config.json').get(_LONGEST)
   config = workdirs.full_config(sections, tokenizer, longest)
   with _appears(workdir) as made:
-    workdirs.write(made, config, params)
+    workdirs.write(made, config, params, dictionary=None)
     equal = proof.prove(workdirs.read(made, None)[:2], (sections, params))
   return f'{workdir}: the model of {checkpoint} ({layout}); {equal}'
 
@@ -101,8 +101,10 @@ def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
   difference = proof.difference((whole, params), theirs)
   if not reasons and not difference <= proof.TOLERANCE:
     raise RuntimeError(f'logits differ by {difference:.1e}: this is a bug')
+  # Training there makes sure that its data has these ids.
+  dictionary = workdirs.dictionary(dense) if _is_run(dense) else None
   with _appears(workdir) as made:
-    workdirs.write(made, config, params)
+    workdirs.write(made, config, params, dictionary)
   start = 'not exactly' if reasons else 'exactly'
   said = (
     f'{workdir}: starts as {start} the model of {dense}; logits differ by'
@@ -113,10 +115,14 @@ def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
 
 def _either(directory: Path) -> proof.Model:
   """The model of a workdir or of a released checkpoint."""
-  path = directory / 'config.json'
-  if path.is_file() and 'router' in read_json(path):
+  if _is_run(directory):
     return workdirs.read(directory, None)[:2]
   return released.load(directory, formats.FORMATS)
+
+
+def _is_run(directory: Path) -> bool:
+  path = directory / 'config.json'
+  return path.is_file() and 'router' in read_json(path)
 
 
 def _rounded(leaf: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Models in workdirs as training makes them: a config and its checkpoints."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,21 @@ def full_config(
   return config
 
 
-def write(workdir: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:
+def write(
+  workdir: Path,
+  config: ConfigDict,
+  params: Mapping[str, Any],
+  dictionary: str | None,
+) -> None:
   """Makes a workdir whose checkpoint of step 0 holds `params`.
 
   Training goes on from there, with an optimizer that has seen nothing.
+
+  Args:
+    workdir: made here.
+    config: of the run.
+    params: of the model.
+    dictionary: the digest of the one whose ids these know; None if unknown.
   """
   setup = _setup(with_vocabulary(config))
   placed = jax.tree.map(
@@ -55,7 +67,7 @@ def write(workdir: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:
     setup.abstract['params'],
   )
   state = setup.init(placed)
-  with Store.open(str(workdir), config) as store:
+  with Store.open(str(workdir), config, dictionary) as store:
     store.save(0, state, {'step': 0})
 
 
@@ -73,15 +85,21 @@ def read(
   Raises:
     UserError: there is no such run or checkpoint.
   """
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
-  config = config_file.load(str(path))
-  whole = with_vocabulary(config)
-  with Store.open(str(workdir), config, read_only=True) as store:
+  with _opened(workdir) as (config, store):
+    whole = with_vocabulary(config)
     step = store.latest_step() if step is None else step
     state, _ = store.restore({'params': _setup(whole).abstract['params']}, step)
   return whole, jax.tree.map(np.asarray, state['params']), step
+
+
+def dictionary(workdir: Path) -> str | None:
+  """The digest of the dictionary a run's ids are of, None if it says none.
+
+  Raises:
+    UserError: as `read`.
+  """
+  with _opened(workdir) as (_, store):
+    return store.dictionary()
 
 
 def with_vocabulary(config: ConfigDict) -> ConfigDict:
@@ -95,6 +113,17 @@ def with_vocabulary(config: ConfigDict) -> ConfigDict:
 def initial(config: ConfigDict) -> dict[str, Any]:
   """Parameters as training would draw them from `config.seed`."""
   return jax.tree.map(np.asarray, _setup(config).init()['params'])
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Store]]:
+  """The config and the checkpoints of a run."""
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
+  config = config_file.load(str(path))
+  with Store.open(str(workdir), config, read_only=True) as store:
+    yield config, store
 
 
 def _setup(config: ConfigDict) -> state_lib.Setup:

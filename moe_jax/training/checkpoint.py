@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError
 from moe_jax.training import workdir as workdir_lib
 
+_DICTIONARY = 'dictionary'  # beside the data position
+
 
 class Store:
   """The checkpoints in DIR/checkpoints, made by `Store.open`.
 
   A checkpoint holds the state (a dictionary of pytrees of arrays), the data
-  position (JSON) and the config. The newest `checkpoint.keep` stay, and every
+  position (JSON), with it the digest of the dictionary that gave the tokens
+  their ids, and the config. The newest `checkpoint.keep` stay, and every
   step that is a multiple of `checkpoint.keep_every`. A save that a crash cut
   short is never listed, and the next run removes what it left.
   """
@@ -26,11 +29,13 @@ class Store:
     self,
     workdir: str,
     config: ConfigDict,
+    dictionary: str | None,
     manager: ocp.CheckpointManager,
     remedy: str = '',
   ) -> None:
     self._workdir = workdir
     self._config = config
+    self._dictionary = dictionary
     self._manager = manager
     self._remedy = remedy
 
@@ -40,6 +45,7 @@ class Store:
     cls,
     workdir: str,
     config: ConfigDict,
+    dictionary: str | None = None,
     read_only: bool = False,
     remedy: str = '',
   ) -> Iterator['Store']:
@@ -49,24 +55,30 @@ class Store:
     this, and every other method, alike.
 
     Args:
-      workdir: the directory.
-      config: of the run; with `read_only`, of its model.
-      read_only: nothing is written, and there has to be a run.
+      workdir: the directory of the run.
+      config: of the run; replaces the one there unless `read_only`.
+      dictionary: the digest of the data's; None asks for none.
+      read_only: for other runs, and evaluation: nothing is written, and there
+        has to be a run.
       remedy: of a run that is only read, what to do if it will not do, where
         the usual advice would be wrong.
 
     Raises:
       UserError: the directory is not writable, or it was made with a config
-        that means another run; with `read_only`, it holds no run or one of
-        another model. Nothing has been written then.
+        or dictionary that means another run; with `read_only`, it holds no run
+        or one of another model. Nothing has been written then.
     """
     if read_only:
       workdir_lib.check_model(workdir, config, remedy)
     else:
-      workdir_lib.claim(workdir, config, write=jax.process_index() == 0)
+      workdir_lib.check_run(workdir, config)
     manager = _manager(workdir, config, read_only)
     try:
-      yield cls(workdir, config, manager, remedy)
+      store = cls(workdir, config, dictionary, manager, remedy)
+      store._check_dictionary()
+      if not read_only and jax.process_index() == 0:
+        workdir_lib.write_config(workdir, config)
+      yield store
     finally:
       manager.close()
 
@@ -77,6 +89,14 @@ class Store:
   def latest_step(self) -> int | None:
     """The newest step saved; None before the first."""
     return self._manager.latest_step()
+
+  def dictionary(self) -> str | None:
+    """The digest the newest checkpoint was saved with, None without one."""
+    if self.latest_step() is None:
+      return None
+    items = ocp.args.Composite(data=ocp.args.JsonRestore())
+    saved = self._manager.restore(self.latest_step(), args=items)
+    return saved.data.get(_DICTIONARY)
 
   def save(
     self, step: int, state: dict[str, Any], data: dict[str, Any]
@@ -93,6 +113,8 @@ class Store:
     """
     if step in self._manager.all_steps():
       return False
+    if self._dictionary is not None:
+      data = data | {_DICTIONARY: self._dictionary}
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state),
       data=ocp.args.JsonSave(data),
@@ -130,6 +152,7 @@ class Store:
       data=ocp.args.JsonRestore(),
     )
     restored = self._manager.restore(step, args=items)
+    restored.data.pop(_DICTIONARY, None)
     return restored.state, restored.data
 
   def wait(self) -> None:
@@ -149,6 +172,20 @@ class Store:
         f' there are {", ".join(map(str, steps))}'
       )
     return steps[-1] if step is None else step
+
+  def _check_dictionary(self) -> None:
+    """Refuses ids that mean other tokens than those of the checkpoints."""
+    if self._dictionary is None or self.latest_step() is None:
+      return
+    saved = self.dictionary()
+    if saved != self._dictionary:
+      did = 'do not say which' if saved is None else 'are of another'
+      raise UserError(
+        f'workdir {self._workdir}: its checkpoints {did} dictionary, and'
+        f' data.tokenizer = {self._config.data.tokenizer!r} takes its ids from'
+        ' the data; give the data (data.name, data.path, data.text_key) as it'
+        f' was in training, or {self._remedy or "another --workdir"}'
+      )
 
   def _check_shapes(self, step: int, abstract_state: dict[str, Any]) -> None:
     metadata = self._manager.item_metadata(step).state.tree

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax.data import corpora, tokenizers
 from moe_jax.data.pipeline import Windows, train_batches
 from moe_jax.distributed import hosts
 from moe_jax.distributed import mesh as mesh_lib
@@ -38,11 +37,9 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: anything wrong with config or data.
   """
   setup = state_lib.from_config(config)
-  tokenizer = tokenizers.build(config.data)
 
   def windows(split: str) -> Windows:
-    documents = corpora.open_documents(config.data, split)
-    return Windows(documents, tokenizer, config.data.seq_len)
+    return Windows.open(config.data, split, setup.tokenizer)
 
   return Prepared(
     setup,
@@ -85,7 +82,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   )
   with (
     contextlib.closing(batches),
-    Store.open(workdir, config) as store,
+    Store.open(workdir, config, setup.dictionary) as store,
     Interrupt() as interrupt,
   ):
     if newest is None:

@@ -37,7 +37,9 @@ def params(setup: Setup) -> dict[str, Any] | None:
     if not config.loss.bias_rate:
       zeros = {path: leaf for path, leaf in wanted.items() if _is_bias(path)}
     kept = {path: wanted[path] for path in wanted if path not in zeros}
-    with Store.open(origin, config, read_only=True, remedy=_REMEDY) as store:
+    with Store.open(
+      origin, config, setup.dictionary, read_only=True, remedy=_REMEDY
+    ) as store:
       abstract = {'params': traverse_util.unflatten_dict(kept)}
       found, _ = store.restore(abstract)
   except UserError as error:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build, compute_dtype
 from moe_jax.model.decoder import Decoder
@@ -35,6 +36,7 @@ class Setup:
     tx: the optimizer.
     abstract: the state as `ShapeDtypeStruct`s with shardings.
     mesh: where it lives.
+    tokenizer: of the data; None where only shapes were asked for.
   """
 
   graphdef: nnx.GraphDef
@@ -44,6 +46,12 @@ class Setup:
   mesh: Mesh
   config: ConfigDict
   vocab_size: int
+  tokenizer: Tokenizer | None = None
+
+  @property
+  def dictionary(self) -> str | None:
+    """Which table of ids the data has; None for a tokenizer with one only."""
+    return self.tokenizer.digest if self.tokenizer else None
 
   def init(self, params: Any = None) -> TrainState:
     """Makes the state from `config.seed`, every leaf already in its place.
@@ -92,13 +100,14 @@ def from_config(config: ConfigDict) -> Setup:
   num_devices = jax.device_count()
   config_lib.validate(config, num_devices)
   tokenizer = tokenizers.build(config.data)
-  return setup(
+  made = setup(
     config,
     config_lib.vocab_size(config, tokenizer.vocab_size),
     mesh_lib.make_mesh(
       config_lib.mesh_shape(config, num_devices), jax.devices()
     ),
   )
+  return dataclasses.replace(made, tokenizer=tokenizer)
 
 
 def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:

@@ -13,15 +13,12 @@ from moe_jax import saved_config
 from moe_jax.errors import UserError
 
 
-def claim(workdir: str, config: ConfigDict, write: bool) -> None:
-  """Makes `workdir` the directory of a run with `config`, or goes on in it.
-
-  Nothing is written before everything has been checked.
+def check_run(workdir: str, config: ConfigDict) -> None:
+  """Makes sure of a directory for a run with `config`, new or to go on in.
 
   Args:
     workdir: the directory; made if it does not exist.
-    config: replaces DIR/config.json, from which it differs in harmless keys.
-    write: False checks only: one process of several writes the file.
+    config: differs from DIR/config.json, if there is one, in harmless keys.
 
   Raises:
     UserError: the directory belongs to another run, or is not writable.
@@ -33,8 +30,11 @@ def claim(workdir: str, config: ConfigDict, write: bool) -> None:
     keys = saved_config.changed_meaning(saved, new)
     _refuse(workdir, keys, saved, new)
   _check_writable(workdir)
-  if write:
-    replace(config_path(workdir), saved_config.to_json(config))
+
+
+def write_config(workdir: str, config: ConfigDict) -> None:
+  """Makes `workdir` that of a run with `config`; one process does it."""
+  replace(config_path(workdir), saved_config.to_json(config))
 
 
 def check_model(workdir: str, config: ConfigDict, remedy: str = '') -> None:

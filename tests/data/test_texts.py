@@ -1,13 +1,15 @@
 """Corpora of one text, their dictionaries, and rows that go on and on."""
 
 import collections
+import json
 import pathlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
@@ -30,6 +32,25 @@ WIKI = {
   'valid': ' the new \n',
   'test': ' of \n',
 }
+
+
+class Songs(tfds.core.GeneratorBasedBuilder):
+  """Two texts a document, in splits of which TFDS's order is another."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = {'title': tfds.features.Text(), 'a/b': tfds.features.Text()}
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    names = ('zero', 'test', 'extra', 'train')
+    return {name: self._generate_examples(name) for name in names}
+
+  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+    yield 0, {'title': f'on {split}', 'a/b': f'la {split} la'}
 
 
 @pytest.fixture
@@ -121,6 +142,65 @@ def test_the_dictionary_is_made_once(
 
   monkeypatch.setattr(corpora.Documents, '__getitem__', refuse)
   assert tokenizers.build(wikitext).tokens == first.tokens
+
+
+def test_a_dictionary_is_kept_by_feature_and_kind(
+  tmp_path: pathlib.Path,
+) -> None:
+  folder = epath.Path(tmp_path)
+
+  def tokens(kind: type, text_key: str, *splits: list[str]) -> list[str]:
+    return dictionary.load_or_make(kind, folder, text_key, splits).tokens
+
+  words, values = dictionary.WordTokenizer, dictionary.EnwikTokenizer
+  made = tokens(words, 'text', ['b a\nb', 'c'], ['d a'])
+  assert made == ['b', 'a', '<eos>', 'c', 'd']
+  assert tokens(words, 'a/b', ['z']) == ['z', '<eos>']
+  assert tokens(values, 'text', ['ba\n']) == ['98', '97', '<eos>']
+  # As they were, whatever the splits hold now.
+  assert tokens(words, 'text', ['q']) == made
+  assert tokens(words, 'a/b', ['q']) == ['z', '<eos>']
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == [
+    'dictionary-a%2Fb-words.json',
+    'dictionary-text-enwik8.json',
+    'dictionary-text-words.json',
+  ]
+  assert json.loads((tmp_path / names[2]).read_text()) == made
+  (tmp_path / names[2]).write_text('["b", "a"')  # cut short
+  assert tokens(words, 'text', ['q']) == ['q', '<eos>']
+
+
+def test_splits_are_opened_in_the_order_of_ids(data_config: DataConfig) -> None:
+  data = data_config(name='songs', text_key='title')
+  found = corpora.open_splits(data)
+  assert [each.split for each in found] == ['train', 'test', 'extra', 'zero']
+  assert [each[0] for each in found] == [f'on {each.split}' for each in found]
+  assert len({each.folder for each in found}) == 1
+
+
+def test_every_text_of_a_data_set_has_its_dictionary(
+  data_config: DataConfig,
+) -> None:
+  keys = {'name': 'songs', 'tokenizer': 'words'}
+  splits = ['test', 'extra', 'zero']
+  for text_key, tokens in (
+    ('title', ['on', 'train', '<eos>', *splits]),
+    ('a/b', ['la', 'train', '<eos>', *splits]),
+  ):
+    data = data_config(**keys, text_key=text_key)
+    assert tokenizers.build(data).tokens == tokens
+
+
+def test_digests_tell_tables_apart() -> None:
+  def digest(*tokens: str) -> str:
+    return dictionary.WordTokenizer(tokens).digest
+
+  assert digest('a', 'b') == digest('a', 'b', '<eos>')
+  others = [digest(*t) for t in (['a', 'b'], ['b', 'a'], ['a'], ['ab'])]
+  assert len(set(others)) == 4
+  assert digest('caf\udce9')  # half a character of one text
+  assert tokenizers.ByteTokenizer().digest is None
 
 
 def test_declared_sizes_need_no_data(data_config: DataConfig) -> None:

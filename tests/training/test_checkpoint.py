@@ -182,6 +182,43 @@ def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
   )
 
 
+def test_a_dictionary_is_kept_beside_the_position(tmp_path: Path) -> None:
+  with checkpoint.Store.open(str(tmp_path), make(), 'abc') as store:
+    assert store.dictionary() is None
+    store.save(1, {'w': jnp.ones(2)}, {'step': 1})
+    _, data = store.restore(abstract({'w': jnp.ones(2)}))
+    assert (data, store.dictionary()) == ({'step': 1}, 'abc')
+  saved = json.loads((tmp_path / 'checkpoints/1/data/metadata').read_text())
+  assert saved == {'step': 1, 'dictionary': 'abc'}
+
+
+@pytest.mark.parametrize('read_only', [True, False])
+@pytest.mark.parametrize(
+  ('saved', 'message'),
+  [('abc', 'are of another dictionary'), (None, 'do not say which dictionary')],
+)
+def test_refuses_another_dictionary_and_leaves_the_old_config(
+  tmp_path: Path, saved: str | None, message: str, read_only: bool
+) -> None:
+  words = {'data__tokenizer': 'words'}
+  with checkpoint.Store.open(str(tmp_path), make(**words), saved) as store:
+    store.save(1, {'w': jnp.ones(2)}, {})
+  before = (tmp_path / 'config.json').read_text()
+  moved = make(**words, data__path='/elsewhere')
+  with (
+    pytest.raises(UserError, match=message) as error,
+    checkpoint.Store.open(str(tmp_path), moved, 'xyz', read_only=read_only),
+  ):
+    pytest.fail('was opened')
+  for part in (str(tmp_path), "data.tokenizer = 'words'", 'data.text_key'):
+    assert part in str(error.value)
+  assert '\n' not in str(error.value)
+  assert (tmp_path / 'config.json').read_text() == before
+  for accepted in (None, saved):
+    with checkpoint.Store.open(str(tmp_path), moved, accepted) as store:
+      assert store.latest_step() == 1
+
+
 def test_evaluation_needs_a_run_of_its_model(tmp_path: Path) -> None:
   def evaluate(config: ConfigDict) -> None:
     with checkpoint.Store.open(str(tmp_path), config, read_only=True) as store:
@@ -191,7 +228,7 @@ def test_evaluation_needs_a_run_of_its_model(tmp_path: Path) -> None:
   with pytest.raises(UserError, match='holds no run'):
     evaluate(make())
   assert not os.listdir(tmp_path)
-  workdir.claim(str(tmp_path), make(), write=True)
+  workdir.write_config(str(tmp_path), make())
   with pytest.raises(UserError, match='moe.top_k was 2, now 1'):
     evaluate(make(moe__top_k=1))
   with pytest.raises(UserError, match='no checkpoint yet'):
@@ -209,17 +246,17 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     ('gs://bucket/run', 'is a URL'),
   ):
     with pytest.raises(UserError, match=fragment) as error:
-      workdir.claim(path, make(), write=True)
+      workdir.check_run(path, make())
     assert path in str(error.value)
   broken = tmp_path / 'broken'
   broken.mkdir()
   (broken / 'config.json').write_text('{"seed"')
   with pytest.raises(UserError, match='not the JSON of a config'):
-    workdir.claim(str(broken), make(), write=True)
+    workdir.check_run(str(broken), make())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
 def test_a_read_only_workdir(tmp_path: Path) -> None:
   tmp_path.chmod(0o500)
   with pytest.raises(UserError, match='is not writable: Permission denied'):
-    workdir.claim(str(tmp_path), make(), write=True)
+    workdir.check_run(str(tmp_path), make())

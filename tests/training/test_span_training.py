@@ -3,13 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from ml_collections import ConfigDict
 from test_step import setup
 
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.training.state import Setup
+from moe_jax.training.state import Setup, empty_memory
 from moe_jax.training.step import make_eval_step, make_train_step
 
 SPAN = {
@@ -55,6 +57,49 @@ def losses(made: Setup, steps: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
     state, metrics = train_step(state, placed)
     found.append(float(metrics['loss']))
   return np.array(found), state
+
+
+@pytest.mark.parametrize(
+  ('axes', 'parts'),
+  [
+    ({'data': 2, 'fsdp': 2, 'expert': 2}, 8),
+    ({'data': 2, 'tensor': 4}, 2),
+    ({'tensor': 8}, 1),
+  ],
+)
+def test_a_memory_lies_where_its_rows_lie(
+  axes: dict[str, int], parts: int
+) -> None:
+  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  size = (3, 16, 6, 4)
+  of_rows = mesh_lib.batch_sharding(mesh).devices_indices_map((size[1],))
+  indices = mesh_lib.memory_sharding(mesh).devices_indices_map(size)
+  whole = slice(None)
+  for device, (rows,) in of_rows.items():
+    assert indices[device] == (whole, rows, whole, whole)
+  shards = {str(index) for index in indices.values()}
+  assert len(shards) == parts
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_an_empty_memory_is_zeros_where_the_state_keeps_it(dtype: str) -> None:
+  made = setup(
+    tiny.config(**(SPAN | {'model.dtype': dtype})), data=2, fsdp=2, tensor=2
+  )
+  memory = empty_memory(made.config, made.mesh, 4)
+  assert (memory.shape, memory.dtype) == ((2, 4, 6, 32), jnp.dtype(dtype))
+  assert not memory.any()
+  assert {s.data.shape for s in memory.addressable_shards} == {(2, 1, 6, 32)}
+  kept = made.abstract['memory']
+  assert (kept.shape, kept.dtype) == ((2, 8, 6, 32), memory.dtype)
+  assert kept.sharding.is_equivalent_to(memory.sharding, 4)
+
+
+def test_a_model_without_a_span_has_no_memory() -> None:
+  made = setup(tiny.config())
+  assert empty_memory(made.config, made.mesh, 4) is None
+  assert 'memory' not in made.abstract
 
 
 def test_eight_devices_train_like_one_with_dropout() -> None:
