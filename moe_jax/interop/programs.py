@@ -28,9 +28,9 @@ _LONGEST = 'max_position_embeddings'
 
 def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
   """Makes a workdir of a released checkpoint; returns what to say."""
-  targets.check(workdir)
-  workdirs.check_tokenizer(tokenizer)
   layout, _ = formats.read(checkpoint)
+  workdirs.check_tokenizer(tokenizer)
+  targets.check(workdir)
   sections, params = released.load(checkpoint)
   longest = read_json(checkpoint / 'config.json').get(_LONGEST)
   config = workdirs.full_config(sections, tokenizer, longest)
@@ -51,6 +51,7 @@ def export(
   step: int | None,
 ) -> str:
   """Makes a released checkpoint of a workdir; returns what to say."""
+  workdirs.config_of(workdir)
   targets.check(checkpoint)
   config, params, step = workdirs.read(workdir, step)
   layout = format or _only_format(config)

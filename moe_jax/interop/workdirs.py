@@ -99,7 +99,7 @@ def read(
   Raises:
     UserError: there is no such run or checkpoint.
   """
-  config = _config(workdir)
+  config = config_of(workdir)
   whole = with_vocabulary(config)
   with Store.open(str(workdir), config, read_only=True) as store:
     step = store.latest_step() if step is None else step
@@ -121,8 +121,12 @@ def initial(config: ConfigDict) -> dict[str, Any]:
   return jax.tree.map(np.asarray, _setup(config).init()['params'])
 
 
-def _config(workdir: Path) -> ConfigDict:
-  """The config of a run."""
+def config_of(workdir: Path) -> ConfigDict:
+  """The config of a run.
+
+  Raises:
+    UserError: there is none; a released checkpoint is told apart.
+  """
   path = workdir / 'config.json'
   if not is_file(path):
     raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
