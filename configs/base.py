@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
   config.model.dtype = 'auto'  # of the arithmetic: bfloat16, on CPU float32
   config.model.remat = 'none'  # none | dots | full: what backward recomputes
   config.model.unroll = 1  # periods unrolled per step of the scan over layers
-  # Never built: what a published size counts and its code does not read.
+  # Of a layer, never built: what a published size counts and nobody reads.
   config.model.idle_parameters = 0
 
   config.moe = ConfigDict()
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
   config.router = ConfigDict()
   # linear | mlp | cosine | xmoe | hyper | random | hash: see scores.py
   config.router.score = 'linear'
-  config.router.bias = False  # of the linear and mlp scores
+  config.router.bias = False  # of the linear, mlp and hyper scores
   config.router.mlp_width = 256  # score = mlp or hyper
   config.router.reduced_size = 16  # score = xmoe
   config.router.recurrent = 'none'  # none | gru | rnn | lstm

@@ -6,7 +6,7 @@ Presets, each the paper's own method: one GRU of state size 128 for all layers
   enwik8_small, enwik8_medium, wikitext103_medium   16 experts, top-2
   pretrain_0.9b   Llama-style pre-training: 24 layers of 16 experts, top-4
   pretrain_15b    15B parameters, 2.7B active; sizes are ours, see there
-  sft             Alpaca on pretrain_0.9b: give --config.train.init_from=WORKDIR
+  sft             Alpaca on pretrain_0.9b: give train.init_from and data.name
 
 Variants are carried out in order, the later one wins: `xmoe8` is XMoE with 8
 dimensions and no recurrence; `xmoe8,xmoe_gru` puts the recurrence back, so it
@@ -80,27 +80,20 @@ def get_config(names: str = '') -> ConfigDict:
 
 def enwik8_small(config: ConfigDict) -> None:
   """6 layers of width 264; 15.61M parameters."""
-  _span_decoder(config, num_layers=6, hidden_size=264, span=2048)
-  _enwik8(config)
-  config.optimizer.warmup_steps = 3000
-  config.train.steps = 60_000
+  _span_decoder(config, layers=6, hidden_size=264, span=2048)
+  _recipe(config, 'enwik8', warmup=3000, steps=60_000)
 
 
 def enwik8_medium(config: ConfigDict) -> None:
   """8 layers of width 352; 36.51M parameters."""
-  _span_decoder(config, num_layers=8, hidden_size=352, span=2048)
-  _enwik8(config)
-  config.optimizer.warmup_steps = 4000
-  config.train.steps = 80_000
+  _span_decoder(config, layers=8, hidden_size=352, span=2048)
+  _recipe(config, 'enwik8', warmup=4000, steps=80_000)
 
 
 def wikitext103_medium(config: ConfigDict) -> None:
-  """6 layers of width 352, 267,735 words."""
-  _span_decoder(config, num_layers=6, hidden_size=352, span=1024)
-  config.data.name = 'wikitext103'
-  config.data.tokenizer = 'words'
-  config.optimizer.warmup_steps = 4000
-  config.train.steps = 80_000
+  """6 layers of width 352."""
+  _span_decoder(config, layers=6, hidden_size=352, span=1024)
+  _recipe(config, 'wikitext103', warmup=4000, steps=80_000)
 
 
 def pretrain(config: ConfigDict) -> None:
@@ -159,6 +152,9 @@ def pretrain_15b(config: ConfigDict) -> None:
 def sft(config: ConfigDict) -> None:
   """Fine-tuning on Alpaca's 52,002 examples: 3 epochs in batches of 128.
 
+  Give the model that it starts on, --config.train.init_from=WORKDIR, or it
+  starts from scratch; and the examples, --config.data.name.
+
   1218 steps are these epochs with one example in a row. Here examples are
   joined into rows of `data.seq_len` tokens, of which there are fewer: a run
   prints its epochs, and train.steps sets them. The length is Alpaca's own
@@ -176,10 +172,10 @@ def sft(config: ConfigDict) -> None:
 
 
 def _span_decoder(
-  config: ConfigDict, num_layers: int, hidden_size: int, span: int
+  config: ConfigDict, layers: int, hidden_size: int, span: int
 ) -> None:
-  """The decoder of the CompeteSMoE code base and how it is trained."""
-  config.model.num_layers = num_layers
+  """The decoder of the CompeteSMoE code base."""
+  config.model.num_layers = layers
   config.model.hidden_size = hidden_size
   config.model.num_heads = 8
   config.model.num_kv_heads = 8
@@ -208,6 +204,18 @@ def _span_decoder(
   # p_n/T, is K^2 times that.
   config.loss.balance_weight = 0.01 / config.moe.top_k**2
 
+
+# The tokenizer of a text, and its ids: bytes, of which 204 occur beside the
+# newline, which is <eos>; words. Bits per byte are bits per character.
+_TEXTS = {'enwik8': ('enwik8', 205), 'wikitext103': ('words', 267_735)}
+
+
+def _recipe(config: ConfigDict, text: str, warmup: int, steps: int) -> None:
+  """How that code base trains and evaluates."""
+  config.data.name = text
+  config.data.tokenizer, config.model.vocab_size = _TEXTS[text]
+  config.optimizer.warmup_steps = warmup
+  config.train.steps = steps
   config.optimizer.learning_rate = 7e-4
   config.optimizer.final_fraction = 1.0
   config.optimizer.b1 = 0.9
@@ -226,14 +234,8 @@ def _span_decoder(
   config.eval.batch_size = 8
 
 
-def _enwik8(config: ConfigDict) -> None:
-  """Bytes, of which 204 occur; bits per byte are bits per character."""
-  config.data.name = 'enwik8'
-  config.data.tokenizer = 'enwik8'
-
-
 def _idle(config: ConfigDict) -> int:
-  """Parameters that the code behind the small models makes and never reads.
+  """Parameters a layer that the small models' code makes and never reads.
 
   Every block has one LayerNorm more than it applies, 2 h parameters. XMoE's
   and HyperMoE's gates inherit a linear one, h N + N, which they leave alone.
@@ -250,7 +252,7 @@ def _idle(config: ConfigDict) -> int:
       idle += hidden_size * num_experts + num_experts
     if config.router.score == 'xmoe':
       idle += config.router.reduced_size * num_experts
-  return idle * config.model.num_layers
+  return idle
 
 
 def detach_residual(config: ConfigDict) -> None:

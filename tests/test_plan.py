@@ -78,7 +78,7 @@ def test_table_names_everything() -> None:
     model__idle_parameters=1000, **tiny.MODELS['rmoe'], router__passing='none'
   )
   text = plan.table(plan.make(config, 1))
-  assert '1,000 counted, never built' in text
+  assert '2,000 counted, never built' in text
   assert 'projector layerwise, passing none' in text
 
 

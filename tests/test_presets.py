@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from configs import base, cartesian_moe, quickstart, rmoe, variants
 from moe_jax import config as config_lib
 from moe_jax import config_file, saved_config
+from moe_jax.data import corpora, tokenizers
 from moe_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -159,11 +160,11 @@ def test_idle_parameters_follow_the_router() -> None:
   def idle(names: str) -> int:
     return rmoe.get_config(names).model.idle_parameters
 
-  norms, gates = 8 * 2 * 352, 8 * (352 * 16 + 16)
+  norms, gates = 2 * 352, 352 * 16 + 16  # of a layer
   assert idle('enwik8_medium') == idle('enwik8_medium,xmoe,smoe') == norms
   assert idle('enwik8_medium,hyper') == norms + gates
-  assert idle('enwik8_medium,xmoe') == norms + gates + 8 * 16 * 16
-  assert idle('enwik8_medium,xmoe8') == norms + gates + 8 * 8 * 16
+  assert idle('enwik8_medium,xmoe') == norms + gates + 16 * 16
+  assert idle('enwik8_medium,xmoe8') == norms + gates + 8 * 16
   assert idle('enwik8_medium,xmoe,xmoe_gru') == norms
   assert idle('pretrain_0.9b,hyper') == 0
 
@@ -273,3 +274,20 @@ def test_unknown_names_are_refused(name: str, fragments: list[str]) -> None:
 def test_empty_names_mean_the_default() -> None:
   assert variants.build('', base.get_config(), {}, {}) == base.get_config()
   assert cartesian_moe.get_config('').model.num_layers == 12
+
+
+@pytest.mark.parametrize('preset', rmoe.PRESETS)
+def test_the_vocabulary_is_known_without_the_data(
+  preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A plan reads no corpus; `enwik8` has 204 bytes and <eos>."""
+
+  def refuse(*_: object) -> None:
+    raise AssertionError('the data was opened')
+
+  monkeypatch.setattr(corpora, 'open_splits', refuse)
+  config = rmoe.get_config(preset)
+  size = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  vocab_size = config_lib.vocab_size(config, size)
+  expected = {'enwik8': 205, 'words': 267_735, 'bytes': 96_512}
+  assert vocab_size == expected[config.data.tokenizer]

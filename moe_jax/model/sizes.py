@@ -34,7 +34,7 @@ class Parameters(NamedTuple):
     active: those that one token meets: all but the experts it did not choose,
       which with top-p may be none.
     router: those that choose: projectors, scores and the recurrent cell.
-    idle: `model.idle_parameters`, which are counted and never built.
+    idle: `model.idle_parameters` of all layers; counted and never built.
   """
 
   total: int
@@ -58,7 +58,7 @@ def count_parameters(config: ConfigDict, params: Any) -> Parameters:
     active += _active(config, keys, size)
     if 'router' in keys or keys[0] == 'cell' or keys[-1] == 'choice_bias_N':
       router += size
-  idle = config.model.idle_parameters
+  idle = config.model.idle_parameters * config.model.num_layers
   return Parameters(total + idle, active, router, idle)
 
 

@@ -143,7 +143,8 @@ def test_idle_parameters_are_added_to_the_total() -> None:
   built, counted = (
     count(tiny.config(model__idle_parameters=idle)) for idle in (0, 1000)
   )
-  assert counted.idle == 1000 and counted.total == built.total + 1000
+  assert counted.idle == 2 * 1000  # in each of two layers
+  assert counted.total == built.total + 2 * 1000
   assert (counted.active, counted.router) == (built.active, built.router)
 
 
