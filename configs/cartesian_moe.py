@@ -107,7 +107,9 @@ def _sizes(
 def smoe_top3(config: ConfigDict) -> None:
   """Three experts instead of two and a shared one, 17/16 as wide.
 
-  So 16 experts have the parameters of 17. Dense layers keep their width.
+  So 16 experts have the parameters of 17. Dense layers keep their width, which
+  the released code could not say: it has one intermediate_size for both. So
+  `moe_jax.interop.hf export` refuses this variant where there are dense layers.
   """
   config.moe.factors = 1
   config.moe.top_k = 3

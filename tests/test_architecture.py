@@ -66,7 +66,7 @@ ROOMS = {
   ),
   # From and to the workdirs of runs.
   'interop.workdirs': Room(
-    f'{_CONFIG} config_file data distributed.mesh model training',
+    f'{_CONFIG} config_file data distributed.mesh interop model training',
     'jax flax ml_collections numpy',
   ),
   'interop.programs': Room(

@@ -60,6 +60,7 @@ _OF_DATA = {
   kind.name: kind
   for kind in (dictionary.EnwikTokenizer, dictionary.WordTokenizer)
 }
+NAMES = (*_FIXED, *_OF_DATA)
 
 
 def build(data: ConfigDict) -> Tokenizer:

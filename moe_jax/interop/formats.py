@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError, choose
 from moe_jax.interop import cartesian, llama, mixtral, neutral, rmoe
 from moe_jax.interop.layouts import Rules
-from moe_jax.interop.released_keys import Keys, read_json
+from moe_jax.interop.released_keys import Keys, is_file, read_json
 
 
 class Format(NamedTuple):
@@ -27,6 +27,7 @@ class Format(NamedTuple):
     write: from our config to its keys.
     rules: where its tensors are; see `layouts`.
     unread: tensors that its code has and never reads.
+    caveat: what an export of this model is to say; '' for nothing.
   """
 
   recognises: Callable[[dict[str, Any]], bool]
@@ -35,17 +36,19 @@ class Format(NamedTuple):
   write: Callable[[ConfigDict], dict[str, Any]]
   rules: Callable[[ConfigDict], Rules]
   unread: Callable[[ConfigDict], dict[str, tuple[int, ...]]]
+  caveat: Callable[[ConfigDict], str]
 
 
 def _format(module: Any) -> Format:
-  unread = getattr(module, 'unread', lambda config: {})
+  """The format of a module, which may leave out the last two."""
   return Format(
     module.recognises,
     module.DEFAULTS,
     module.read,
     module.write,
     module.rules,
-    unread,
+    getattr(module, 'unread', lambda config: {}),
+    getattr(module, 'caveat', lambda config: ''),
   )
 
 
@@ -127,7 +130,7 @@ def _refuse_other_folders(directory: Path) -> None:
   """Tells folders that are not of a released checkpoint at all."""
   if directory.is_file():
     raise UserError(f'{directory} is a file; give the folder it is in')
-  if (directory / 'config.json').exists():
+  if is_file(directory / 'config.json'):
     return
   if directory.is_dir() and _orbax(directory):
     raise UserError(
@@ -138,7 +141,10 @@ def _refuse_other_folders(directory: Path) -> None:
 
 def _orbax(directory: Path) -> bool:
   names = ('_CHECKPOINT_METADATA', '_METADATA', 'checkpoints', 'manifest.ocdbt')
-  inside = [path / '_CHECKPOINT_METADATA' for path in directory.iterdir()]
+  try:
+    inside = [path / '_CHECKPOINT_METADATA' for path in directory.iterdir()]
+  except OSError as error:
+    raise UserError(f'{directory} cannot be read: {error.strerror}') from error
   found = any((directory / name).exists() for name in names)
   return found or any(path.exists() for path in inside)
 

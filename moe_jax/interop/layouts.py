@@ -22,9 +22,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
+from moe_jax.interop import depth
+from moe_jax.interop.depth import Path
 
-# The keys that lead to a parameter in a nested dict of them.
-Path = tuple[str | int, ...]
 Rules = dict[str, tuple[str, str]]
 
 _DECODER = {
@@ -154,31 +154,31 @@ def leaves(
   """
   dense = feed_forward('block/chain/sub_layers/0/feed_forward', 'mlp')
   rules = _DECODER | dense | rules
-  prefix = len({path[2] for path in shapes if path[0] == 'prefix'})
-  period = len({path[2] for path in shapes if path[0] == 'periods'})
 
-  def leaf(path: Path, shape: tuple[int, ...]) -> Leaf:
-    in_block = path[0] in ('prefix', 'periods')
-    key = '/'.join(map(str, ('block', *path[3:]) if in_block else path))
+  def leaf(path: Path, stands: list[depth.LayerPath]) -> Leaf:
+    in_block = stands[0][0] == 'block'
+    key = '/'.join(map(str, ('block', *stands[0][2:]) if in_block else path))
     if key not in rules:
       ours = '/'.join(map(str, path))
       raise UserError(
         f"the released format '{layout}' has no tensor for {ours}"
       )
     axes, template = rules[key]
-    if path[0] == 'periods':
-      layers = range(prefix + path[2], prefix + shape[0] * period, period)
-      names = [names_in(template, layer) for layer in layers]
-      theirs, ours = axes.split('->')
-      return Leaf(np.stack(names), f'P{theirs}->P{ours}', shape)
-    return Leaf(names_in(template, path[2] if in_block else None), axes, shape)
+    names = [
+      names_in(template, place[1] if in_block else None) for place in stands
+    ]
+    if path[0] != 'periods':
+      return Leaf(names[0], axes, shapes[path])
+    theirs, ours = axes.split('->')
+    return Leaf(np.stack(names), f'P{theirs}->P{ours}', shapes[path])
 
   def names_in(template: str, layer: int | None) -> np.ndarray:
     of_layer = layer is not None and not template.startswith('model.')
     start = f'model.layers.{layer}.' if of_layer else ''
     return _expand(start + template, range(config.moe.num_experts))
 
-  return {path: leaf(path, shape) for path, shape in shapes.items()}
+  stands = depth.places(shapes)
+  return {path: leaf(path, stands[path]) for path in shapes}
 
 
 def _expand(template: str, experts: Iterable[int]) -> np.ndarray:

@@ -4,10 +4,6 @@ Success is reported only after both sides were read back from the disk and gave
 the same logits in float32. What is written appears at its place last, whole.
 """
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -20,11 +16,12 @@ from moe_jax.interop import (
   formats,
   proof,
   released,
+  targets,
   tensor_writer,
   upcycling,
   workdirs,
 )
-from moe_jax.interop.released_keys import read_json
+from moe_jax.interop.released_keys import is_file, read_json
 
 _LONGEST = 'max_position_embeddings'
 
@@ -32,13 +29,17 @@ _LONGEST = 'max_position_embeddings'
 def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
   """Makes a workdir of a released checkpoint; returns what to say."""
   layout, _ = formats.read(checkpoint)
+  workdirs.check_tokenizer(tokenizer)
+  targets.check(workdir)
   sections, params = released.load(checkpoint)
   longest = read_json(checkpoint / 'config.json').get(_LONGEST)
   config = workdirs.full_config(sections, tokenizer, longest)
-  with _appears(workdir) as made:
-    workdirs.write(made, config, params, dictionary=None)
+  with targets.appears(workdir) as made:
+    with targets.writing(workdir):
+      workdirs.write(made, config, params, dictionary=None)
     equal = proof.prove(workdirs.read(made, None)[:2], (sections, params))
-  return f'{workdir}: the model of {checkpoint} ({layout}); {equal}'
+  said = f'{workdir}: the model of {checkpoint} ({layout}); {equal}'
+  return said + workdirs.other_ids(config)
 
 
 def export(
@@ -50,26 +51,31 @@ def export(
   step: int | None,
 ) -> str:
   """Makes a released checkpoint of a workdir; returns what to say."""
+  workdirs.config_of(workdir)
+  targets.check(checkpoint)
   config, params, step = workdirs.read(workdir, step)
   layout = format or _only_format(config)
-  with _appears(checkpoint) as made:
-    made.mkdir()
-    released.save(
-      made,
-      config,
-      params,
-      layout,
-      max_positions=config.data.seq_len,
-      dtype=dtype,
-      max_shard_bytes=max_shard_bytes,
-    )
+  with targets.appears(checkpoint) as made:
+    with targets.writing(checkpoint):
+      made.mkdir()
+      released.save(
+        made,
+        config,
+        params,
+        layout,
+        max_positions=config.data.seq_len,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+      )
     written = released.load(made, [layout])
     kept = jax.tree.map(lambda leaf: _rounded(leaf, dtype), params)
     equal = proof.prove((config, kept), written)
-  return (
+  said = (
     f'{checkpoint}: step {step} of {workdir}{_note(dtype)} in the format'
     f" '{layout}'; {equal}"
   )
+  caveat = formats.FORMATS[layout].caveat(config)
+  return f'{said}\n  {caveat}' if caveat else said
 
 
 def verify(
@@ -90,7 +96,13 @@ def verify(
 
 
 def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
-  """Begins a workdir of `config` from a dense model; returns what to say."""
+  """Begins a workdir of `config` from a dense model; returns what to say.
+
+  Raises:
+    UserError: besides mistakes, logits that differ by more than rounding may
+      make of a start that is exact.
+  """
+  targets.check(workdir)
   config_lib.validate(config, jax.device_count())
   theirs = _either(dense)
   whole = workdirs.with_vocabulary(config)
@@ -99,11 +111,16 @@ def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
   )
   reasons = upcycling.inexact(whole, theirs[0].model.ffn_width)
   difference = proof.difference((whole, params), theirs)
-  if not reasons and not difference <= proof.TOLERANCE:
-    raise RuntimeError(f'logits differ by {difference:.1e}: this is a bug')
+  rounding = proof.rounding(whole)
+  if not reasons and not difference <= rounding:  # nor if it is not a number
+    raise UserError(
+      f'{workdir} is not made: its logits would differ from those of {dense}'
+      f' by {difference:.1e} of the largest, and rounding in float32 explains'
+      f' {rounding:.1e}'
+    )
   # Training there makes sure that its data has these ids.
   dictionary = workdirs.dictionary(dense) if _is_run(dense) else None
-  with _appears(workdir) as made:
+  with targets.appears(workdir) as made, targets.writing(workdir):
     workdirs.write(made, config, params, dictionary)
   start = 'not exactly' if reasons else 'exactly'
   said = (
@@ -122,7 +139,7 @@ def _either(directory: Path) -> proof.Model:
 
 def _is_run(directory: Path) -> bool:
   path = directory / 'config.json'
-  return path.is_file() and 'router' in read_json(path)
+  return is_file(path) and 'router' in read_json(path)
 
 
 def _rounded(leaf: np.ndarray, dtype: str) -> np.ndarray:
@@ -148,24 +165,3 @@ def _only_format(config: ConfigDict) -> str:
     except UserError as error:
       reasons.append(f"'{name}': {error}")
   raise UserError(f'no released format has this model; {"; ".join(reasons)}')
-
-
-@contextmanager
-def _appears(path: Path) -> Iterator[Path]:
-  """A place beside `path` to write to; it becomes `path` if all goes well.
-
-  Raises:
-    UserError: there is something at `path`, or nothing can be written there.
-  """
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise UserError(f'{path} is there already; name a new folder')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      dir=path.parent, prefix=f'.{path.name}.'
-    ) as folder:
-      made = Path(folder) / path.name
-      yield made
-      os.replace(made, path)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from error

@@ -1,5 +1,6 @@
 """Whether two models are one: both run in float32 on random tokens."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ Model = tuple[ConfigDict, Mapping[str, Any]]  # a config and its parameters
 # Of both sides' largest logit: the same float32 program, or one that sums in
 # another order where layers are grouped in another way.
 TOLERANCE = 1e-5
+_EPSILON = float(np.finfo(np.float32).eps)
 _IDS_SHAPE = (2, 48)
 _NUM_IDS = 2 * 48
 _SMALLEST = 1e-30  # a logit to divide by
@@ -34,6 +36,17 @@ def prove(ours: Model, theirs: Model) -> str:
   return (
     f'logits equal to {apart:.1e} of the largest on {_NUM_IDS} random tokens'
   )
+
+
+def rounding(config: ConfigDict) -> float:
+  """Most that float32 makes of one function computed by other sums.
+
+  Of the largest logit. Each layer adds up products along its widest axis; their
+  errors add up at random along it, and at worst from layer to layer.
+  """
+  model, moe = config.model, config.moe
+  width = max(model.hidden_size, model.ffn_width, moe.expert_width)
+  return max(TOLERANCE, _EPSILON * model.num_layers * math.sqrt(width))
 
 
 def difference(ours: Model, theirs: Model) -> float:

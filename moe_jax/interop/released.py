@@ -161,7 +161,7 @@ def abstract(
 
   It computes in float32 and drops no token, whatever the config says of that.
   """
-  exact = ConfigDict(config)
+  exact = config.copy_and_resolve_references()
   with exact.unlocked():
     exact.model.dtype = 'float32'
     exact.moe.dispatch = 'dropless'

@@ -9,6 +9,18 @@ from typing import Any
 from moe_jax.errors import UserError
 
 
+def is_file(path: Path) -> bool:
+  """Whether there is a file.
+
+  Raises:
+    UserError: the folder it would be in cannot be read.
+  """
+  try:
+    return path.is_file()
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}') from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a file that holds one JSON object.
 

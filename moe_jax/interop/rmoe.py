@@ -35,7 +35,11 @@ def recognises(values: dict[str, Any]) -> bool:
 
 
 def read(keys: Keys) -> dict[str, dict[str, Any]]:
-  """Our sections `model`, `moe` and `router`."""
+  """Our sections `model`, `moe` and `router`.
+
+  With dense layers first the released code has these tensors and fails when
+  run: such a layer hands on a router's state that it has not set.
+  """
   keys.only('head_dim', None)
   layers = keys.integer('num_hidden_layers')
   moe_layers = keys.integer('moe_num_layers')
@@ -102,6 +106,16 @@ def write(config: ConfigDict) -> dict[str, Any]:
     'moe_router_rnn_hidden_size': router.state_size,
     'router_aux_loss_coef': config.loss.balance_weight,
   }
+
+
+def caveat(config: ConfigDict) -> str:
+  """What the released code does with an export, where that is not to run it."""
+  if 'dense' not in config_lib.layer_kinds(config):
+    return ''
+  return (
+    'moe_num_layers < num_hidden_layers: the tensors only, as the released'
+    ' code builds them; its forward pass fails in a layer without experts'
+  )
 
 
 def rules(config: ConfigDict) -> Rules:

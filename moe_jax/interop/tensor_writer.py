@@ -50,7 +50,15 @@ def write(
     tensors: by name; in this order they fill the files.
     max_shard_bytes: of a file's tensors, unless one alone is larger; 0 for a
       single file whatever its size.
+
+  Raises:
+    UserError: `max_shard_bytes` is negative.
   """
+  if max_shard_bytes < 0:
+    raise UserError(
+      f'--max-shard-bytes = {max_shard_bytes} must be a number of bytes, or 0'
+      ' for a single file'
+    )
   shards = _shards(tensors, max_shard_bytes)
   if len(shards) == 1:
     save_file(shards[0], directory / SINGLE, metadata=_METADATA)

@@ -13,9 +13,35 @@ from moe_jax import config as config_lib
 from moe_jax import config_file
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, choose
+from moe_jax.interop.released_keys import is_file, read_json
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
+
+
+def check_tokenizer(name: str) -> None:
+  """Refuses a `data.tokenizer` that there is not.
+
+  Raises:
+    UserError: as said.
+  """
+  choose('--tokenizer', name, tokenizers.NAMES)
+
+
+def other_ids(config: ConfigDict) -> str:
+  """Says that ids of `data.tokenizer` are not the model's, if they cannot be.
+
+  Reads no data, so it believes a tokenizer that numbers the tokens of its data.
+  """
+  size = config.model.vocab_size
+  of_tokenizer = tokenizers.vocab_size(config.data, size)
+  if of_tokenizer == size:
+    return ''
+  return (
+    f'\n  data.tokenizer = {config.data.tokenizer!r} has {of_tokenizer} ids and'
+    f' the model {size}: its ids are of another tokenizer, so text evaluated'
+    ' here is not what it was trained on'
+  )
 
 
 def full_config(
@@ -104,9 +130,10 @@ def dictionary(workdir: Path) -> str | None:
 
 def with_vocabulary(config: ConfigDict) -> ConfigDict:
   """The config with a `model.vocab_size` that is not 0."""
-  whole = ConfigDict(config).unlock()
-  if not config.model.vocab_size:
-    whole.model.vocab_size = tokenizers.build(config.data).vocab_size
+  whole = config.copy_and_resolve_references()  # a ConfigDict of it shares
+  if not whole.model.vocab_size:
+    with whole.unlocked():
+      whole.model.vocab_size = tokenizers.build(config.data).vocab_size
   return whole.lock()
 
 
@@ -118,12 +145,27 @@ def initial(config: ConfigDict) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Store]]:
   """The config and the checkpoints of a run."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
-  config = config_file.load(str(path))
+  config = config_of(workdir)
   with Store.open(str(workdir), config, read_only=True) as store:
     yield config, store
+
+
+def config_of(workdir: Path) -> ConfigDict:
+  """The config of a run.
+
+  Raises:
+    UserError: there is none; a released checkpoint is told apart.
+  """
+  path = workdir / 'config.json'
+  if not is_file(path):
+    raise UserError(f'{workdir} is not the workdir of a run: it has no {path}')
+  if 'model_type' in read_json(path):
+    raise UserError(
+      f'{path} is of a released checkpoint (it has model_type), not of the'
+      ' workdir of a run; export and verify take the workdir first and the'
+      ' checkpoint second, import the other way round'
+    )
+  return config_file.load(str(path))
 
 
 def _setup(config: ConfigDict) -> state_lib.Setup:

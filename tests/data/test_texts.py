@@ -209,6 +209,23 @@ def test_declared_sizes_need_no_data(data_config: DataConfig) -> None:
   assert tokenizers.vocab_size(data_config(tokenizer='bytes'), 300) == 257
 
 
+def test_every_member_tells_zip_files_apart(
+  tmp_path: pathlib.Path, data_config: DataConfig
+) -> None:
+  """Though folders and empty files all have the sum 0."""
+  read = []
+  for i, text in enumerate((ENWIK, ENWIK[::-1])):
+    path = tmp_path / f'{i}.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+      for name in ('a/', 'b/', 'c', 'd'):
+        archive.writestr(name, '')
+      archive.writestr('a/enwik8', text)
+    data = data_config(name='enwik8', path=str(path))
+    text = corpora.open_documents(data, 'train')[0]
+    read.append(text.encode(errors='surrogateescape'))
+  assert read == [ENWIK[:900], ENWIK[::-1][:900]]
+
+
 def test_bad_zip_files(
   tmp_path: pathlib.Path, data_config: DataConfig, wikitext: ConfigDict
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from released import random_params
 
+from configs import cartesian_moe
 from moe_jax import saved_config
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf, neutral, released
@@ -128,6 +129,20 @@ def test_a_model_that_a_format_has_not_is_refused_by_its_key(
 def test_the_models_above_are_of_their_formats() -> None:
   assert formats.write(tiny.config(**GRU), 'rmoe')['moe_router_type'] == 'gru'
   assert formats.write(tiny.config(**TWO), 'cartesian')['c2_fine_grain']
+
+
+def test_top3_beside_narrower_dense_layers_is_refused() -> None:
+  config = cartesian_moe.get_config('base,smoe_top3')
+  with pytest.raises(UserError, match='model.ffn_width = 3072 .* width 3264'):
+    formats.write(config, 'cartesian')
+
+
+def test_what_the_release_cannot_run_is_said() -> None:
+  """Its layers without experts hand on a router's state they never set."""
+  first = tiny.config(**(GRU | {'moe.first_dense': 1}))
+  assert 'the tensors only' in formats.FORMATS['rmoe'].caveat(first)
+  for name, model in (('rmoe', GRU), ('cartesian', TWO)):
+    assert not formats.FORMATS[name].caveat(tiny.config(**model))
 
 
 def test_layers_that_differ_in_what_is_one_tensor_are_refused() -> None:

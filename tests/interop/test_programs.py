@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from configs import base
 from moe_jax import saved_config
 from moe_jax.errors import UserError
-from moe_jax.interop import hf, programs, workdirs
+from moe_jax.interop import hf, programs, released, workdirs
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,10 +43,20 @@ def errors(*arguments: Any, program: str = 'hf') -> str:
 
 
 @pytest.fixture(scope='module')
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def import_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
   workdir = tmp_path_factory.mktemp('imported') / 'run'
-  programs.import_(RELEASED / 'cartesian', workdir, 'bytes')
-  return workdir
+  said = programs.import_(RELEASED / 'cartesian', workdir, 'bytes')
+  return workdir, said
+
+
+@pytest.fixture
+def imported(import_once: tuple[Path, str]) -> Path:
+  return import_once[0]
+
+
+@pytest.fixture
+def imported_said(import_once: tuple[Path, str]) -> str:
+  return import_once[1]
 
 
 @pytest.mark.slow
@@ -89,6 +99,22 @@ def test_what_is_there_is_not_overwritten(imported: Path) -> None:
     programs.import_(RELEASED / 'cartesian', imported, 'bytes')
 
 
+def test_an_import_says_whose_ids_they_are(imported_said: str) -> None:
+  assert 'has 257 ids and the model 97' in imported_said
+
+
+def test_configs_are_left_as_they_were() -> None:
+  """What a run is made with must be what its workdir says."""
+  config = tiny.config(**{'model.dtype': 'auto', 'moe.dispatch': 'capacity'})
+  before = config.to_dict()
+  whole = workdirs.with_vocabulary(config.lock())
+  assert whole.model.vocab_size == 257 and whole.is_locked
+  released.abstract(config)
+  released.abstract(whole)
+  assert config.to_dict() == before
+  assert whole.model.dtype == 'auto' and whole.moe.dispatch == 'capacity'
+
+
 def test_a_failed_export_leaves_nothing(imported: Path) -> None:
   with pytest.raises(UserError, match='experts in every layer'):
     programs.export(imported, imported.parent / 'x', 'mixtral', 'float32', 0, 0)
@@ -121,7 +147,8 @@ def test_what_a_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
     (['imprt', 'a', 'b'], "'imprt'.*import"),
     (['import', 'nowhere', 'b'], 'nowhere/config.json cannot be read'),
     (['export', 'nowhere', 'b'], 'nowhere is not the workdir of a run'),
-    (['export', 'a', 'b', '--max-shard-bytes=-1'], "'-1' is no number of"),
+    (['export', 'a', 'b', '--max-shard-bytes=-5'], "'-5' is no number of"),
+    (['verify', RELEASED / 'rmoe_gru', 'b'], 'the workdir first and the'),
     (['export', 'a', 'b', '--dtype=int8'], "--dtype: .*'int8'.*float16"),
   ],
 )
@@ -175,11 +202,13 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
   assert status == 0, err
   assert 'starts as exactly the model' in said
   assert 'checkpoints' in [p.name for p in (tmp_path / 'w').iterdir()]
+  saved = json.loads((tmp_path / 'w' / 'config.json').read_text())
+  assert saved['model']['dtype'] == 'auto'  # though the proof is in float32
 
 
 @pytest.mark.parametrize(
   ('text', 'message'),
-  [('{"seed": 0, ', 'not the JSON of a config'), ('{"seed": 0}', 'missing')],
+  [('{"seed": 0, ', 'is not JSON'), ('{"seed": 0}', 'missing')],
 )
 def test_the_config_of_a_run_is_checked(
   text: str, message: str, tmp_path: Path

@@ -1,0 +1,176 @@
+"""What commands refuse before they read a model, and what they say of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from released import RELEASED
+
+from moe_jax.errors import UserError
+from moe_jax.interop import (
+  formats,
+  programs,
+  proof,
+  released,
+  targets,
+  tensor_writer,
+  upcycling,
+  workdirs,
+)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Fails as soon as more than a config would be read."""
+
+  def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError('a model was read')
+
+  monkeypatch.setattr(formats, 'read', lambda directory: ('rmoe', None))
+  monkeypatch.setattr(workdirs, 'config_of', lambda workdir: None)
+  for module, name in (
+    (released, 'load'),
+    (workdirs, 'read'),
+    (workdirs, 'initial'),
+  ):
+    monkeypatch.setattr(module, name, refuse)
+
+
+def commands(target: Path) -> list[Callable[[], str]]:
+  """Every command that writes, to `target`."""
+  nowhere = Path('nowhere')
+  return [
+    lambda: programs.import_(nowhere, target, 'bytes'),
+    lambda: programs.export(nowhere, target, None, 'float32', 0, None),
+    lambda: programs.upcycle(nowhere, tiny.config(), target),
+  ]
+
+
+@pytest.mark.usefixtures('unread')
+def test_the_target_is_checked_first(tmp_path: Path) -> None:
+  (tmp_path / 'full' / 'x').mkdir(parents=True)
+  (tmp_path / 'file').write_text('')
+  for run_it in commands(tmp_path / 'full') + commands(tmp_path / 'file'):
+    with pytest.raises(UserError, match='is there already; name a new folder'):
+      run_it()
+  for run_it in commands(tmp_path / 'file' / 'below'):
+    with pytest.raises(UserError, match='below cannot be written: Not a dir'):
+      run_it()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'full']
+
+
+@pytest.mark.usefixtures('unread')
+@pytest.mark.parametrize('name', ['exists', 'iterdir'])
+def test_a_target_that_cannot_be_looked_at(
+  name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def refuse(self: Path) -> None:
+    raise PermissionError(13, 'Permission denied')
+
+  [first, *_] = commands(tmp_path)
+  monkeypatch.setattr(Path, name, refuse)
+  with pytest.raises(UserError, match='cannot be written: Permission denied'):
+    first()
+
+
+def test_what_cannot_be_read_is_not_said_of_the_target(tmp_path: Path) -> None:
+  with (
+    pytest.raises(OSError, match='of the source'),
+    targets.appears(tmp_path / 'w'),
+  ):
+    raise OSError(5, 'of the source')
+  assert not list(tmp_path.iterdir())
+  with (
+    pytest.raises(UserError, match='w cannot be written: No such file'),
+    targets.appears(tmp_path / 'w'),
+  ):
+    pass  # nothing was made to be moved there
+
+
+def test_a_folder_that_cannot_be_looked_into(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def refuse(self: Path) -> None:
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(Path, 'is_file', refuse)
+  with pytest.raises(UserError, match='cannot be read: Permission denied'):
+    workdirs.read(tmp_path, None)
+  with pytest.raises(UserError, match='cannot be read: Permission denied'):
+    programs.upcycle(tmp_path, tiny.config(), tmp_path / 'w')
+
+
+@pytest.mark.usefixtures('unread')
+def test_a_tokenizer_that_there_is_not(tmp_path: Path) -> None:
+  with pytest.raises(UserError, match="--tokenizer = 'byte' is not known; did"):
+    programs.import_(RELEASED / 'cartesian', tmp_path / 'w', 'byte')
+
+
+def test_a_tokenizer_that_cannot_be_the_models() -> None:
+  config = tiny.config(**{'model.vocab_size': 97})
+  said = workdirs.other_ids(config)
+  assert "data.tokenizer = 'bytes' has 257 ids and the model 97" in said
+  for tokenizer, size in (('bytes', 257), ('enwik8', 97), ('words', 97)):
+    config.data.tokenizer, config.model.vocab_size = tokenizer, size
+    assert workdirs.other_ids(config) == ''
+
+
+@pytest.mark.parametrize('command', ['export', 'verify'])
+def test_arguments_in_the_wrong_order(command: str, tmp_path: Path) -> None:
+  """Even where the second is there, as swapped arguments are."""
+  (tmp_path / 'x').mkdir()
+  (tmp_path / 'x' / 'config.json').write_text('{}')
+  more = {'export': (None, 'float32', 0, None), 'verify': ('float32', None)}
+  with pytest.raises(UserError, match='of a released .* the workdir first'):
+    getattr(programs, command)(
+      RELEASED / 'rmoe_gru', tmp_path / 'x', *more[command]
+    )
+
+
+def test_a_negative_size_of_shards(tmp_path: Path) -> None:
+  with pytest.raises(UserError, match='--max-shard-bytes = -5 must be'):
+    tensor_writer.write(tmp_path, {'a': np.zeros(2, 'f4')}, -5)
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_the_release_cannot_run_says_so(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = tiny.config(
+    **{'model.vocab_size': 61, 'router.recurrent': 'gru', 'moe.first_dense': 1}
+  )
+  monkeypatch.setattr(workdirs, 'config_of', lambda *_: config)
+  monkeypatch.setattr(workdirs, 'read', lambda *_: (config, {}, 3))
+  monkeypatch.setattr(released, 'save', lambda *_, **__: None)
+  monkeypatch.setattr(released, 'load', lambda *_: None)
+  monkeypatch.setattr(proof, 'prove', lambda *_: 'equal')
+  said = programs.export(tmp_path, tmp_path / 'x', None, 'float32', 0, None)
+  [first, second] = said.splitlines()
+  assert "in the format 'rmoe'" in first and 'the tensors only' in second
+
+
+def test_an_exact_start_that_is_not_is_no_bug_of_the_user(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Both numbers are named, and nothing is made."""
+  config = tiny.config(**{'model.vocab_size': 61})
+  model = (config, {})
+  monkeypatch.setattr(programs, '_either', lambda dense: model)
+  monkeypatch.setattr(workdirs, 'initial', lambda whole: {})
+  monkeypatch.setattr(upcycling, 'upcycle', lambda *_: {})
+  monkeypatch.setattr(upcycling, 'inexact', lambda *_: [])
+  for difference in (3e-3, float('nan')):
+    monkeypatch.setattr(proof, 'difference', lambda *_, d=difference: d)
+    with pytest.raises(UserError, match=rf'by {difference:.1e} .* 1\.0e-05'):
+      programs.upcycle(tmp_path, config, tmp_path / 'w')
+  assert not list(tmp_path.iterdir())
+
+
+def test_rounding_grows_with_depth() -> None:
+  shallow, deep = tiny.config(), tiny.config(**{'model.num_layers': 96})
+  assert proof.rounding(shallow) == proof.TOLERANCE
+  # 96 x sqrt(48) x 2^-23
+  np.testing.assert_allclose(proof.rounding(deep), 7.9287e-5, rtol=1e-3)
