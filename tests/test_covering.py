@@ -104,6 +104,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 # What `moe_jax.config` refuses.
 REFUSED = [
   ({'score': ['hash']}, {'recurrent': ['gru', 'rnn', 'lstm']}),
+  ({'score': ['hash']}, {'residual': ['residual', 'residual detached']}),
   ({'score': ['random', 'hash']}, {'bias': ['bias']}),
   ({'choice': ['top_p']}, {'dispatch': ['capacity']}),
   (
