@@ -102,6 +102,7 @@ def test_a_model_without_a_span_has_no_memory() -> None:
   assert 'memory' not in made.abstract
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one_with_dropout() -> None:
   config = tiny.config(**SPAN)
   alone, state = losses(setup(config))
@@ -126,6 +127,7 @@ def test_capacity_with_room_drops_the_same_units() -> None:
   )
 
 
+@pytest.mark.slow
 def test_micro_batches_keep_their_rows_memory() -> None:
   """Without dropout, whose masks are drawn anew for each micro-batch."""
   changes = SPAN | {'model.dropout': 0.0, 'loss.balance_weight': 0.0}
