@@ -129,7 +129,7 @@ def spelled(row: covering.Row) -> str:
 
 
 # The rows of the fast suite, on one device.
-FEW = covering.most_varied(ROWS, 4, by='score')
+FEW = covering.most_varied(ROWS, 2, by='score')
 
 
 def test_every_pair_of_settings_occurs_or_is_refused() -> None:

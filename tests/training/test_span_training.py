@@ -117,6 +117,7 @@ def test_eight_devices_train_like_one_with_dropout() -> None:
   assert shard.shape == (2, 2, 6, 32)  # data 1 x fsdp 2 x expert 2 of 8 rows
 
 
+@pytest.mark.slow
 def test_capacity_with_room_drops_the_same_units() -> None:
   config = tiny.config(**SPAN)
   roomy = tiny.config(
