@@ -69,6 +69,18 @@ def test_transformers_computes_what_we_export(
   np.testing.assert_allclose(theirs(tmp_path), ours, atol=2e-5, rtol=1e-4)
 
 
+# Of the models that transformers makes, in its names.
+THEIR_SIZES = {
+  'vocab_size': tiny.VOCAB,
+  'hidden_size': 32,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'initializer_range': 0.2,
+}
+
+
 @pytest.mark.parametrize('changes', [{}, {'num_experts_per_tok': 1}])
 def test_we_compute_what_transformers_saved(
   changes: dict, tmp_path: Path
@@ -78,14 +90,8 @@ def test_we_compute_what_transformers_saved(
 
   torch.manual_seed(0)
   config = library.MixtralConfig(
-    vocab_size=tiny.VOCAB,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    **THEIR_SIZES,
     num_local_experts=6,
-    initializer_range=0.2,
     **changes,
   )
   library.MixtralForCausalLM(config).save_pretrained(
@@ -105,13 +111,7 @@ def test_a_llama_to_upcycle_is_read_as_transformers_does(
 
   torch.manual_seed(0)
   config = library.LlamaConfig(
-    vocab_size=tiny.VOCAB,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.2,
+    **THEIR_SIZES,
     **wide,
   )
   model = library.LlamaForCausalLM(config).eval()
