@@ -31,6 +31,7 @@ _COMPUTED = (
   'model.idle_parameters',
   'moe.dispatch',
   'moe.capacity_factor',
+  'moe.priority',
   'router.jitter',
 )
 
