@@ -56,6 +56,8 @@ def get_config() -> ConfigDict:
   config.moe.renormalize = True  # chosen weights sum to 1, if top_k > 1
   config.moe.dispatch = 'dropless'  # dropless | capacity
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
+  # position | probability: who is kept, earlier tokens or heavier ones
+  config.moe.priority = 'position'
   config.moe.bias = False  # a learned vector added to the routed output
 
   config.moe.shared = ConfigDict()

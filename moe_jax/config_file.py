@@ -43,7 +43,7 @@ def _saved(path: str) -> ConfigDict:
   """The config that a run wrote."""
   try:
     with open(path, encoding='utf-8') as file:
-      config = saved_config.from_json(file.read())
+      config = saved_config.from_json(file.read(), schema())
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is not the JSON of a config: {error}') from error
   _check_schema(path, config)

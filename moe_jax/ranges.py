@@ -18,6 +18,7 @@ CHOICES = {
   'model.positions': ('rotary', 'span'),
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
+  'moe.priority': ('position', 'probability'),
   'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
   'router.score': (
     'linear',

@@ -31,6 +31,7 @@ _COMPUTED = (
   'model.idle_parameters',
   'moe.dispatch',
   'moe.capacity_factor',
+  'moe.priority',
   'router.jitter',
 )
 
@@ -43,13 +44,23 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, schema: ConfigDict) -> ConfigDict:
   """Returns the config that `to_json` wrote, locked.
+
+  A key younger than the run has the default of today's schema: a key is only
+  added with a default that does what was done without it.
+
+  Args:
+    text: of a config.
+    schema: every key at its default.
 
   Raises:
     ValueError: `text` is not a JSON object.
   """
-  return ConfigDict(json.loads(text)).lock()
+  given = json.loads(text)
+  if not isinstance(given, dict):
+    raise ValueError(f'a {type(given).__name__} and not an object')
+  return ConfigDict(_filled(given, schema.to_dict())).lock()
 
 
 def changed_meaning(
@@ -57,8 +68,8 @@ def changed_meaning(
 ) -> list[str]:
   """Keys by which going on with `new` would be another run than `old`.
 
-  A key that only one side has counts as changed: nobody can tell what the
-  version without it did in its place. Of `train.steps` and
+  A key that only one side has counts as changed: `from_json` knows the younger
+  ones, so it is one that no longer exists. Of `train.steps` and
   `optimizer.decay_steps` only the end of the decay counts that they come to.
 
   Args:
@@ -120,6 +131,15 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
       flat[name] = value
   return flat
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+  """`given`, with `defaults` for the keys it lacks, in sections too."""
+  filled = defaults | given
+  for name, default in defaults.items():
+    if isinstance(default, dict) and isinstance(filled[name], dict):
+      filled[name] = _filled(filled[name], default)
+  return filled
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,7 @@ ROOMS = {
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(
-    f'{_MODEL} saved_config data distributed.hosts model',
+    f'{_MODEL} config_file saved_config data distributed.hosts model',
     f'{_STATE} tensorboardX',
   ),
   'evaluation': Room(

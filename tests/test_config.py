@@ -1,5 +1,6 @@
 """Checks of configs, the sizes that follow from them, and their saved form."""
 
+import json
 import re
 
 import pytest
@@ -206,7 +207,9 @@ def test_a_trial_shorter_than_the_warm_up_still_has_a_schedule() -> None:
 
 def test_json_gives_back_an_equal_config() -> None:
   config = make(optimizer__learning_rate=0.1 + 0.2)
-  again = saved_config.from_json(saved_config.to_json(config))
+  again = saved_config.from_json(
+    saved_config.to_json(config), base.get_config()
+  )
   assert again.to_dict() == config.to_dict()
   assert again.is_locked
 
@@ -235,6 +238,17 @@ def test_longer_training_names_its_remedy() -> None:
   message = saved_config.describe(['train.steps'], old, new)
   assert 'train.steps was 1000, now 2000' in message
   assert '--config.optimizer.decay_steps=1000' in message
+
+
+def test_a_key_younger_than_the_run_has_its_default() -> None:
+  old = make(moe__top_k=1).to_dict()
+  del old['moe']['bias'], old['router'], old['seed']
+  read = saved_config.from_json(json.dumps(old), base.get_config())
+  assert read.to_dict() == make(moe__top_k=1).to_dict()
+  old['moe']['forgotten'] = 3  # a key that exists no longer stays, to be seen
+  read = saved_config.from_json(json.dumps(old), base.get_config()).to_dict()
+  new = make(moe__top_k=1).to_dict()
+  assert saved_config.changed_meaning(read, new) == ['moe.forgotten']
 
 
 def test_a_key_of_another_version_counts_as_changed() -> None:

@@ -8,6 +8,7 @@ by gathers alone, backward too: scatters are serial on CPU and slow on TPU.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -58,24 +59,29 @@ def dropless(
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-  """At most C slots per expert, the earliest tokens first; the rest is dropped.
+  """At most C slots per expert; the rest is dropped.
 
   `C = ceil(factor * T * K / N)` over the tokens dispatched together (those of
   one group of devices along the expert axis), with N the router's experts. A
-  token's output depends on the tokens before it in the batch.
+  token's output depends on other tokens of the batch.
 
   Attributes:
     factor: room over the balanced share.
+    rank: of every slot, [T, K]: an expert takes the lowest first, and of equals
+      the earliest; None for all alike. A value of `PRIORITIES`.
   """
 
   factor: float
+  rank: Callable[[Routing], jax.Array | None]
 
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Bank
   ) -> tuple[jax.Array, jax.Array]:
     num_rows = routing.indices_TK.size
     capacity = math.ceil(self.factor * num_rows / routing.num_experts)
-    order_M, place_TK, sizes_N, starts_N = _sort(routing, experts.num_experts)
+    order_M, place_TK, sizes_N, starts_N = _sort(
+      routing, experts.num_experts, self.rank(routing)
+    )
     used_NC = jnp.arange(capacity) < sizes_N[:, None]
     source_NC = starts_N[:, None] + jnp.arange(capacity)
     slot_NC = order_M[jnp.minimum(source_NC, num_rows - 1)]
@@ -93,17 +99,35 @@ class Capacity:
     return y_TD, (present_TK & ~kept_TK).sum(dtype=jnp.int32)
 
 
+def by_position(routing: Routing) -> None:
+  """Earlier tokens come before later ones."""
+  del routing
+
+
+def by_probability(routing: Routing) -> jax.Array:
+  """Slots to which the router gives more weight come before others."""
+  return -jax.lax.stop_gradient(routing.weights_TK)
+
+
 def _sort(
-  routing: Routing, num_experts: int
+  routing: Routing, num_experts: int, rank_TK: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Sorts the T*K slots by expert; unused slots (index N) come last.
+
+  Args:
+    routing: of the tokens.
+    num_experts: N.
+    rank_TK: orders an expert's slots, lowest first; None, as they stand.
 
   Returns:
     order_M: the slot in each row; place_TK: the row of each slot; sizes_N and
     starts_N: rows of each expert and where they begin. All int32.
   """
   slots_M = routing.indices_TK.reshape(-1)
-  order_M = jnp.argsort(slots_M, stable=True)
+  if rank_TK is None:
+    order_M = jnp.argsort(slots_M, stable=True)
+  else:
+    order_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
   place_TK = jnp.argsort(order_M).reshape(routing.indices_TK.shape)
   edges = jnp.searchsorted(slots_M[order_M], jnp.arange(num_experts + 1))
   return order_M, place_TK, jnp.diff(edges), edges[:-1]
@@ -170,7 +194,11 @@ _return_rows.defvjp(
 )
 
 
+PRIORITIES = {'position': by_position, 'probability': by_probability}
+
 DISPATCHES = {
   'dropless': lambda moe: dropless,
-  'capacity': lambda moe: Capacity(moe.capacity_factor),
+  'capacity': lambda moe: Capacity(
+    moe.capacity_factor, PRIORITIES[moe.priority]
+  ),
 }

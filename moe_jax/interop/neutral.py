@@ -48,6 +48,7 @@ NEUTRAL = {
     'renormalize': True,
     'dispatch': 'dropless',
     'capacity_factor': 1.0,
+    'priority': 'position',
     'bias': False,
     'shared': {
       'width': 0,
@@ -86,8 +87,8 @@ NEUTRAL = {
 
 # How it is trained or computed, not what: free in every comparison.
 _FREE = """model.dropout model.init_std model.dtype model.remat model.unroll
-model.idle_parameters moe.dispatch moe.capacity_factor moe.every moe.offset
-moe.first_dense router.residual_detached router.jitter""".split()
+model.idle_parameters moe.dispatch moe.capacity_factor moe.priority moe.every
+moe.offset moe.first_dense router.residual_detached router.jitter""".split()
 
 
 def config_of(**sections: dict[str, Any]) -> ConfigDict:

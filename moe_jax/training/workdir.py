@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import saved_config
+from moe_jax import config_file, saved_config
 from moe_jax.errors import UserError
 
 
@@ -98,7 +98,8 @@ def _saved_config(workdir: str) -> dict | None:
   path = config_path(workdir)
   try:
     with open(path, encoding='utf-8') as file:
-      return saved_config.from_json(file.read()).to_dict()
+      text = file.read()
+    return saved_config.from_json(text, config_file.schema()).to_dict()
   except FileNotFoundError:
     return None
   except ValueError as error:

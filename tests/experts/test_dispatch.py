@@ -12,13 +12,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.experts.dispatch import Capacity, Dispatch, dropless
+from moe_jax.experts.dispatch import (
+  Capacity,
+  Dispatch,
+  by_position,
+  by_probability,
+  dropless,
+)
 from moe_jax.experts.expert_parallel import ExpertParallel
 from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.routing.selection import Routing
 
 T, K, D, F, N = 64, 2, 16, 24, 8
-NO_DROP = Capacity(float(N))  # room for every token in one expert
+NO_DROP = Capacity(float(N), by_position)  # room for every token in one expert
 
 
 def parallel(inner: Dispatch, **axes: int) -> Dispatch:
@@ -178,14 +184,14 @@ def test_capacity_keeps_the_first_tokens_of_an_expert() -> None:
   x = jax.random.normal(jax.random.key(0), (T, D))
   routing = Routing(weights, choice, logits, logits)
   whole, none_dropped = dropless(x, routing, bank)
-  part, dropped = Capacity(0.5)(x, routing, bank)
+  part, dropped = Capacity(0.5, by_position)(x, routing, bank)
   assert (int(none_dropped), int(dropped)) == (0, 112)
   np.testing.assert_allclose(part[:8], whole[:8], rtol=1e-5, atol=1e-4)
   np.testing.assert_array_equal(part[8:], 0)
 
 
 def test_capacity_counts_drops_on_every_device() -> None:
-  dispatch = parallel(Capacity(0.5), data=2, expert=2, tensor=2)
+  dispatch = parallel(Capacity(0.5, by_position), data=2, expert=2, tensor=2)
   choice = jnp.int32(one_device_choice(None))
   logits = jnp.zeros((T, N))
   bank = ExpertBank(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
@@ -193,3 +199,27 @@ def test_capacity_counts_drops_on_every_device() -> None:
   # Two groups of 32 tokens: a capacity of 4 for each of the two experts.
   _, dropped = jax.jit(dispatch)(jnp.ones((T, D)), routing, bank)
   assert int(dropped) == 2 * 2 * (32 - 4)
+
+
+def test_capacity_keeps_the_heaviest_slots_of_an_expert() -> None:
+  rng = np.random.default_rng(5)
+  weights = rng.random((T, K)).round(1)  # with many equal ones
+  choice = random_choice(rng)
+  choice[rng.random((T, K)) < 0.2] = N
+  logits = jnp.zeros((T, N))
+  routing = Routing(jnp.float32(weights), jnp.int32(choice), logits, logits)
+  bank = ExpertBank(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+  x = jax.random.normal(jax.random.key(0), (T, D))
+  y, dropped = Capacity(0.5, by_probability)(x, routing, bank)
+
+  kept = np.zeros((T, K), bool)
+  for expert in range(N):
+    slots = [tuple(slot) for slot in np.argwhere(choice == expert)]
+    # Python's sort is stable: of equal weights the earlier token comes first.
+    for slot in sorted(slots, key=lambda slot: -weights[slot])[:8]:
+      kept[slot] = True
+  assert int(dropped) == (~kept & (choice < N)).sum() > 0
+  alone = routing.only(jnp.array(kept))
+  np.testing.assert_allclose(
+    y, dropless(x, alone, bank)[0], rtol=1e-5, atol=1e-4
+  )

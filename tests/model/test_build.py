@@ -3,7 +3,7 @@
 import pytest
 
 from moe_jax import ranges
-from moe_jax.experts.dispatch import DISPATCHES
+from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import repetition
 from moe_jax.model.build_block import MIXINGS
 from moe_jax.model.decoder import REMAT_POLICIES
@@ -36,6 +36,7 @@ def test_config_knows_every_part_there_is() -> None:
   """A part that `ranges` does not list could not be chosen."""
   parts = {
     'moe.dispatch': DISPATCHES,
+    'moe.priority': PRIORITIES,
     'moe.shared.mixing': MIXINGS,
     'router.recurrent': CELLS,
     'router.score': SCORES,
