@@ -20,7 +20,7 @@ from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, memory, sizes
+from moe_jax.model import build, build_exchange, memory, sizes
 from moe_jax.training import state
 
 # Rows of the table.
@@ -128,6 +128,11 @@ def table(plan: dict[str, Any]) -> str:
     'mesh': mesh,
     'dispatch': f'{strategy["dispatch"]}, expert parallelism'
     f' {strategy["expert_parallelism"]}',
+    '  exchange': ', '.join(
+      f'{name} {_bytes(sent)}'
+      for name, sent in strategy.get('exchange_bytes', {}).items()
+    )
+    + ' sent per device, sub-layer and forward pass',
     'router': ', '.join(
       f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
     ),
@@ -136,6 +141,8 @@ def table(plan: dict[str, Any]) -> str:
   }
   if not parameters['idle']:
     del rows['  idle']
+  if 'exchange_bytes' not in strategy:
+    del rows['  exchange']
   return '\n'.join(f'{name:12}{value}' for name, value in rows.items())
 
 
@@ -189,11 +196,24 @@ def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:
     },
     'mesh': mesh,
     'dispatch': config.moe.dispatch if routed else 'none',
-    'expert_parallelism': 'gather' if split else 'none',
+    **_exchange(config, mesh, split),
     **_router(config, routed),
     'platform': jax.devices()[0].platform,
     'dtype': str(build.compute_dtype(config, None)),
     'remat': config.model.remat,
+  }
+
+
+def _exchange(
+  config: ConfigDict, mesh: dict[str, int], split: bool
+) -> dict[str, Any]:
+  """How tokens get to experts on other devices, and what each way sends."""
+  if not split:
+    return {'expert_parallelism': 'none'}
+  dtype, platform = build.compute_dtype(config, None), jax.devices()[0].platform
+  return {
+    'expert_parallelism': build_exchange.resolve(config, mesh, dtype, platform),
+    'exchange_bytes': build_exchange.exchange_bytes(config, mesh, dtype),
   }
 
 
