@@ -76,6 +76,10 @@ ROOMS = {
   'interop.hf': Room('interop interop.command_line'),
   'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
+  # Text in, numbers out.
+  'planning.hlo': Room(),
+  'planning.replica_groups': Room(),
+  'planning.collectives': Room('planning.hlo planning.replica_groups'),
   'plan': Room(
     f'{_CONFIG} cli data distributed.mesh model training',
     'jax absl ml_collections',

@@ -220,4 +220,6 @@ def test_capacity_keeps_the_heaviest_slots_of_an_expert() -> None:
       kept[slot] = True
   assert int(dropped) == (~kept & (choice < N)).sum() > 0
   alone = routing.only(jnp.array(kept))
-  np.testing.assert_allclose(y, dropless(x, alone, bank)[0], atol=1e-5)
+  np.testing.assert_allclose(
+    y, dropless(x, alone, bank)[0], rtol=1e-5, atol=1e-4
+  )
