@@ -24,7 +24,7 @@ from moe_jax import cli
 from moe_jax import config as config_lib
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, memory, sizes
+from moe_jax.model import build, build_exchange, memory, sizes
 from moe_jax.planning import compiled, setups, table_of_compiled, topologies
 from moe_jax.planning.units import in_bytes
 from moe_jax.training import state
@@ -165,6 +165,11 @@ def table(plan: dict[str, Any]) -> str:
     'mesh': mesh,
     'dispatch': f'{strategy["dispatch"]}, expert parallelism'
     f' {strategy["expert_parallelism"]}',
+    '  exchange': ', '.join(
+      f'{name} {in_bytes(sent)}'
+      for name, sent in strategy.get('exchange_bytes', {}).items()
+    )
+    + ' sent per device, sub-layer and forward pass',
     'router': ', '.join(
       f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
     ),
@@ -173,6 +178,8 @@ def table(plan: dict[str, Any]) -> str:
   }
   if not parameters['idle']:
     del rows['  idle']
+  if 'exchange_bytes' not in strategy:
+    del rows['  exchange']
   if 'compiled' in plan:
     rows |= table_of_compiled.rows(plan['compiled'], plan['tokens_per_step'])
   return '\n'.join(f'{name:11} {value}' for name, value in rows.items())
@@ -204,9 +211,8 @@ def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
   # the sum of those done.
   copies = 1 if config.train.accumulation == 1 else 2
   segments = {name: abstract[name] for name in ('memory',) if name in abstract}
-  temporaries = memory.temporaries(
-    setups.with_dtype(setup), setup.vocab_size, mesh
-  )
+  resolved = setups.resolved(setup, mesh)
+  temporaries = memory.temporaries(resolved, setup.vocab_size, mesh)
   return {
     'parameters': parameters,
     'gradients': copies * parameters,
@@ -218,7 +224,7 @@ def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
 
 def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
   """What the config's choices come to, after every `auto` and `-1`."""
-  config = setup.config
+  config = setups.resolved(setup, mesh)
   kinds = config_lib.layer_kinds(config)
   first, period = build.repetition(kinds, config.moe.every)
   routed = 'moe' in kinds
@@ -231,12 +237,22 @@ def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
     },
     'mesh': mesh,
     'dispatch': config.moe.dispatch if routed else 'none',
-    'expert_parallelism': 'gather' if split else 'none',
+    **_exchange(config, mesh, split),
     **_router(config, routed),
     'platform': setup.mesh.devices.flat[0].platform,
-    'dtype': str(build.compute_dtype(config, setup.mesh)),
+    'dtype': config.model.dtype,
     'remat': config.model.remat,
   }
+
+
+def _exchange(
+  config: ConfigDict, mesh: dict[str, int], split: bool
+) -> dict[str, Any]:
+  """How tokens get to experts on other devices, and what each way sends."""
+  if not split:
+    return {'expert_parallelism': 'none'}
+  sent = build_exchange.exchange_bytes(config, mesh, config.model.dtype)
+  return {'expert_parallelism': config.moe.exchange, 'exchange_bytes': sent}
 
 
 def _router(config: ConfigDict, routed: bool) -> dict[str, str]:

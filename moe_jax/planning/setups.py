@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model import build_exchange
 from moe_jax.model.build import compute_dtype
 from moe_jax.training import state
 from moe_jax.training.state import Setup
@@ -40,10 +41,18 @@ def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
   return state.setup(config, _vocab_size(config), one)
 
 
-def with_dtype(setup: Setup) -> ConfigDict:
-  """The config of a setup, the dtype of its arithmetic written out."""
+def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
+  """The config of a setup with what its `auto`s come to on a mesh.
+
+  Args:
+    setup: on devices of the mesh's platform, whatever their number.
+    mesh: devices along every axis.
+  """
   config = copy.deepcopy(setup.config)
-  config.model.dtype = str(compute_dtype(config, setup.mesh))
+  dtype = compute_dtype(config, setup.mesh)
+  platform = setup.mesh.devices.flat[0].platform
+  config.model.dtype = str(dtype)
+  config.moe.exchange = build_exchange.resolve(config, mesh, dtype, platform)
   return config
 
 
