@@ -89,6 +89,7 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
 
   Raises:
     DoesNotFitError: the compiler refuses it for its size, as those of TPUs do.
+    UserError: the compiler fails; it may not with other settings.
   """
   began = time.perf_counter()
   lowered = make_train_step(setup).lower(setup.abstract, abstract_batch(setup))
@@ -97,7 +98,10 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
   except jax.errors.JaxRuntimeError as error:
     if refused := _too_large(str(error), _argument_bytes(setup)):
       raise refused from error
-    raise
+    said = ' '.join(str(error).split())[:300]
+    raise UserError(
+      f'the compiler fails on the training step: {said}'
+    ) from error
   return compiled, time.perf_counter() - began
 
 
