@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
   config.mesh.expert = 1  # batch split, experts split
   config.mesh.tensor = 1  # heads and feed-forward widths split
 
+  # Of these, how many slices (of TPUs, or hosts of GPUs that a slower network
+  # joins) lie along each axis; one axis may be -1: whatever is left.
+  config.mesh.dcn = ConfigDict()
+  config.mesh.dcn.data = -1
+  config.mesh.dcn.fsdp = 1
+  config.mesh.dcn.expert = 1
+  config.mesh.dcn.tensor = 1
+
   config.model = ConfigDict()
   config.model.num_layers = 4
   config.model.hidden_size = 256

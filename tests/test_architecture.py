@@ -40,7 +40,10 @@ ROOMS = {
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   'experts': Room('routing', 'jax flax'),
-  'distributed.mesh': Room('config errors', 'jax'),
+  'distributed.slices': Room('errors', 'jax ml_collections numpy'),
+  'distributed.mesh': Room(
+    'config errors distributed.slices', 'jax ml_collections'
+  ),
   'distributed.hosts': Room('', 'jax numpy'),
   # No jax, so that reading data never touches a device.
   'data': Room(
