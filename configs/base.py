@@ -126,6 +126,8 @@ def get_config() -> ConfigDict:
   config.train.accumulation = 1  # micro-batches a step is computed in
   config.train.init_from = ''  # start from this workdir's newest parameters
   config.train.log_every = 10
+  # Steps: whether devices that should hold the same bits do; reads them all.
+  config.train.check_replicas_every = 0
 
   config.data = ConfigDict()
   config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder

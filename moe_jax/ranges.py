@@ -66,7 +66,7 @@ _AT_LEAST_ZERO = _keys(
   router='residual',
   loss='balance_weight z_weight bias_rate',
   optimizer='warmup_steps decay_steps weight_decay clip_norm',
-  train='log_every',
+  train='log_every check_replicas_every',
   checkpoint='every keep_every',
   eval='every batches batch_size disable_top',
 )
