@@ -16,7 +16,7 @@ from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import choose
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.model import build_block, build_router
+from moe_jax.model import build_attention, build_block, build_router
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
@@ -46,7 +46,11 @@ def build(
   model = config.model
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
-  parts = Parts(config, vocab_size, _dispatch(config, mesh), disable_top)
+  dtype = compute_dtype(config, mesh)
+  attend = build_attention.attend(config, mesh, dtype)
+  parts = Parts(
+    config, vocab_size, _dispatch(config, mesh), attend, disable_top
+  )
   make_block = functools.partial(build_block.block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:
@@ -73,7 +77,7 @@ def build(
     key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
     num_residual_logits=build_router.num_residual_logits(config),
-    dtype=compute_dtype(config, mesh),
+    dtype=dtype,
     remat=model.remat,
     unroll=model.unroll,
     shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
