@@ -45,6 +45,31 @@ def main(
   sys.exit(0)
 
 
+def define_process_flags(values: flags.FlagValues) -> None:
+  """The flags of programs that several processes run together.
+
+  Their names and meanings are those of `distributed.processes.start`.
+  """
+  for name, about in (
+    ('num_processes', 'of this run, on all hosts'),
+    ('process_id', 'of this process, from 0 on'),
+  ):
+    flags.DEFINE_integer(name, None, about, flag_values=values)
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where clusters do not say',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'coordinator_timeout',
+    300,
+    'seconds to wait for the other processes',
+    lower_bound=1,
+    flag_values=values,
+  )
+
+
 def parse(
   argv: Sequence[str],
   define_flags: DefineFlags | None = None,

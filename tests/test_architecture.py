@@ -45,7 +45,10 @@ ROOMS = {
   'distributed.mesh': Room(
     'config errors distributed.slices', 'jax ml_collections'
   ),
-  'distributed.hosts': Room('', 'jax numpy'),
+  'distributed.hosts': Room('errors', 'jax numpy'),
+  'distributed.replicas': Room('', 'jax numpy'),
+  'distributed.launchers': Room('', 'jax'),
+  'distributed.processes': Room('errors distributed.launchers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
@@ -65,7 +68,8 @@ ROOMS = {
   ),
   # The one page that knows everyone.
   'training.loop': Room(
-    f'{_CONFIG} data distributed.mesh distributed.hosts training evaluation',
+    f'{_CONFIG} data distributed.hosts distributed.replicas training'
+    ' evaluation',
     'jax ml_collections',
   ),
   # From and to the workdirs of runs.
