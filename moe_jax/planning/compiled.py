@@ -96,7 +96,7 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if refused := _too_large(str(error), _argument_bytes(setup)):
+    if refused := too_large(str(error), _argument_bytes(setup)):
       raise refused from error
     said = ' '.join(str(error).split())[:300]
     raise UserError(
@@ -193,8 +193,13 @@ def _argument_bytes(setup: Setup) -> int:
   )
 
 
-def _too_large(said: str, arguments: int) -> DoesNotFitError | None:
-  """What the compiler's complaint comes to, if it is about memory."""
+def too_large(said: str, arguments: int) -> DoesNotFitError | None:
+  """What a compiler's complaint comes to, if it is about memory.
+
+  Args:
+    said: the complaint.
+    arguments: bytes of the program's, per device.
+  """
   beside, in_all = (re.search(form, said) for form in _TOO_LARGE)
   found = in_all or beside
   if not found:
