@@ -74,9 +74,9 @@ def find(
     tell(trial)
     return trial
 
+  available, wanted = _available(target), config.train.batch_size
   estimates = _estimates(config, target)
-  wanted = config.train.batch_size
-  start = _start(estimates, wanted, _available(target))
+  start = _start(estimates, wanted, available)
   trials = search(wanted, unit(config, target), estimates, start, attempt)
   found = best(trials)
   if found is None:

@@ -12,7 +12,7 @@ MISTAKES = {
   'v5e': ['chip:sizes', 'v5e:4x4', 'v5p:4x4x4'],
   'v5p-8': ['chip:sizes'],
   'v5e:4x': ['chip:sizes'],
-  'v6p:2x2': ["no chip 'v6p'", "did you mean 'v5p'", 'v4, v5e, v5p'],
+  'v6p:2x2': ["no chip 'v6p'", "did you mean 'v6e'", 'v4, v5e, v5p'],
   'v5e:2x2x2': ['flat', 'v5e:4x4'],
   'v5e:3x5': ['does not exist', 'not divisible'],
 }
