@@ -80,7 +80,7 @@ ROOMS = {
   'interop.programs': Room(
     f'{_CONFIG} interop interop.workdirs', 'jax ml_collections numpy'
   ),
-  'interop.command_line': Room('errors interop interop.programs'),
+  'interop.command_line': Room('errors interop interop.programs libtpu'),
   'interop.hf': Room('interop interop.command_line'),
   'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
