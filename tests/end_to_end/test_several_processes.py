@@ -202,15 +202,15 @@ def test_what_one_process_lacks_both_are_told(
   cases = [
     (
       [flags(config, here), flags(config, there)],
-      ['process 1 has failed', f'workdir {there} is not the same on all'],
+      ['process 1 of 2 has failed', f'workdir {there} is not the same on all'],
     ),
     (
       [flags(config, here), flags(lacking, here)],
-      ['process 1 has failed', 'data.path'],
+      ['process 1 of 2 has failed', 'data.path'],
     ),
     (
       [flags(lacking, here), flags(config, here)],
-      ['data.path', 'process 0 has failed'],
+      ['data.path', 'process 0 of 2 has failed'],
     ),
   ]
   for both, expected in cases:

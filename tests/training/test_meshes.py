@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.distributed import replicas
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
 
@@ -21,6 +22,7 @@ MESHES = {
 
 
 def losses(made: Setup, steps: int) -> np.ndarray:
+  """The losses of the first steps, after each of which all copies agree."""
   train_step, state = make_train_step(made), made.init()
   found = []
   for step in range(steps):
@@ -28,6 +30,7 @@ def losses(made: Setup, steps: int) -> np.ndarray:
       batch(made.config, seed=step), mesh_lib.batch_sharding(made.mesh)
     )
     state, metrics = train_step(state, data)
+    replicas.check({'state': state, 'metrics': metrics})
     found.append(float(metrics['loss']))
   return np.array(found)
 
@@ -42,6 +45,14 @@ def test_eight_devices_train_like_one(model: str) -> None:
 def test_every_axis_at_once_trains_like_one_device() -> None:
   meshes = {'every axis': {'fsdp': 2, 'expert': 2, 'tensor': 2}}
   compare('cartesian rmoe', meshes, steps=5)
+
+
+@pytest.mark.slow
+def test_copies_agree_where_tokens_are_dropped_and_biases_balance() -> None:
+  """What is summed over devices by hand: loads, drops and the biases."""
+  values = {'moe.dispatch': 'capacity', 'loss.bias_rate': 0.01}
+  config = tiny.config(**tiny.MODELS['cartesian rmoe'], **values)
+  losses(setup(config, data=2, expert=2, tensor=2), steps=3)
 
 
 def compare(model: str, meshes: dict[str, dict[str, int]], steps: int) -> None:
