@@ -66,6 +66,12 @@ def get_config() -> ConfigDict:
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
   # position | probability: who is kept, earlier tokens or heavier ones
   config.moe.priority = 'position'
+  # auto | gather | all_to_all | ragged: of tokens between devices along
+  # mesh.expert; auto is what sends the fewest bytes
+  config.moe.exchange = 'auto'
+  # Dropless all_to_all and ragged: room over the balanced share; what finds
+  # none is counted and takes a slower way
+  config.moe.buffer_factor = 2.0
   config.moe.bias = False  # a learned vector added to the routed output
 
   config.moe.shared = ConfigDict()

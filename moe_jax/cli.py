@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax import allocator, config_file
+from moe_jax import allocator, config_file, libtpu
 from moe_jax.errors import UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
@@ -35,6 +35,7 @@ def main(
   try:
     config, values = parse(sys.argv, define_flags, workdir)
     allocator.tune()
+    libtpu.quiet()
     run(config, **values)
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)

@@ -207,7 +207,7 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
   if 'dense' in kinds:
     _check_divides(config, 'model.ffn_width', tensor, 'mesh.tensor')
   if 'moe' in kinds:
-    _check_divides(config, 'moe.num_experts', mesh['expert'], 'mesh.expert')
+    _check_exchange(config, mesh)
     factors = config.moe.factors
     for key in ('moe.expert_width', 'moe.shared.width'):
       _check_divides(
@@ -216,6 +216,32 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
         factors * tensor,
         f'moe.factors x mesh.tensor = {factors} x {tensor}',
       )
+
+
+def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
+  """Experts lie on the expert axis, the same number on every device."""
+  moe, expert, tensor = config.moe, mesh['expert'], mesh['tensor']
+  if moe.dispatch == 'capacity' and moe.exchange == 'ragged':
+    raise UserError(
+      "moe.exchange = 'ragged' is only for moe.dispatch = 'dropless'; with"
+      " moe.dispatch = 'capacity' moe.exchange may be gather or all_to_all"
+    )
+  if moe.num_experts % expert == 0:
+    return
+  wrong = f'mesh.expert = {expert} does not divide moe.num_experts'
+  if expert % moe.num_experts == 0:
+    rest = expert // moe.num_experts
+    raise UserError(
+      f'{wrong} = {moe.num_experts}, and an expert lies on one device or is'
+      f' split by its width: mesh.expert = {moe.num_experts} with mesh.tensor'
+      f' = {tensor * rest} would be right, or with {rest} times the mesh.data'
+    )
+  fitting = [
+    n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0
+  ]
+  raise UserError(
+    f'{wrong} = {moe.num_experts}; {", ".join(map(str, fitting))} would'
+  )
 
 
 def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:

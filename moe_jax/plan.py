@@ -4,6 +4,11 @@
 
 Everything follows from shapes: no array is made, whatever the model's size.
 With --json it prints one JSON object instead of a table.
+
+  python -m moe_jax.plan --config=... --compile --topology=v5e:16x16 --slices=2
+
+also compiles the training step, for TPUs that need not be here, and tells what
+their compiler says; without --topology, for the devices of this machine.
 """
 
 import json as json_lib
@@ -17,10 +22,11 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import config as config_lib
-from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, memory, sizes
+from moe_jax.model import build, build_exchange, memory, sizes
+from moe_jax.planning import compiled, setups, table_of_compiled, topologies
+from moe_jax.planning.units import in_bytes
 from moe_jax.training import state
 
 # Rows of the table.
@@ -47,21 +53,64 @@ def define_flags(values: flags.FlagValues) -> None:
     'of all hosts together; those of this machine if left out',
     flag_values=values,
   )
+  flags.DEFINE_string(
+    'topology',
+    None,
+    'plan for a slice of TPUs, such as v5e:16x16; it need not be here',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'slices', 1, 'of that topology, on a slower network', flag_values=values
+  )
+  flags.DEFINE_boolean(
+    'compile', False, 'compile the training step', flag_values=values
+  )
 
 
-def run(config: ConfigDict, json: bool, devices: int | None) -> None:
-  """Prints the plan of `config` on that many devices."""
-  plan = make(config, devices)
+def run(
+  config: ConfigDict,
+  json: bool,
+  devices: int | None,
+  topology: str | None,
+  slices: int,
+  compile: bool,
+) -> None:
+  """Prints the plan of `config` on such devices."""
+  target = _target(topology, slices)
+  count = len(target.devices)
+  if devices not in (None, count) and (topology or compile):
+    raise UserError(
+      f'--devices = {devices}, but {"--topology" if topology else "here"} has'
+      f' {count}; leave --devices out'
+    )
+  plan = make(config, devices or count, target.devices[0])
+  if compile:
+    # Or the seconds would tell of the cache.
+    jax.config.update('jax_enable_compilation_cache', False)
+    plan['compiled'] = compiled.plan(config, target)
   print(json_lib.dumps(plan) if json else table(plan))
 
 
-def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
+def _target(topology: str | None, slices: int) -> topologies.Target:
+  if topology:
+    return topologies.target(topology, slices)
+  if slices != 1:
+    raise UserError(f'--slices = {slices} is of a --topology, which is missing')
+  return topologies.here()
+
+
+def make(
+  config: ConfigDict,
+  num_devices: int | None = None,
+  device: jax.Device | None = None,
+) -> dict[str, Any]:
   """Returns the plan of a config, a dictionary that JSON can hold.
 
   Args:
     config: see configs/base.py.
     num_devices: of all hosts together; they need not be there. None: those
       that jax finds.
+    device: of their kind; None: the first that jax finds.
 
   Returns:
     `parameters` (total, active, router, idle), `flops_per_token` of training
@@ -78,7 +127,7 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
   if num_devices < 1:
     raise UserError(f'--devices = {num_devices} must be at least 1')
   config_lib.validate(config, num_devices)
-  setup = shapes(config)
+  setup = setups.shapes(config, device)
   params = setup.abstract['params']
   mesh = config_lib.mesh_shape(config, num_devices)
   parts = _memory_parts(setup, mesh)
@@ -89,20 +138,8 @@ def make(config: ConfigDict, num_devices: int | None = None) -> dict[str, Any]:
     'memory_bytes_per_device': sum(parts.values()),
     'memory_parts_per_device': parts,
     'tokens_per_step': config.train.batch_size * config.data.seq_len,
-    'strategy': _strategy(config, mesh),
+    'strategy': _strategy(setup, mesh),
   }
-
-
-def shapes(config: ConfigDict) -> state.Setup:
-  """The setup of a validated config: the same shapes on any mesh.
-
-  A data set is read only where `model.vocab_size` leaves V to its dictionary.
-  """
-  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
-  vocab_size = config_lib.vocab_size(config, of_tokenizer)
-  # One device is always there.
-  one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
-  return state.setup(config, vocab_size, one)
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -120,7 +157,7 @@ def table(plan: dict[str, Any]) -> str:
     '  idle': f'{parameters["idle"]:,} counted, never built',
     'compute': f'{plan["flops_per_token"]:,} FLOPs per token in training,'
     f' {plan["flops_per_token_forward"]:,} forward',
-    'memory': f'{_bytes(plan["memory_bytes_per_device"])} per device',
+    'memory': f'{in_bytes(plan["memory_bytes_per_device"])} per device',
     '  state': _listed(parts, *_STATE),
     '  step': _listed(parts, *memory.Temporaries._fields),
     'batch': f'{plan["tokens_per_step"]:,} tokens per step',
@@ -128,6 +165,11 @@ def table(plan: dict[str, Any]) -> str:
     'mesh': mesh,
     'dispatch': f'{strategy["dispatch"]}, expert parallelism'
     f' {strategy["expert_parallelism"]}',
+    '  exchange': ', '.join(
+      f'{name} {in_bytes(sent)}'
+      for name, sent in strategy.get('exchange_bytes', {}).items()
+    )
+    + ' sent per device, sub-layer and forward pass',
     'router': ', '.join(
       f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
     ),
@@ -136,12 +178,16 @@ def table(plan: dict[str, Any]) -> str:
   }
   if not parameters['idle']:
     del rows['  idle']
-  return '\n'.join(f'{name:12}{value}' for name, value in rows.items())
+  if 'exchange_bytes' not in strategy:
+    del rows['  exchange']
+  if 'compiled' in plan:
+    rows |= table_of_compiled.rows(plan['compiled'], plan['tokens_per_step'])
+  return '\n'.join(f'{name:11} {value}' for name, value in rows.items())
 
 
 def _listed(parts: dict[str, int], *names: str) -> str:
   """`a 1.5 GiB, b 3.0 GiB`."""
-  shown = [f'{name} {_bytes(parts[name])}' for name in names if parts[name]]
+  shown = [f'{name} {in_bytes(parts[name])}' for name in names if parts[name]]
   return ', '.join(shown)
 
 
@@ -165,7 +211,8 @@ def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
   # the sum of those done.
   copies = 1 if config.train.accumulation == 1 else 2
   segments = {name: abstract[name] for name in ('memory',) if name in abstract}
-  temporaries = memory.temporaries(config, setup.vocab_size, mesh)
+  resolved = setups.resolved(setup, mesh)
+  temporaries = memory.temporaries(resolved, setup.vocab_size, mesh)
   return {
     'parameters': parameters,
     'gradients': copies * parameters,
@@ -175,8 +222,9 @@ def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
   }
 
 
-def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:
+def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
   """What the config's choices come to, after every `auto` and `-1`."""
+  config = setups.resolved(setup, mesh)
   kinds = config_lib.layer_kinds(config)
   first, period = build.repetition(kinds, config.moe.every)
   routed = 'moe' in kinds
@@ -189,12 +237,22 @@ def _strategy(config: ConfigDict, mesh: dict[str, int]) -> dict[str, Any]:
     },
     'mesh': mesh,
     'dispatch': config.moe.dispatch if routed else 'none',
-    'expert_parallelism': 'gather' if split else 'none',
+    **_exchange(config, mesh, split),
     **_router(config, routed),
-    'platform': jax.devices()[0].platform,
-    'dtype': str(build.compute_dtype(config, None)),
+    'platform': setup.mesh.devices.flat[0].platform,
+    'dtype': config.model.dtype,
     'remat': config.model.remat,
   }
+
+
+def _exchange(
+  config: ConfigDict, mesh: dict[str, int], split: bool
+) -> dict[str, Any]:
+  """How tokens get to experts on other devices, and what each way sends."""
+  if not split:
+    return {'expert_parallelism': 'none'}
+  sent = build_exchange.exchange_bytes(config, mesh, config.model.dtype)
+  return {'expert_parallelism': config.moe.exchange, 'exchange_bytes': sent}
 
 
 def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
@@ -214,14 +272,6 @@ def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
   chosen['selection'] = limit[router.selection]
   chosen['weights'] = router.weights
   return chosen
-
-
-def _bytes(number: float) -> str:
-  """`512 B`, `1.5 GiB`."""
-  for power, unit in ((30, 'GiB'), (20, 'MiB'), (10, 'KiB')):
-    if number >= 1 << power:
-      return f'{number / (1 << power):.2f} {unit}'
-  return f'{number} B'
 
 
 if __name__ == '__main__':

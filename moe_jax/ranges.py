@@ -19,6 +19,7 @@ CHOICES = {
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.priority': ('position', 'probability'),
+  'moe.exchange': ('auto', 'gather', 'all_to_all', 'ragged'),
   'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
   'router.score': (
     'linear',
@@ -71,7 +72,7 @@ _AT_LEAST_ZERO = _keys(
 )
 _ABOVE_ZERO = _keys(
   model='rope_theta norm_epsilon init_std',
-  moe='capacity_factor',
+  moe='capacity_factor buffer_factor',
   optimizer='learning_rate epsilon',
 )
 _BELOW_ONE = _keys(optimizer='b1 b2', model='dropout', router='jitter top_p')

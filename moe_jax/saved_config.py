@@ -16,6 +16,8 @@ _HARMLESS = (
   'eval',
   'model.remat',
   'model.unroll',
+  'moe.exchange',
+  'moe.buffer_factor',
   'data.dir',
   'data.path',
   'data.threads',

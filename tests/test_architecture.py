@@ -29,14 +29,15 @@ _STATE = 'jax flax optax orbax ml_collections numpy'
 ROOMS = {
   '__init__': Room(),
   'errors': Room(),
-  'allocator': Room(),
+  'libtpu': Room(),
+  'allocator': Room('libtpu'),
   'ranges': Room('errors', 'ml_collections'),
   'routing_rules': Room('errors ranges', 'ml_collections'),
   'config': Room('errors ranges routing_rules', 'ml_collections'),
   'saved_config': Room('config', 'ml_collections'),
   # The schema is a file of the checkout, `configs/base.py`: here is the door.
   'config_file': Room('errors saved_config', 'ml_collections configs'),
-  'cli': Room('allocator config_file errors', 'absl ml_collections'),
+  'cli': Room('allocator config_file errors libtpu', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   'experts': Room('routing', 'jax flax'),
@@ -83,8 +84,19 @@ ROOMS = {
   'interop.hf': Room('interop interop.command_line'),
   'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
+  # Text in, numbers out.
+  'planning.hlo': Room(),
+  'planning.replica_groups': Room(),
+  'planning.collectives': Room('planning.hlo planning.replica_groups'),
+  'planning.units': Room(),
+  'planning.cycles': Room('planning.hlo'),
+  'planning': Room(
+    f'{_CONFIG} libtpu data distributed.mesh model training planning.cycles'
+    ' planning.collectives planning.replica_groups planning.units',
+    'jax ml_collections',
+  ),
   'plan': Room(
-    f'{_CONFIG} cli data distributed.mesh model training',
+    f'{_CONFIG} cli distributed.mesh model planning planning.units training',
     'jax absl ml_collections',
   ),
 }

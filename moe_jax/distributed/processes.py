@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 
 _BY_HAND = 'give --coordinator=HOST:PORT, a free port of the host of process 0'
 # Processes end a run within seconds of each other, or one of them has failed.
-_SHUTDOWN_SECONDS = 120
+_SHUTDOWN_SECONDS = 60
 
 
 class Place(NamedTuple):

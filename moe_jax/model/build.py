@@ -1,6 +1,7 @@
 """From a config to a `Decoder`: here, once, strings become objects.
 
-The blocks are made in `build_block`, the routers in `build_router`.
+The blocks are made in `build_block`, the routers in `build_router`, and how
+tokens meet experts on other devices in `build_exchange`.
 """
 
 import functools
@@ -13,10 +14,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.errors import choose
-from moe_jax.experts.dispatch import DISPATCHES, Dispatch
-from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.model import build_block, build_router
+from moe_jax.model import build_block, build_exchange, build_router
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
@@ -46,7 +44,9 @@ def build(
   model = config.model
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
-  parts = Parts(config, vocab_size, _dispatch(config, mesh), disable_top)
+  dtype = compute_dtype(config, mesh)
+  dispatch = build_exchange.dispatch(config, mesh, dtype)
+  parts = Parts(config, vocab_size, dispatch, disable_top)
   make_block = functools.partial(build_block.block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:
@@ -73,7 +73,7 @@ def build(
     key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
     num_residual_logits=build_router.num_residual_logits(config),
-    dtype=compute_dtype(config, mesh),
+    dtype=dtype,
     remat=model.remat,
     unroll=model.unroll,
     shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
@@ -109,14 +109,6 @@ def compute_dtype(
   devices = jax.devices() if mesh is None else mesh.devices.flat
   slow = next(iter(devices)).platform == 'cpu'
   return jnp.dtype(jnp.float32 if slow else jnp.bfloat16)
-
-
-def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
-  name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
-  dispatch = DISPATCHES[name](config.moe)
-  if mesh is None or mesh.size == 1:
-    return dispatch
-  return ExpertParallel(mesh, dispatch, mesh_lib.TOKEN_AXES)
 
 
 def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:

@@ -78,10 +78,11 @@ def train(config: ConfigDict, workdir: str) -> None:
       state = setup.init(given)
     else:
       state, _ = store.restore(setup.abstract, newest)
-    with Journal(setup, workdir, newest or 0) as journal:
+    start = newest or 0
+    with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)
-      done = _steps(run, state, newest or 0)
+      done = _steps(run, state, start)
       journal.say(journal.summary(done))
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)

@@ -27,7 +27,9 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
     Lists with one number per MoE layer, the worst or mean of its sub-layers:
     `max_load` (rows of the busiest expert over the balanced share; 1 is
     perfect), `idle_experts` (experts that no token chose), `router_entropy`
-    (nats per token; log N is uniform) and `dropped_share` (of slots).
+    (nats per token; log N is uniform) and `dropped_share` (of slots). Where
+    devices exchange slots through buffers that may be too small, also
+    `exchange_overflows`: slots of all sub-layers that took the slower way.
   """
   if load is None:
     return {}
@@ -35,12 +37,15 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
   slots = np.maximum(load.counts_N.sum(-1), 1.0)
   tokens = np.maximum(load.tokens, 1.0)
   max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / slots
-  return {
+  metrics = {
     'max_load': max_load.max(1),
     'idle_experts': (load.counts_N == 0).sum((1, 2)),
     'router_entropy': (load.entropy / tokens).mean(1),
     'dropped_share': (load.dropped / slots).max(1),
   }
+  if load.overflowed is not None:
+    metrics['exchange_overflows'] = load.overflowed.sum(1)
+  return metrics
 
 
 def describe(setup: Setup, windows: Windows) -> str:

@@ -1,5 +1,6 @@
 """Two processes train, stop, resume and evaluate as one would."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -81,9 +82,21 @@ def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(
   assert_same_losses(tmp_path, alone)
 
 
+def test_what_processes_do_together(tmp_path: Path) -> None:
+  """The assertions are in the program that both run."""
+  path = os.pathsep.join(map(str, (pairs.ROOT, pairs.ROOT / 'tests')))
+  program = 'tests/end_to_end/both_processes.py'
+  pairs.finish(program, [str(tmp_path)], PYTHONPATH=path)
+
+
 MODELS = {
   'parameters over processes': (
-    {'moe.factors': 2, 'router.recurrent': 'gru', 'train.accumulation': 2},
+    {
+      'moe.factors': 2,
+      'router.recurrent': 'gru',
+      'train.accumulation': 2,
+      'train.batch_size': 16,
+    },
     {'data': 1, 'fsdp': 4},
   ),
   'experts over processes': (
