@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: str) -> None:
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
   given = origin.params(setup) if newest is None else None
-  batches = Batches(setup, train_windows, newest or 0)
+  start = newest or 0
+  batches = Batches(setup, train_windows, start)
   with (
     contextlib.closing(batches),
     Store.open(workdir, config, setup.dictionary) as store,
@@ -78,7 +79,6 @@ def train(config: ConfigDict, workdir: str) -> None:
       state = setup.init(given)
     else:
       state, _ = store.restore(setup.abstract, newest)
-    start = newest or 0
     with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)

@@ -71,7 +71,7 @@ def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(
     assert pair.wait() == [0, 0], pair.report()
     printed = [pair.printed(i) for i in (0, 1)]
   assert f'step {STEPS}/{STEPS}' in printed[0] and not printed[1]
-  assert 'devices  4 cpu (data 2 x fsdp 1 x expert 2' in printed[0]
+  assert 'expert 2 x tensor 1), 2 processes\n' in printed[0]
   assert runs.checkpoints(tmp_path) == [HALF, STEPS]
   assert_same_losses(tmp_path, alone)
 
@@ -210,6 +210,9 @@ def test_what_one_process_lacks_both_are_told(
 ) -> None:
   """Neither trains alone, and neither waits for the other."""
   here, there = tmp_path / 'here', tmp_path / 'there'
+  broken = tmp_path / 'broken'
+  broken.mkdir()
+  (broken / 'metrics.jsonl').write_text('not\nJSON\n')  # process 0 reads it
   lacking = config.copy_and_resolve_references()
   lacking.data.path = str(tmp_path / 'nowhere')
   cases = [
@@ -224,6 +227,10 @@ def test_what_one_process_lacks_both_are_told(
     (
       [flags(lacking, here), flags(config, here)],
       ['data.path', 'process 0 of 2 has failed'],
+    ),
+    (
+      [flags(config, broken)] * 2,
+      ['metrics.jsonl:1 is not', 'process 0 of 2 has failed'],
     ),
   ]
   for both, expected in cases:
