@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
   config.model.norm_place = 'pre'  # pre | post: norm(x + f(x)), no final norm
   config.model.norm_epsilon = 1e-6
   config.model.positions = 'rotary'  # rotary | span: learned relative keys
+  # auto | xla | blocks | cudnn | splash: see build_attention.py
+  config.model.attention = 'auto'  # positions = rotary: how it is computed
   config.model.span = 0  # positions = span: tokens seen before a token
   config.model.activation = 'swiglu'  # swiglu | relu, which has biases
   config.model.dropout = 0.0  # on attention weights, hidden units, MoE outputs

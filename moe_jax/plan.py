@@ -8,38 +8,30 @@ With --json it prints one JSON object instead of a table.
   python -m moe_jax.plan --config=... --compile --topology=v5e:16x16 --slices=2
 
 also compiles the training step, for TPUs that need not be here, and tells what
-their compiler says; without --topology, for the devices of this machine.
+their compiler says; without --topology, for the devices of this machine. --fit
+searches, by compiling, for the batch and the rematerialisation that fit.
 """
 
 import json as json_lib
-import math
 from typing import Any
 
 import jax
 from absl import flags
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import config as config_lib
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, build_exchange, memory, sizes
-from moe_jax.planning import compiled, setups, table_of_compiled, topologies
-from moe_jax.planning.units import in_bytes
-from moe_jax.training import state
-
-# Rows of the table.
-_STATE = ('parameters', 'gradients', 'optimizer', 'segments')
-_ROUTER = (
-  'score',
-  'recurrent',
-  'projector',
-  'passing',
-  'residual',
-  'selection',
-  'weights',
+from moe_jax.model import build, build_exchange, sizes
+from moe_jax.planning import (
+  compiled,
+  estimate,
+  setups,
+  topologies,
 )
+from moe_jax.planning import fit as fit_lib
+from moe_jax.planning.table import table, tell
+from moe_jax.training import state
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -65,6 +57,13 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean(
     'compile', False, 'compile the training step', flag_values=values
   )
+  flags.DEFINE_boolean(
+    'fit',
+    False,
+    'search for the largest batch and the lightest model.remat that fit; the'
+    ' plan is then of these',
+    flag_values=values,
+  )
 
 
 def run(
@@ -74,21 +73,35 @@ def run(
   topology: str | None,
   slices: int,
   compile: bool,
+  fit: bool,
 ) -> None:
   """Prints the plan of `config` on such devices."""
   target = _target(topology, slices)
   count = len(target.devices)
-  if devices not in (None, count) and (topology or compile):
+  if devices not in (None, count) and (topology or compile or fit):
     raise UserError(
       f'--devices = {devices}, but {"--topology" if topology else "here"} has'
       f' {count}; leave --devices out'
     )
+  # Or the seconds would tell of the cache.
+  jax.config.update('jax_enable_compilation_cache', False)
+  found = fit_lib.find(config, target, tell) if fit else {}
+  if fit:
+    config.update_from_flattened_dict(found['overrides'])
   plan = make(config, devices or count, target.devices[0])
   if compile:
-    # Or the seconds would tell of the cache.
-    jax.config.update('jax_enable_compilation_cache', False)
-    plan['compiled'] = compiled.plan(config, target)
+    plan['compiled'] = _compiled(config, target)
+  if fit:
+    plan['fit'] = found
   print(json_lib.dumps(plan) if json else table(plan))
+
+
+def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
+  try:
+    return compiled.plan(config, target)
+  except compiled.DoesNotFitError as refused:
+    advice = fit_lib.advice(config, target, refused)
+    raise UserError(f'{refused}; {advice}') from refused
 
 
 def _target(topology: str | None, slices: int) -> topologies.Target:
@@ -130,7 +143,7 @@ def make(
   setup = setups.shapes(config, device)
   params = setup.abstract['params']
   mesh = config_lib.mesh_shape(config, num_devices)
-  parts = _memory_parts(setup, mesh)
+  parts = estimate.parts(setup, mesh)
   return {
     'parameters': sizes.count_parameters(config, params)._asdict(),
     'flops_per_token': sizes.flops_per_token(config, params),
@@ -139,86 +152,6 @@ def make(
     'memory_parts_per_device': parts,
     'tokens_per_step': config.train.batch_size * config.data.seq_len,
     'strategy': _strategy(setup, mesh),
-  }
-
-
-def table(plan: dict[str, Any]) -> str:
-  """The plan as plain text."""
-  parameters, strategy = plan['parameters'], plan['strategy']
-  parts = plan['memory_parts_per_device']
-  mesh = ' x '.join(f'{axis} {n}' for axis, n in strategy['mesh'].items())
-  layers = strategy['layers']
-  repeated = f'{layers["repeats"]} x ({", ".join(layers["period"])})'
-  pattern = [*layers['prefix'], *([repeated] if layers['repeats'] else [])]
-  rows = {
-    'parameters': f'{parameters["total"]:,}',
-    '  active': f'{parameters["active"]:,} per token',
-    '  router': f'{parameters["router"]:,}',
-    '  idle': f'{parameters["idle"]:,} counted, never built',
-    'compute': f'{plan["flops_per_token"]:,} FLOPs per token in training,'
-    f' {plan["flops_per_token_forward"]:,} forward',
-    'memory': f'{in_bytes(plan["memory_bytes_per_device"])} per device',
-    '  state': _listed(parts, *_STATE),
-    '  step': _listed(parts, *memory.Temporaries._fields),
-    'batch': f'{plan["tokens_per_step"]:,} tokens per step',
-    'layers': ', '.join(pattern),
-    'mesh': mesh,
-    'dispatch': f'{strategy["dispatch"]}, expert parallelism'
-    f' {strategy["expert_parallelism"]}',
-    '  exchange': ', '.join(
-      f'{name} {in_bytes(sent)}'
-      for name, sent in strategy.get('exchange_bytes', {}).items()
-    )
-    + ' sent per device, sub-layer and forward pass',
-    'router': ', '.join(
-      f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
-    ),
-    'dtype': f'{strategy["dtype"]} on {strategy["platform"]}',
-    'remat': strategy['remat'],
-  }
-  if not parameters['idle']:
-    del rows['  idle']
-  if 'exchange_bytes' not in strategy:
-    del rows['  exchange']
-  if 'compiled' in plan:
-    rows |= table_of_compiled.rows(plan['compiled'], plan['tokens_per_step'])
-  return '\n'.join(f'{name:11} {value}' for name, value in rows.items())
-
-
-def _listed(parts: dict[str, int], *names: str) -> str:
-  """`a 1.5 GiB, b 3.0 GiB`."""
-  shown = [f'{name} {in_bytes(parts[name])}' for name in names if parts[name]]
-  return ', '.join(shown)
-
-
-def _memory_parts(setup: state.Setup, mesh: dict[str, int]) -> dict[str, int]:
-  """Bytes that one device of the mesh needs for a training step."""
-  abstract_mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-
-  def on_device(part: Any) -> int:
-    bytes_ = jax.tree.map(
-      lambda leaf, sharding: (
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      ),
-      part,
-      mesh_lib.shardings(part, abstract_mesh),
-    )
-    return sum(jax.tree.leaves(bytes_))
-
-  config, abstract = setup.config, setup.abstract
-  parameters = on_device(abstract['params'])
-  # Of the parameters' shapes, dtypes and shardings; and with micro-batches
-  # the sum of those done.
-  copies = 1 if config.train.accumulation == 1 else 2
-  segments = {name: abstract[name] for name in ('memory',) if name in abstract}
-  resolved = setups.resolved(setup, mesh)
-  temporaries = memory.temporaries(resolved, setup.vocab_size, mesh)
-  return {
-    'parameters': parameters,
-    'gradients': copies * parameters,
-    'optimizer': on_device(abstract['opt_state']),
-    'segments': on_device(segments),  # hidden states that a span reaches back
-    **temporaries._asdict(),
   }
 
 

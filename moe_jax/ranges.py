@@ -16,6 +16,7 @@ CHOICES = {
   'model.norm': ('rms', 'layer'),
   'model.norm_place': ('pre', 'post'),
   'model.positions': ('rotary', 'span'),
+  'model.attention': ('auto', 'xla', 'blocks', 'cudnn', 'splash'),
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.priority': ('position', 'probability'),

@@ -14,6 +14,7 @@ _HARMLESS = (
   'mesh',
   'checkpoint',
   'eval',
+  'model.attention',
   'model.remat',
   'model.unroll',
   'moe.exchange',

@@ -96,7 +96,7 @@ ROOMS = {
     'jax ml_collections',
   ),
   'plan': Room(
-    f'{_CONFIG} cli distributed.mesh model planning planning.units training',
+    f'{_CONFIG} cli model planning training',
     'jax absl ml_collections',
   ),
 }

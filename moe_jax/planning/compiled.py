@@ -17,7 +17,7 @@ from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.planning import cycles, replica_groups, setups
 from moe_jax.planning.collectives import Collective, collectives, total_bytes
-from moe_jax.planning.topologies import Chip, Target
+from moe_jax.planning.topologies import Target
 from moe_jax.planning.units import in_bytes
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch, make_train_step
@@ -40,11 +40,11 @@ class DoesNotFitError(UserError):
     available: bytes per device.
   """
 
-  def __init__(self, needed: int, available: int, advice: str = '') -> None:
+  def __init__(self, needed: int, available: int) -> None:
     over = in_bytes(needed - available)
     super().__init__(
       f'the training step does not fit: it needs {in_bytes(needed)} per device,'
-      f' {over} more than the {in_bytes(available)} there are{advice}'
+      f' {over} more than the {in_bytes(available)} there are'
     )
     self.needed = needed
     self.available = available
@@ -77,7 +77,7 @@ def plan(config: ConfigDict, target: Target) -> dict[str, Any]:
   """
   setup = setups.make(config, target.devices)
   compiled, seconds = train_step(setup)
-  told = report(setup, compiled, target.chip)
+  told = report(setup, compiled, target)
   return told | {'compile_seconds': seconds}
 
 
@@ -117,15 +117,22 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
   return kinds | {'aliased': aliased, 'total': sum(kinds.values()) - aliased}
 
 
+def available_bytes(target: Target) -> int | None:
+  """Bytes of a device that programs may use; None where it does not say."""
+  if target.chip:
+    return target.chip.memory_bytes
+  return (target.devices[0].memory_stats() or {}).get('bytes_limit')
+
+
 def report(
-  setup: Setup, compiled: jax.stages.Compiled, chip: Chip | None
+  setup: Setup, compiled: jax.stages.Compiled, target: Target
 ) -> dict[str, Any]:
   """What a compiled train step needs, sends and computes, for JSON.
 
   Args:
     setup: that it was made of.
     compiled: the program.
-    chip: it is compiled for; None: this machine's devices.
+    target: that it is compiled for.
 
   Returns:
     `memory_bytes` as `memory` returns them, `available_bytes` of a device and
@@ -140,16 +147,15 @@ def report(
     DoesNotFitError: the program needs more than a device has.
   """
   text, needs = compiled.as_text(), memory(compiled)
-  device = setup.mesh.devices.flat[0]
-  available = chip.memory_bytes if chip else _memory_limit(device)
+  available = available_bytes(target)
   if available is not None and needs['total'] > available:
     raise DoesNotFitError(needs['total'], available)
   costs = compiled.cost_analysis() or {}
   found = collectives(text, choose=min)
   estimate = cycles.estimate(text)
-  hertz = chip.hertz if chip else None
+  hertz = target.chip.hertz if target.chip else None
   return {
-    'device': device.device_kind,
+    'device': target.devices[0].device_kind,
     'num_devices': setup.mesh.size,
     'memory_bytes': needs,
     'available_bytes': available,
@@ -173,11 +179,6 @@ def _row(each: Collective, mesh: dict[str, int]) -> dict[str, Any]:
     'sent_bytes': each.sent_bytes,
     'total_bytes': each.total_bytes,
   }
-
-
-def _memory_limit(device: jax.Device) -> int | None:
-  """Bytes that a device's allocator may use; None where it does not say."""
-  return (device.memory_stats() or {}).get('bytes_limit')
 
 
 def _argument_bytes(setup: Setup) -> int:
