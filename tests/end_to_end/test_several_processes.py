@@ -27,8 +27,7 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
       'train.log_every': 1,
       'train.check_replicas_every': HALF,
       'checkpoint.every': HALF,
-      'eval.every': HALF,
-      'eval.batches': 2,
+      'eval.every': 0,
     }
   )
 
@@ -124,7 +123,8 @@ def test_every_axis_may_cross_processes(
   """Also on from a checkpoint of one process, and with evaluation after it."""
   values, mesh = MODELS[name]
   changed = config.copy_and_resolve_references()
-  changed.update_from_flattened_dict(values)
+  evaluated = {'eval.every': HALF, 'eval.batches': 2}
+  changed.update_from_flattened_dict(values | evaluated)
   one = changed.copy_and_resolve_references()
   for axis in ('data', 'expert', 'tensor'):
     one.mesh.dcn[axis] = 1
@@ -168,7 +168,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
 ) -> None:
   long = config.copy_and_resolve_references()
   long.update_from_flattened_dict(
-    {'train.steps': 100_000, 'checkpoint.every': 100_000, 'eval.every': 0}
+    {'train.steps': 100_000, 'checkpoint.every': 100_000}
   )
   with Pair('train.py', flags(long, tmp_path)) as pair:
     pair.wait_for('step     20/')
@@ -193,7 +193,7 @@ def test_a_process_that_dies_ends_the_other(
   config: ConfigDict, tmp_path: Path
 ) -> None:
   long = config.copy_and_resolve_references()
-  long.update_from_flattened_dict({'train.steps': 100_000, 'eval.every': 0})
+  long.train.steps = 100_000
   for target in (0, 1):
     workdir = tmp_path / str(target)
     with Pair('train.py', flags(long, workdir)) as pair:
