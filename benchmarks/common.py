@@ -25,12 +25,10 @@ def set_up(config: ConfigDict) -> Setup:
   Raises:
     UserError: anything wrong with the config.
   """
-  num_devices = jax.device_count()
-  config_lib.validate(config, num_devices)
+  config_lib.validate(config, jax.device_count())
   of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
   vocab_size = config_lib.vocab_size(config, of_tokenizer)
-  shape = config_lib.mesh_shape(config, num_devices)
-  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  mesh = mesh_lib.from_config(config, jax.devices())
   return state_lib.setup(config, vocab_size, mesh)
 
 

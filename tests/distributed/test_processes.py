@@ -139,6 +139,11 @@ def test_a_tpu_host_without_others_is_alone(
     ),
     (
       {},
+      {'coordinator': 'node3:65536', 'num_processes': 2, 'process_id': 0},
+      ["'node3:65536' is not HOST:PORT"],
+    ),
+    (
+      {},
       {
         'coordinator': '127.0.0.1:1',
         'num_processes': 2,
