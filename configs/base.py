@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
   config.mesh.expert = 1  # batch split, experts split
   config.mesh.tensor = 1  # heads and feed-forward widths split
 
+  # Of these, how many slices (of TPUs, or hosts of GPUs that a slower network
+  # joins) lie along each axis; one axis may be -1: whatever is left.
+  config.mesh.dcn = ConfigDict()
+  config.mesh.dcn.data = -1
+  config.mesh.dcn.fsdp = 1
+  config.mesh.dcn.expert = 1
+  config.mesh.dcn.tensor = 1
+
   config.model = ConfigDict()
   config.model.num_layers = 4
   config.model.hidden_size = 256
@@ -33,6 +41,8 @@ def get_config() -> ConfigDict:
   config.model.norm_place = 'pre'  # pre | post: norm(x + f(x)), no final norm
   config.model.norm_epsilon = 1e-6
   config.model.positions = 'rotary'  # rotary | span: learned relative keys
+  # auto | xla | blocks | cudnn | splash: see build_attention.py
+  config.model.attention = 'auto'  # positions = rotary: how it is computed
   config.model.span = 0  # positions = span: tokens seen before a token
   config.model.activation = 'swiglu'  # swiglu | relu, which has biases
   config.model.dropout = 0.0  # on attention weights, hidden units, MoE outputs
@@ -118,6 +128,8 @@ def get_config() -> ConfigDict:
   config.train.accumulation = 1  # micro-batches a step is computed in
   config.train.init_from = ''  # start from this workdir's newest parameters
   config.train.log_every = 10
+  # Steps: whether devices that should hold the same bits do; reads them all.
+  config.train.check_replicas_every = 0
 
   config.data = ConfigDict()
   config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder

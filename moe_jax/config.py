@@ -175,6 +175,16 @@ def _check_positions(config: ConfigDict) -> None:
       f"model.span = {model.span} is only for model.positions = 'span', and"
       f' model.positions = {model.positions!r}; set one of them'
     )
+  if model.positions == 'span' and model.attention != 'auto':
+    raise UserError(
+      f'model.attention = {model.attention!r} is of rotary positions, and'
+      " model.positions = 'span'; 'auto' goes with both"
+    )
+  if model.dropout and model.attention not in ('auto', 'blocks'):
+    raise UserError(
+      f'model.attention = {model.attention!r} has no dropout, and model.dropout'
+      f" = {model.dropout}; 'auto' and 'blocks' have"
+    )
   if model.positions == 'span' and order != 'contiguous':
     raise UserError(
       f"model.positions = 'span' remembers the segment before, and data.order"

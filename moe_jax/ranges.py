@@ -16,6 +16,7 @@ CHOICES = {
   'model.norm': ('rms', 'layer'),
   'model.norm_place': ('pre', 'post'),
   'model.positions': ('rotary', 'span'),
+  'model.attention': ('auto', 'xla', 'blocks', 'cudnn', 'splash'),
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.priority': ('position', 'probability'),
@@ -66,7 +67,7 @@ _AT_LEAST_ZERO = _keys(
   router='residual',
   loss='balance_weight z_weight bias_rate',
   optimizer='warmup_steps decay_steps weight_decay clip_norm',
-  train='log_every',
+  train='log_every check_replicas_every',
   checkpoint='every keep_every',
   eval='every batches batch_size disable_top',
 )

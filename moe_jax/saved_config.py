@@ -14,6 +14,7 @@ _HARMLESS = (
   'mesh',
   'checkpoint',
   'eval',
+  'model.attention',
   'model.remat',
   'model.unroll',
   'moe.exchange',
@@ -22,6 +23,7 @@ _HARMLESS = (
   'data.path',
   'data.threads',
   'train.log_every',
+  'train.check_replicas_every',
 )
 # What an evaluation takes over from training; its data and batches are its own.
 _MODEL = ('model', 'moe', 'router', 'data.tokenizer')

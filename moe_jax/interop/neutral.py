@@ -26,6 +26,7 @@ NEUTRAL = {
     'norm_place': 'pre',
     'norm_epsilon': 1e-6,
     'positions': 'rotary',
+    'attention': 'auto',
     'span': 0,
     'activation': 'swiglu',
     'dropout': 0.0,
@@ -86,9 +87,10 @@ NEUTRAL = {
 }
 
 # How it is trained or computed, not what: free in every comparison.
-_FREE = """model.dropout model.init_std model.dtype model.remat model.unroll
-model.idle_parameters moe.dispatch moe.capacity_factor moe.priority moe.every
-moe.offset moe.first_dense router.residual_detached router.jitter""".split()
+_FREE = """model.attention model.dropout model.init_std model.dtype model.remat
+model.unroll model.idle_parameters moe.dispatch moe.capacity_factor moe.priority
+moe.every moe.offset moe.first_dense router.residual_detached
+router.jitter""".split()
 
 
 def config_of(**sections: dict[str, Any]) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Causal self-attention with grouped queries."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -7,7 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.dropout import dropout
+from moe_jax.model import causal
 from moe_jax.model.layers import rotate
+
+# query_BLHA, key_BLGA, value_BLGA -> attended_BLHA: every position sees itself
+# and all before it.
+Causal = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Attend(Protocol):
@@ -94,15 +100,17 @@ class Attention(nnx.Module):
 class RotaryAttend:
   """Every position sees itself and all before it; positions are rotations."""
 
-  def __init__(self, theta: float, dropout: float):
+  def __init__(self, theta: float, dropout: float, causal: Causal):
     """Describes it.
 
     Args:
       theta: the base of the wavelengths.
       dropout: rate on the attention weights.
+      causal: the attention of rotated queries and keys.
     """
     self.theta = theta
     self.dropout = dropout
+    self.causal = causal
 
   def __call__(
     self,
@@ -116,23 +124,8 @@ class RotaryAttend:
     query_BLHA = rotate(query_BLHA, self.theta)
     key_BLGA = rotate(key_BLGA, self.theta)
     if self.dropout and key is not None:
-      return self._with_dropout(query_BLHA, key_BLGA, value_BLGA, key)
-    return jax.nn.dot_product_attention(
-      query_BLHA, key_BLGA, value_BLGA, is_causal=True
-    )
-
-  def _with_dropout(
-    self,
-    query_BLHA: jax.Array,
-    key_BLGA: jax.Array,
-    value_BLGA: jax.Array,
-    key: jax.Array,
-  ) -> jax.Array:
-    length = query_BLHA.shape[1]
-    seen_LL = jnp.tril(jnp.ones((length, length), bool))
-    logits = group_logits(query_BLHA, key_BLGA)
-    logits = jnp.where(seen_LL, logits / query_BLHA.shape[-1] ** 0.5, -jnp.inf)
-    return weigh(logits, value_BLGA, self.dropout, key)
+      return causal.blocks(query_BLHA, key_BLGA, value_BLGA, self.dropout, key)
+    return self.causal(query_BLHA, key_BLGA, value_BLGA)
 
 
 def group_logits(query_BLHA: jax.Array, key_BLGA: jax.Array) -> jax.Array:

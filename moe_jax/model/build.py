@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.model import build_block, build_exchange, build_router
+from moe_jax.model import (
+  build_attention,
+  build_block,
+  build_exchange,
+  build_router,
+)
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
@@ -45,8 +50,13 @@ def build(
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
   dtype = compute_dtype(config, mesh)
-  dispatch = build_exchange.dispatch(config, mesh, dtype)
-  parts = Parts(config, vocab_size, dispatch, disable_top)
+  parts = Parts(
+    config,
+    vocab_size,
+    build_exchange.dispatch(config, mesh, dtype),
+    build_attention.attend(config, mesh, dtype),
+    disable_top,
+  )
   make_block = functools.partial(build_block.block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:

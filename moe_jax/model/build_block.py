@@ -26,10 +26,9 @@ from moe_jax.experts.moe import (
 )
 from moe_jax.experts.relu import ReluExpertBank, ReluFeedForward
 from moe_jax.model import build_router
-from moe_jax.model.attention import Attend, Attention, RotaryAttend
+from moe_jax.model.attention import Attend, Attention
 from moe_jax.model.block import Block, PostNormBlock
 from moe_jax.model.layers import LayerNorm, RMSNorm
-from moe_jax.model.span import SpanAttend
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
@@ -37,11 +36,6 @@ NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 FEED_FORWARDS = {
   'swiglu': (FeedForward, ExpertBank),
   'relu': (ReluFeedForward, ReluExpertBank),
-}
-
-ATTENDS = {
-  'rotary': lambda model: RotaryAttend(model.rope_theta, model.dropout),
-  'span': lambda model: SpanAttend(model.dropout),
 }
 
 MIXINGS = {
@@ -62,12 +56,14 @@ class Parts(NamedTuple):
     config: the whole config.
     vocab_size: V.
     dispatch: of all MoE layers.
+    attend: of all layers.
     disable_top: experts left out of every choice; see `Select`.
   """
 
   config: ConfigDict
   vocab_size: int
   dispatch: Dispatch
+  attend: Attend
   disable_top: int
 
 
@@ -79,7 +75,7 @@ def block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
     model.num_heads,
     model.num_kv_heads,
     head_dim(config),
-    attend=_attend(config),
+    attend=parts.attend,
     init_std=model.init_std,
     rngs=rngs,
   )
@@ -114,10 +110,6 @@ def _post_norm(
 ) -> Block:
   chain = PostNormChain(norms, sub_layers)
   return PostNormBlock(norm(config), attention, chain, norm(config))
-
-
-def _attend(config: ConfigDict) -> Attend:
-  return ATTENDS[config.model.positions](config.model)
 
 
 def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:

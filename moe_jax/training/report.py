@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from moe_jax.data.pipeline import Windows
+from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.routing.balance import Load
@@ -75,7 +76,7 @@ class Journal:
     self._steps = config.train.steps
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     self._start = self._read_at = start
-    self._active = jax.process_index() == 0
+    self._active = hosts.is_first()
     self._writer = MetricsWriter(workdir, start or None, self._active)
     self._began = self._since = time.perf_counter()
     self._first_seconds = math.nan

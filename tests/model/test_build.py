@@ -5,6 +5,7 @@ import pytest
 from moe_jax import ranges
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import repetition
+from moe_jax.model.build_attention import IMPLEMENTATIONS
 from moe_jax.model.build_block import MIXINGS
 from moe_jax.model.build_exchange import EXCHANGES
 from moe_jax.model.decoder import REMAT_POLICIES
@@ -43,6 +44,7 @@ def test_config_knows_every_part_there_is() -> None:
     'router.recurrent': CELLS,
     'router.score': SCORES,
     'model.remat': REMAT_POLICIES,
+    'model.attention': {'auto'} | IMPLEMENTATIONS.keys(),
   }
   for key, registry in parts.items():
     assert set(ranges.CHOICES[key]) == set(registry), key

@@ -1,0 +1,120 @@
+"""Causal attention without a square of positions, in plain JAX.
+
+For every backend that has no kernel of its own, CPUs above all.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.experts.dropout import dropout
+
+# Queries whose scores are in memory together.
+BLOCK = 128
+# Parts of a sequence: the program has code for each, however long they are.
+_PARTS = 8
+
+
+def blocks(
+  query_BLHA: jax.Array,
+  key_BLGA: jax.Array,
+  value_BLGA: jax.Array,
+  rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> jax.Array:
+  """Causal softmax attention, 128 queries at a time.
+
+  A sequence is cut into eight parts at most, and the blocks of a part meet the
+  keys up to its end. So of the square of positions 10 in 16 are computed for
+  512 of them, and 9 in 16 for 1024 and more. Backward computes the scores once
+  more, and what it keeps grows as the sequence does.
+
+  Args:
+    query_BLHA: H is a multiple of G.
+    key_BLGA: of as many positions.
+    value_BLGA: likewise.
+    rate: of dropout on the weights.
+    dropout_key: of its random numbers; None for none.
+
+  Returns:
+    [B, L, H, A] in the dtype of the values. The softmax is float32.
+  """
+  length = query_BLHA.shape[1]
+  rows = min(BLOCK, length)
+  count = math.ceil(length / rows)
+  per_part = math.ceil(count / _PARTS)
+  firsts = range(0, count, per_part)
+  queries = _cut(query_BLHA, rows, groups=key_BLGA.shape[2])
+  key_BGLA, value_BGLA = key_BLGA.swapaxes(1, 2), value_BLGA.swapaxes(1, 2)
+  sizes = [min(per_part, count - first) for first in firsts]
+  attended = []
+  # `lax.split`, as its gradient is one concatenation.
+  for first, part in zip(firsts, lax.split(queries, sizes), strict=True):
+    end = min((first + per_part) * rows, length)
+    attend = functools.partial(_block, end=end, rate=rate)
+
+    # Recomputed in the backward pass. The keys are cut inside, as what goes in
+    # is kept.
+    @jax.checkpoint
+    def block(
+      query_BGhQA: jax.Array, i: jax.Array | int, attend=attend
+    ) -> jax.Array:
+      return attend(query_BGhQA, key_BGLA, value_BGLA, i, dropout_key)
+
+    if len(part) == 1:
+      attended.append(block(part[0], first)[None])
+    else:
+      ids = first + jnp.arange(len(part))
+      attended.append(lax.map(lambda a: block(*a), (part, ids)))
+  return _join(jnp.concatenate(attended), length)
+
+
+def _block(
+  query_BGhQA: jax.Array,
+  key_BGLA: jax.Array,
+  value_BGLA: jax.Array,
+  i: jax.Array | int,
+  key: jax.Array | None,
+  *,
+  end: int,
+  rate: float,
+) -> jax.Array:
+  """The i-th block of Q queries and the first `end` keys."""
+  batch, groups, _, rows, head_dim = query_BGhQA.shape
+  # The heads of a group as more rows of one matmul.
+  query_BGMA = query_BGhQA.reshape(batch, groups, -1, head_dim)
+  scores_BGML = jnp.einsum(
+    'BGMA,BGLA->BGML',
+    query_BGMA,
+    key_BGLA[:, :, :end],
+    preferred_element_type=jnp.float32,
+  )
+  scores = scores_BGML.reshape(batch, groups, -1, rows, end) / head_dim**0.5
+  seen_QL = i * rows + jnp.arange(rows)[:, None] >= jnp.arange(end)
+  weights = jax.nn.softmax(jnp.where(seen_QL, scores, -jnp.inf), axis=-1)
+  if key is not None:
+    weights = dropout(weights, rate, jax.random.fold_in(key, i))
+  attended_BGMA = jnp.einsum(
+    'BGML,BGLA->BGMA',
+    weights.reshape(scores_BGML.shape).astype(value_BGLA.dtype),
+    value_BGLA[:, :, :end],
+  )
+  return attended_BGMA.reshape(query_BGhQA.shape)
+
+
+def _cut(query_BLHA: jax.Array, rows: int, groups: int) -> jax.Array:
+  """[blocks, B, G, H/G, Q, A]; the last block may be padded."""
+  batch, length, heads, head_dim = query_BLHA.shape
+  padding = [(0, 0), (0, -length % rows), (0, 0), (0, 0)]
+  shape = batch, -1, rows, groups, heads // groups, head_dim
+  return jnp.pad(query_BLHA, padding).reshape(shape).transpose(1, 0, 3, 4, 2, 5)
+
+
+def _join(blocks: jax.Array, length: int) -> jax.Array:
+  """What `_cut` took apart: [B, L, H, A]."""
+  count, batch, groups, heads, rows, head_dim = blocks.shape
+  shape = batch, count * rows, groups * heads, head_dim
+  return blocks.transpose(1, 0, 4, 2, 3, 5).reshape(shape)[:, :length]

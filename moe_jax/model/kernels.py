@@ -1,0 +1,87 @@
+"""Causal attention by the libraries' fused kernels, on GPU and TPU.
+
+None of them keeps a square of positions. They are programs for one device, so
+on several each computes its own sequences and heads in a `shard_map`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.distributed import mesh as mesh_lib
+
+_LANES = 128  # of a TPU's vector registers, which fill its blocks
+# Of queries and keys that a TPU core works on at a time; those of MaxText.
+_BLOCK = 512
+
+_Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def cudnn(
+  query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+) -> jax.Array:
+  """cuDNN's flash attention, for bfloat16 and float16."""
+  return jax.nn.dot_product_attention(
+    query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='cudnn'
+  )
+
+
+def splash(
+  query_BLHA: jax.Array,
+  key_BLGA: jax.Array,
+  value_BLGA: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """JAX's splash attention, a Pallas kernel for TPUs.
+
+  `interpret` runs its program on any device, slowly.
+  """
+  length, heads, head_dim = query_BLHA.shape[1:]
+  padding = -length % _LANES  # at the end, where causality hides it
+  if padding:
+    padded = [
+      jnp.pad(a, [(0, 0), (0, padding), (0, 0), (0, 0)])
+      for a in (query_BLHA, key_BLGA, value_BLGA)
+    ]
+    return splash(*padded, interpret)[:, :length]
+  mask = splash_attention.MultiHeadMask(
+    [splash_attention.CausalMask((length, length))] * heads
+  )
+  attend = splash_attention.make_splash_mha(
+    mask,
+    block_sizes=_block_sizes(length),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  query_BHLA = query_BLHA.swapaxes(1, 2) * head_dim**-0.5  # it does not scale
+  attended_BHLA = jax.vmap(attend)(
+    query_BHLA, key_BLGA.swapaxes(1, 2), value_BLGA.swapaxes(1, 2)
+  )
+  return attended_BHLA.swapaxes(1, 2)
+
+
+def sharded(
+  attention: _Attention, mesh: jax.sharding.Mesh | None
+) -> _Attention:
+  """The same on every device's own sequences and heads."""
+  if mesh is None or mesh.size == 1:
+    return attention
+  spec = P(mesh_lib.TOKEN_AXES, None, 'tensor', None)
+  # Unchecked, as the kernels do not say along which axes their results vary.
+  # No array is the same on two devices here, neither going in nor coming out.
+  return jax.shard_map(
+    attention, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )
+
+
+def _block_sizes(length: int) -> splash_attention.BlockSizes:
+  """The largest up to `_BLOCK` that divide the length."""
+  size = next(n for n in range(_BLOCK, 0, -_LANES) if length % n == 0)
+  names = (
+    'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'.split()
+  )
+  return splash_attention.BlockSizes(**dict.fromkeys(names, size))

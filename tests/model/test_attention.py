@@ -1,0 +1,209 @@
+"""One contract for every causal attention that runs here; who is chosen."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
+from moe_jax.model import build_attention, causal, kernels
+from moe_jax.model.build import build
+from moe_jax.model.build_attention import IMPLEMENTATIONS, Case
+
+CPU = Case(jax.devices()[0], None, jnp.dtype('float32'), 8)
+RUN_HERE = [
+  name
+  for name, implementation in IMPLEMENTATIONS.items()
+  if not implementation.obstacle(CPU)
+]
+# B, L, H, G, A: one block; one and a part of another; several.
+SHAPES = [(2, 7, 4, 4, 8), (1, 200, 4, 2, 6), (2, 384, 2, 1, 4)]
+
+
+def random_arrays(shape: tuple[int, ...]) -> list[np.ndarray]:
+  """Queries, keys, values, and the gradient of what comes out; float64."""
+  batch, length, heads, groups, size = shape
+  rng = np.random.default_rng(0)
+  return [
+    rng.standard_normal((batch, length, count, size))
+    for count in (heads, groups, groups, heads)
+  ]
+
+
+def oracle(q: Any, k: Any, v: Any, g: Any) -> list[np.ndarray]:
+  """The weighted values and the gradients of the three, by hand."""
+  out, dq, dk, dv = (np.zeros_like(a) for a in (q, q, k, v))
+  seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+  scale = q.shape[-1] ** -0.5
+  for b in range(len(q)):
+    for h in range(q.shape[2]):
+      at = (b, slice(None), h)
+      kv = (b, slice(None), h * k.shape[2] // q.shape[2])
+      scores = np.where(seen, q[at] @ k[kv].T * scale, -np.inf)
+      p = np.exp(scores - scores.max(1, keepdims=True))
+      p /= p.sum(1, keepdims=True)
+      out[at] = p @ v[kv]
+      dp = g[at] @ v[kv].T
+      ds = p * (dp - (p * dp).sum(1, keepdims=True)) * scale
+      dq[at] = ds @ k[kv]
+      dk[kv] += ds.T @ q[at]
+      dv[kv] += p.T @ g[at]
+  return [out, dq, dk, dv]
+
+
+def run(attention: Any, arrays: list[np.ndarray], dtype: Any) -> list[Any]:
+  @jax.jit
+  def both(q: Any, k: Any, v: Any, g: Any) -> list[Any]:
+    out, vjp = jax.vjp(attention, q, k, v)
+    return [out, *vjp(g)]
+
+  return both(*[jnp.asarray(a, dtype) for a in arrays])
+
+
+def check(attention: Any, shape: tuple[int, ...]) -> None:
+  arrays = random_arrays(shape)
+  for ours, exact in zip(
+    run(attention, arrays, jnp.float32), oracle(*arrays), strict=True
+  ):
+    np.testing.assert_allclose(ours, exact, atol=2e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize('name', RUN_HERE)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_equals_the_oracle(name: str, shape: tuple[int, ...]) -> None:
+  check(IMPLEMENTATIONS[name].make(CPU), shape)
+
+
+def test_parts_of_several_blocks_equal_the_oracle(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Long sequences: two parts, of three blocks and of two, one not full."""
+  monkeypatch.setattr(causal, '_PARTS', 2)
+  check(causal.blocks, (1, 4 * causal.BLOCK + 70, 2, 1, 4))
+
+
+@pytest.mark.parametrize('name', RUN_HERE)
+def test_half_precision_rounds_and_no_more(name: str) -> None:
+  attention = IMPLEMENTATIONS[name].make(CPU)
+  arrays = random_arrays(SHAPES[1])
+  rounded = [np.asarray(jnp.asarray(a, 'bfloat16'), float) for a in arrays]
+  for ours, exact in zip(
+    run(attention, arrays, jnp.bfloat16), oracle(*rounded), strict=True
+  ):
+    assert ours.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(ours, float) - exact).max()
+    assert error < 0.02 * np.abs(exact).max()
+
+
+def test_nothing_that_is_kept_grows_with_the_square() -> None:
+  """Bytes that backward keeps, of 8 and of 16 blocks."""
+
+  def kept(length: int) -> int:
+    q, k, v, _ = random_arrays((1, length, 2, 1, 4))
+    shapes = jax.eval_shape(
+      lambda q, k, v: jax.vjp(causal.blocks, q, k, v)[1], q, k, v
+    )
+    return sum(a.size for a in jax.tree.leaves(shapes))
+
+  block = causal.BLOCK
+  assert kept(16 * block) < 2.1 * kept(8 * block)
+
+
+def test_long_sequences_do_not_grow_the_program() -> None:
+  def lines(length: int) -> int:
+    q, k, v, _ = random_arrays((1, length, 2, 1, 4))
+    lowered = jax.jit(
+      jax.grad(lambda *a: causal.blocks(*a).sum(), (0, 1, 2))
+    ).lower(q, k, v)
+    return len(lowered.as_text().splitlines())
+
+  assert lines(64 * causal.BLOCK) < 1.02 * lines(16 * causal.BLOCK)
+
+
+def test_dropout_scales_what_it_keeps() -> None:
+  """On average nothing changes, and of one position nothing else is left."""
+  q, k, v, _ = (jnp.asarray(a, 'float32') for a in random_arrays(SHAPES[0]))
+  q, k, v = q[:1], k[:1], v[:1]
+  keys = jax.random.split(jax.random.key(0), 400)
+  dropped = jax.jit(
+    jax.vmap(lambda key: causal.blocks(q, k, v, rate=0.5, dropout_key=key))
+  )(keys)
+  first = np.asarray(dropped[:, :, 0] / v[:, 0])
+  assert set(np.unique(first.round(5))) == {0.0, 2.0}
+  np.testing.assert_allclose(dropped.mean(0), causal.blocks(q, k, v), atol=0.3)
+
+
+@pytest.mark.slow
+def test_splash_equals_the_oracle() -> None:
+  """The kernel's program, interpreted: grouped heads, lanes not full."""
+  attention = functools.partial(kernels.splash, interpret=True)
+  check(attention, (1, 200, 2, 1, 128))
+
+
+def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
+  """The wrapper of the libraries' kernels, around one that runs here."""
+  shape = {'data': 2, 'fsdp': 1, 'expert': 2, 'tensor': 2}
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:8])
+  seen = []
+
+  def attention(q: Any, k: Any, v: Any) -> Any:
+    seen.append((q.shape, k.shape))
+    return causal.blocks(q, k, v)
+
+  check(kernels.sharded(attention, mesh), (4, 9, 4, 2, 8))
+  assert seen[0] == ((1, 9, 2, 8), (1, 9, 1, 8))
+
+
+def case(
+  platform: str,
+  dtype: str = 'bfloat16',
+  head_dim: int = 128,
+  capability: str = '9.0',
+) -> Case:
+  device = SimpleNamespace(platform=platform, compute_capability=capability)
+  return Case(device, None, jnp.dtype(dtype), head_dim)
+
+
+@pytest.mark.parametrize(
+  ('of', 'expected'),
+  [
+    (case('cpu'), 'blocks'),
+    (case('gpu'), 'cudnn'),
+    (case('gpu', head_dim=256), 'cudnn'),
+    (case('gpu', head_dim=60), 'blocks'),
+    (case('gpu', dtype='float32'), 'blocks'),
+    (case('tpu'), 'splash'),
+    (case('tpu', dtype='float32'), 'splash'),
+  ],
+)
+def test_auto_takes_the_best_that_fits(of: Case, expected: str) -> None:
+  assert build_attention.name('auto', of) == expected
+
+
+@pytest.mark.parametrize(
+  ('asked', 'of', 'message'),
+  [
+    ('cudnn', case('cpu'), "'cudnn' runs on NVIDIA GPUs, not on cpu"),
+    ('cudnn', case('gpu', dtype='float32'), 'to float32'),
+    ('cudnn', case('gpu', head_dim=60), 'up to 256, not 60'),
+    ('cudnn', case('gpu', capability='7.5'), 'capability 8.0.* has 7.5'),
+    ('splash', case('gpu'), "on TPUs, not on gpu; 'auto' .* 'cudnn'"),
+    ('flash', case('cpu'), "'flash' is not known"),
+  ],
+)
+def test_what_cannot_run_is_refused(asked: str, of: Case, message: str) -> None:
+  with pytest.raises(UserError, match=message):
+    build_attention.name(asked, of)
+
+
+def test_a_model_is_not_built_with_what_cannot_run() -> None:
+  config = tiny.config(**{'model.attention': 'splash'})
+  with pytest.raises(UserError, match='model.attention'):
+    jax.eval_shape(lambda: build(config, 61, None, rngs=nnx.Rngs(params=0)))
