@@ -97,18 +97,16 @@ def measure(
   for name in topologies:
     target = targets.target(name)
     placed = on_chips(config, len(target.devices), sequences)
-    yield (
-      {
-        'benchmark': 'scaling',
-        'topology': name,
-        'num_devices': len(target.devices),
-        'mesh': {axis: placed.mesh[axis] for axis in MESH_AXES},
-        'tokens_per_step': placed.train.batch_size * placed.data.seq_len,
-        'remat': placed.model.remat,
-      }
-      | _compile(placed, target)
-      | {'versions': common.place()['versions']}
-    )
+    yield {
+      'benchmark': 'scaling',
+      'topology': name,
+      'num_devices': len(target.devices),
+      'mesh': {axis: placed.mesh[axis] for axis in MESH_AXES},
+      'tokens_per_step': placed.train.batch_size * placed.data.seq_len,
+      'remat': placed.model.remat,
+      **_compile(placed, target),
+      'versions': {name: common.version(name) for name in _PACKAGES},
+    }
 
 
 def on_chips(config: ConfigDict, chips: int, sequences: int) -> ConfigDict:
@@ -132,15 +130,13 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
     return {'fits': False, 'needed_bytes': refused.needed}
   tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
   kept = ('memory_bytes', 'estimated_seconds', 'compile_seconds')
-  return (
-    {'fits': True}
-    | {name: told[name] for name in kept}
-    | {
-      'sent_bytes_per_token': told['sent_bytes'] / tokens,
-      'sent_bytes_per_token_most': told['sent_bytes_most'] / tokens,
-      'collectives': _summed(told['collectives']),
-    }
-  )
+  return {
+    'fits': True,
+    **{name: told[name] for name in kept},
+    'sent_bytes_per_token': told['sent_bytes'] / tokens,
+    'sent_bytes_per_token_most': told['sent_bytes_most'] / tokens,
+    'collectives': _summed(told['collectives']),
+  }
 
 
 def _summed(collectives: list[dict[str, Any]]) -> dict[str, int]:
