@@ -136,7 +136,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   assert parts.activations * 4 == one.activations
   assert parts.logits * 4 == one.logits == 2 * 4 * 16 * 64 * BYTES
   # Data parallelism splits all of it. Along the expert axis, if tokens are
-  # gathered, every device holds the rows of its group; where they travel through
+  # gathered, every device holds the rows of its group; if slots travel through
   # buffers, twice its own.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
