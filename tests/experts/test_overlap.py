@@ -3,15 +3,18 @@
 The data flow decides what a compiler may overlap; it is read from the trace.
 """
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 import tiny
 from flax import nnx
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from moe_jax.planning import compiled, setups, topologies
 from moe_jax.routing.router import Tokens, start
 
 D, F, R, N, T = 32, 24, 16, 8, 32
@@ -81,3 +84,29 @@ def test_the_rest_of_the_layer_is_free_while_tokens_travel() -> None:
     # The hidden side of the next sub-layer's cell needs only this one's state.
     ahead = [(D, 2)] + ([(R, 3 * R)] if nth == 0 else [])
     assert set(shared + ahead) <= set(products(free)), nth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['all_to_all', 'ragged'])
+def test_tpu_programs_compute_while_slots_travel(exchange: str) -> None:
+  config = CONFIG.copy_and_resolve_references()
+  config.model.dtype = 'bfloat16'
+  config.moe.exchange = exchange
+  config.mesh.update({'data': 1, 'expert': 4})
+  setup = setups.make(config, topologies.target('v5e:2x2').devices)
+  step, _ = compiled.train_step(setup)
+  lines, meanwhile = step.as_text().splitlines(), 0
+  for place, line in enumerate(lines):
+    begun = re.match(r'\s*(%\S*all-to-all-start\S*) = ', line)
+    if not begun:
+      continue
+    # A program's lines are in the order in which they are computed.
+    done = next(
+      later
+      for later in range(place, len(lines))
+      if '-done(' in lines[later] and begun[1] in lines[later]
+    )
+    between = [each for each in lines[place:done] if 'shared_expert' in each]
+    meanwhile += any('dot_general' in each for each in between)
+  # Of both sub-layers, forward at least.
+  assert meanwhile >= 2
