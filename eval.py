@@ -3,6 +3,8 @@
 python eval.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+from typing import Any
+
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -10,7 +12,8 @@ from moe_jax import cli
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """The flags of train.py and more."""
+  cli.define_process_flags(values)
   flags.DEFINE_integer(
     'step',
     None,
@@ -23,12 +26,18 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(
-  config: ConfigDict, workdir: str, step: int | None, split: str | None
+  config: ConfigDict,
+  workdir: str,
+  step: int | None,
+  split: str | None,
+  **place: Any,
 ) -> None:
   """Evaluates the checkpoint of `step` in `workdir` on `split`."""
   # jax must not be imported before the command line has set the allocator.
+  from moe_jax.distributed import processes
   from moe_jax.evaluation import perplexity
 
+  processes.start(**place)
   perplexity.evaluate(config, workdir, step=step, split=split)
 
 

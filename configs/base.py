@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
   config.mesh.expert = 1  # batch split, experts split
   config.mesh.tensor = 1  # heads and feed-forward widths split
 
+  # Of these, how many slices (of TPUs, or hosts of GPUs that a slower network
+  # joins) lie along each axis; one axis may be -1: whatever is left.
+  config.mesh.dcn = ConfigDict()
+  config.mesh.dcn.data = -1
+  config.mesh.dcn.fsdp = 1
+  config.mesh.dcn.expert = 1
+  config.mesh.dcn.tensor = 1
+
   config.model = ConfigDict()
   config.model.num_layers = 4
   config.model.hidden_size = 256
@@ -60,6 +68,12 @@ def get_config() -> ConfigDict:
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
   # position | probability: who is kept, earlier tokens or heavier ones
   config.moe.priority = 'position'
+  # auto | gather | all_to_all | ragged: of tokens between devices along
+  # mesh.expert; auto is what sends the fewest bytes
+  config.moe.exchange = 'auto'
+  # Dropless all_to_all and ragged: room over the balanced share; what finds
+  # none is counted and takes a slower way
+  config.moe.buffer_factor = 2.0
   config.moe.bias = False  # a learned vector added to the routed output
 
   config.moe.shared = ConfigDict()
@@ -114,6 +128,8 @@ def get_config() -> ConfigDict:
   config.train.accumulation = 1  # micro-batches a step is computed in
   config.train.init_from = ''  # start from this workdir's newest parameters
   config.train.log_every = 10
+  # Steps: whether devices that should hold the same bits do; reads them all.
+  config.train.check_replicas_every = 0
 
   config.data = ConfigDict()
   config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder

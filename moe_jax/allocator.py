@@ -12,6 +12,8 @@ import ctypes
 import glob
 import os
 
+from moe_jax import libtpu
+
 SWITCH = 'MOE_JAX_TUNE_MALLOC'
 
 # Names from malloc.h. A block beyond the largest mmap threshold is mapped
@@ -23,13 +25,8 @@ _SETTINGS = {
   'M_MMAP_MAX': (-4, 0),
   'M_TOP_PAD': (-2, 64 << 20),  # bytes the heap grows by
 }
-# NVIDIA, AMD, and the two ways in which TPUs appear.
-_ACCELERATORS = (
-  '/dev/nvidia[0-9]*',
-  '/dev/kfd',
-  '/dev/accel[0-9]*',
-  '/dev/vfio/[0-9]*',
-)
+# NVIDIA, AMD, TPUs.
+_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', *libtpu.TPUS)
 
 
 def tune() -> bool:

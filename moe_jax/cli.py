@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax import allocator, config_file
+from moe_jax import allocator, config_file, libtpu
 from moe_jax.errors import UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
@@ -35,6 +35,7 @@ def main(
   try:
     config, values = parse(sys.argv, define_flags, workdir)
     allocator.tune()
+    libtpu.quiet()
     run(config, **values)
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
@@ -42,6 +43,31 @@ def main(
   except KeyboardInterrupt:
     sys.exit(130)
   sys.exit(0)
+
+
+def define_process_flags(values: flags.FlagValues) -> None:
+  """The flags of programs that several processes run together.
+
+  Their names and meanings are those of `distributed.processes.start`.
+  """
+  for name, about in (
+    ('num_processes', 'of this run, on all hosts'),
+    ('process_id', 'of this process, from 0 on'),
+  ):
+    flags.DEFINE_integer(name, None, about, flag_values=values)
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where clusters do not say',
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    'coordinator_timeout',
+    300,
+    'seconds to wait for the other processes',
+    lower_bound=1,
+    flag_values=values,
+  )
 
 
 def parse(

@@ -20,6 +20,7 @@ CHOICES = {
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.priority': ('position', 'probability'),
+  'moe.exchange': ('auto', 'gather', 'all_to_all', 'ragged'),
   'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
   'router.score': (
     'linear',
@@ -66,13 +67,13 @@ _AT_LEAST_ZERO = _keys(
   router='residual',
   loss='balance_weight z_weight bias_rate',
   optimizer='warmup_steps decay_steps weight_decay clip_norm',
-  train='log_every',
+  train='log_every check_replicas_every',
   checkpoint='every keep_every',
   eval='every batches batch_size disable_top',
 )
 _ABOVE_ZERO = _keys(
   model='rope_theta norm_epsilon init_std',
-  moe='capacity_factor',
+  moe='capacity_factor buffer_factor',
   optimizer='learning_rate epsilon',
 )
 _BELOW_ONE = _keys(optimizer='b1 b2', model='dropout', router='jitter top_p')

@@ -17,10 +17,13 @@ _HARMLESS = (
   'model.attention',
   'model.remat',
   'model.unroll',
+  'moe.exchange',
+  'moe.buffer_factor',
   'data.dir',
   'data.path',
   'data.threads',
   'train.log_every',
+  'train.check_replicas_every',
 )
 # What an evaluation takes over from training; its data and batches are its own.
 _MODEL = ('model', 'moe', 'router', 'data.tokenizer')

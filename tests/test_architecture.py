@@ -29,19 +29,27 @@ _STATE = 'jax flax optax orbax ml_collections numpy'
 ROOMS = {
   '__init__': Room(),
   'errors': Room(),
-  'allocator': Room(),
+  'libtpu': Room(),
+  'allocator': Room('libtpu'),
   'ranges': Room('errors', 'ml_collections'),
   'routing_rules': Room('errors ranges', 'ml_collections'),
-  'config': Room('errors ranges routing_rules', 'ml_collections'),
+  'axes': Room('errors'),
+  'config': Room('axes errors ranges routing_rules', 'ml_collections'),
   'saved_config': Room('config', 'ml_collections'),
   # The schema is a file of the checkout, `configs/base.py`: here is the door.
   'config_file': Room('errors saved_config', 'ml_collections configs'),
-  'cli': Room('allocator config_file errors', 'absl ml_collections'),
+  'cli': Room('allocator config_file errors libtpu', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   'experts': Room('routing', 'jax flax'),
-  'distributed.mesh': Room('config errors', 'jax'),
-  'distributed.hosts': Room('', 'jax numpy'),
+  'distributed.slices': Room('axes errors', 'jax ml_collections numpy'),
+  'distributed.mesh': Room(
+    'config errors distributed.slices', 'jax ml_collections'
+  ),
+  'distributed.hosts': Room('errors', 'jax numpy'),
+  'distributed.replicas': Room('', 'jax numpy'),
+  'distributed.launchers': Room('', 'jax'),
+  'distributed.processes': Room('errors distributed.launchers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
@@ -61,7 +69,8 @@ ROOMS = {
   ),
   # The one page that knows everyone.
   'training.loop': Room(
-    f'{_CONFIG} data distributed.mesh distributed.hosts training evaluation',
+    f'{_CONFIG} data distributed.hosts distributed.replicas training'
+    ' evaluation',
     'jax ml_collections',
   ),
   # From and to the workdirs of runs.
@@ -76,8 +85,19 @@ ROOMS = {
   'interop.hf': Room('interop interop.command_line'),
   'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),
+  # Text in, numbers out.
+  'planning.hlo': Room(),
+  'planning.replica_groups': Room(),
+  'planning.collectives': Room('planning.hlo planning.replica_groups'),
+  'planning.units': Room(),
+  'planning.cycles': Room('planning.hlo'),
+  'planning': Room(
+    f'{_CONFIG} libtpu data distributed.mesh model training planning.cycles'
+    ' planning.collectives planning.replica_groups planning.units',
+    'jax ml_collections',
+  ),
   'plan': Room(
-    f'{_CONFIG} cli data distributed.mesh model training',
+    f'{_CONFIG} cli model planning training',
     'jax absl ml_collections',
   ),
 }

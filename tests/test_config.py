@@ -139,7 +139,7 @@ BAD = {
   'evaluation batch': ({'eval__batch_size': 4}, ['eval.batch_size = 4']),
   'experts on devices': (
     {'mesh__expert': 4, 'moe__num_experts': 6},
-    ['moe.num_experts = 6', 'mesh.expert = 4', '4 or 8'],
+    ['moe.num_experts = 6', 'mesh.expert = 4', '1, 2, 3, 6 would'],
   ),
   'width on devices': (
     {'mesh__tensor': 4, 'moe__expert_width': 514},

@@ -50,7 +50,13 @@ def test_strategy_is_resolved() -> None:
     'layers': {'prefix': ['moe'], 'period': ['dense', 'moe'], 'repeats': 2},
     'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 1},
     'dispatch': 'dropless',
-    'expert_parallelism': 'gather',
+    'expert_parallelism': 'all_to_all',
+    # 3 others; 16 tokens of 32 float32 and 2 slots; rooms of 16 rows.
+    'exchange_bytes': {
+      'gather': 3 * 16 * (2 * 128 + 2 * 8),
+      'all_to_all': 3 * 16 * 2 * 128,
+      'ragged': 3 / 4 * 32 * 2 * 128,
+    },
     'score': 'linear',
     'recurrent': 'none',
     'selection': 'top_k 2 of 8',

@@ -2,13 +2,16 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from moe_jax.config import BATCH_AXES, MESH_AXES
+from moe_jax.config import BATCH_AXES, MESH_AXES, mesh_shape
+from moe_jax.distributed import slices
 from moe_jax.errors import UserError
 
 AXES = MESH_AXES
@@ -51,17 +54,31 @@ RULES = (
 )
 
 
-def make_mesh(shape: dict[str, int], devices: list[jax.Device]) -> Mesh:
+def from_config(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
+  """The mesh that `mesh.*` makes of the devices: `make_mesh` of its sizes.
+
+  Raises:
+    UserError: the devices, or their slices, are not what the axes multiply to.
+  """
+  shape = mesh_shape(config, len(devices))
+  return make_mesh(shape, devices, slices.slice_shape(config, shape, devices))
+
+
+def make_mesh(
+  shape: dict[str, int],
+  devices: Sequence[jax.Device],
+  dcn: dict[str, int] | None = None,
+) -> Mesh:
   """A mesh with the axes `AXES`, sharded by the jit partitioner.
 
   Args:
     shape: devices along each axis; their product is len(devices).
-    devices: in the order they fill the mesh, last axis fastest.
+    devices: as jax lists them, or a topology to compile for.
+    dcn: slices along each axis; None: there is one.
   """
-  sizes = tuple(shape[axis] for axis in AXES)
-  return jax.make_mesh(
-    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-  )
+  sizes = {axis: shape[axis] for axis in AXES}
+  placed = slices.arrange(sizes, dcn or dict.fromkeys(AXES, 1), devices)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -45,10 +45,12 @@ def evaluate(
   Raises:
     UserError: anything wrong with config, data, workdir or step.
   """
-  setup = state.from_config(config)
+  setup = hosts.in_turn(lambda: state.from_config(config))
   split = split or config.eval.split
   with Store.open(workdir, config, setup.dictionary, read_only=True) as store:
-    windows = Windows.open(config.data, split, setup.tokenizer)
+    windows = hosts.in_turn(
+      lambda: Windows.open(config.data, split, setup.tokenizer)
+    )
     step = store.latest_step() if step is None else step
     wanted = {key: setup.abstract[key] for key in ('step', 'params')}
     restored, _ = store.restore(wanted, step)
@@ -56,7 +58,7 @@ def evaluate(
       make_eval_step(setup), restored['params'], windows, config, setup.mesh
     )
   result = {'step': step} | result
-  if jax.process_index() == 0:
+  if hosts.is_first():
     _report(result, workdir, split)
   return result
 
@@ -89,16 +91,14 @@ def evaluate_split(
     `tokens` (predicted); with `eval.disable_top`, that as `disabled_top`.
   """
   batch_size = config_lib.eval_batch_size(config)
-  sharding = mesh_lib.batch_sharding(mesh)
-  rows = hosts.local_rows(sharding, batch_size)
+  rows = hosts.Rows(mesh_lib.batch_sharding(mesh), batch_size)
   batches = eval_batches(
-    windows, batch_size=batch_size, rows=rows, order=config.data.order
+    windows, batch_size=batch_size, rows=rows.local, order=config.data.order
   )
   memory = state.empty_memory(config, mesh, batch_size)
   nll, tokens = 0.0, 0
   for batch in itertools.islice(batches, max_batches or None):
-    placed = hosts.global_batch(batch, sharding, rows, batch_size)
-    sums = eval_step(params, placed, memory)
+    sums = eval_step(params, rows.join(batch), memory)
     memory = sums['memory']
     # Python's float is float64: sums over many batches stay exact.
     nll += float(sums['nll'])

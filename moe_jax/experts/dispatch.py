@@ -1,19 +1,18 @@
 """How tokens get to their experts and back, on one device.
 
-A dispatch is `dispatch(x_TD, routing, experts) -> y_TD, dropped`: the sum over
-a token's slots of weight times expert, and the number of slots (int32) that
-found no room. Both forms sort the slots by expert once, stably, and move rows
-by gathers alone, backward too: scatters are serial on CPU and slow on TPU.
+A dispatch is `dispatch(x_TD, routing, experts) -> Dispatched`. Both forms sort
+the slots by expert once, stably, and move rows as `moe_jax.experts.rows` does.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.experts.rows import move_rows, rows_of_slots
 from moe_jax.routing.selection import Routing
 
 
@@ -37,24 +36,62 @@ class Bank(Protocol):
     """C rows for every expert."""
 
 
+class Dispatched(NamedTuple):
+  """What became of the tokens that were dispatched.
+
+  Attributes:
+    y_TD: in the dtype of the tokens.
+    dropped: slots that found no room, int32.
+    overflowed: slots that found no room in an exchange's buffers and were
+      computed another way, int32; None where no buffer can overflow.
+  """
+
+  y_TD: jax.Array
+  dropped: jax.Array
+  overflowed: jax.Array | None = None
+
+
 class Dispatch(Protocol):
   """Brings tokens to their experts and the results back."""
 
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Bank
-  ) -> tuple[jax.Array, jax.Array]:
-    """y_TD in the dtype of x_TD, and the number of dropped slots, int32."""
+  ) -> Dispatched:
+    """For every token the sum over its slots of weight times expert."""
 
 
-def dropless(
-  x_TD: jax.Array, routing: Routing, experts: Bank
-) -> tuple[jax.Array, jax.Array]:
+class Order(NamedTuple):
+  """The T*K slots sorted by expert, those unused (index N) last; all int32.
+
+  Attributes:
+    slot_M: the slot in each row.
+    place_TK: the row of each slot.
+    sizes_N: rows of each expert.
+    starts_N: where they begin.
+  """
+
+  slot_M: jax.Array
+  place_TK: jax.Array
+  sizes_N: jax.Array
+  starts_N: jax.Array
+
+
+def dropless(x_TD: jax.Array, routing: Routing, experts: Bank) -> Dispatched:
   """Every slot reaches its expert, however uneven the experts are used."""
-  order_M, place_TK, sizes_N, _ = _sort(routing, experts.num_experts)
-  rows_MD = _gather_rows(x_TD, order_M, place_TK)
-  out_MD = experts.grouped(rows_MD, sizes_N, _seeds(routing, order_M))
-  out_TKD = _return_rows(out_MD, order_M, place_TK)
-  return _combine(out_TKD, routing.weights_TK), jnp.zeros_like(sizes_N[0])
+  order = sort(routing, experts.num_experts)
+  y_TD = in_order(order, x_TD, routing, experts)
+  return Dispatched(y_TD, jnp.zeros_like(order.sizes_N[0]))
+
+
+def in_order(
+  order: Order, x_TD: jax.Array, routing: Routing, experts: Bank
+) -> jax.Array:
+  """y_TD of slots that are sorted already."""
+  rows_MD = rows_of_slots(x_TD, order.slot_M, order.place_TK)
+  seeds_M = _seeds(routing, order.slot_M)
+  out_MD = experts.grouped(rows_MD, order.sizes_N, seeds_M)
+  out_TKD = move_rows(out_MD, order.place_TK, order.slot_M)
+  return _combine(out_TKD, routing.weights_TK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +113,19 @@ class Capacity:
 
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Bank
-  ) -> tuple[jax.Array, jax.Array]:
-    num_rows = routing.indices_TK.size
-    capacity = math.ceil(self.factor * num_rows / routing.num_experts)
-    order_M, place_TK, sizes_N, starts_N = _sort(
-      routing, experts.num_experts, self.rank(routing)
-    )
-    used_NC = jnp.arange(capacity) < sizes_N[:, None]
-    source_NC = starts_N[:, None] + jnp.arange(capacity)
-    slot_NC = order_M[jnp.minimum(source_NC, num_rows - 1)]
-    token_NC = slot_NC // routing.indices_TK.shape[1]
-    rows_NCD = jnp.where(used_NC[..., None], x_TD[token_NC], 0)
+  ) -> Dispatched:
+    slots = routing.indices_TK.size
+    capacity = math.ceil(self.factor * slots / routing.num_experts)
+    order = sort(routing, experts.num_experts, self.rank(routing))
+    slot_NC, place_TK = _queues(order, routing, capacity)
+    slot_M, kept_TK = slot_NC.reshape(-1), place_TK < slot_NC.size
+    rows_MD = rows_of_slots(x_TD, slot_M, place_TK)
+    rows_NCD = rows_MD.reshape(*slot_NC.shape, -1)
     out_NCD = experts.batched(rows_NCD, _seeds(routing, slot_NC))
-
-    expert_TK = jnp.minimum(routing.indices_TK, experts.num_experts - 1)
-    nth_TK = place_TK - starts_N[expert_TK]  # position in the expert's queue
-    present_TK = routing.indices_TK < experts.num_experts
-    kept_TK = present_TK & (nth_TK < capacity)
-    nth_TK = jnp.clip(nth_TK, 0, capacity - 1)
-    weights_TK = jnp.where(kept_TK, routing.weights_TK, 0.0)
-    y_TD = _combine(out_NCD[expert_TK, nth_TK], weights_TK)
-    return y_TD, (present_TK & ~kept_TK).sum(dtype=jnp.int32)
+    out_TKD = move_rows(out_NCD.reshape(rows_MD.shape), place_TK, slot_M)
+    y_TD = _combine(out_TKD, jnp.where(kept_TK, routing.weights_TK, 0.0))
+    dropped = order.sizes_N.sum() - kept_TK.sum(dtype=jnp.int32)
+    return Dispatched(y_TD, dropped)
 
 
 def by_position(routing: Routing) -> None:
@@ -109,35 +138,55 @@ def by_probability(routing: Routing) -> jax.Array:
   return -jax.lax.stop_gradient(routing.weights_TK)
 
 
-def _sort(
+def sort(
   routing: Routing, num_experts: int, rank_TK: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Sorts the T*K slots by expert; unused slots (index N) come last.
+) -> Order:
+  """Sorts the slots by expert, once and stably.
 
   Args:
     routing: of the tokens.
     num_experts: N.
     rank_TK: orders an expert's slots, lowest first; None, as they stand.
-
-  Returns:
-    order_M: the slot in each row; place_TK: the row of each slot; sizes_N and
-    starts_N: rows of each expert and where they begin. All int32.
   """
   slots_M = routing.indices_TK.reshape(-1)
   if rank_TK is None:
-    order_M = jnp.argsort(slots_M, stable=True)
+    slot_M = jnp.argsort(slots_M, stable=True)
   else:
-    order_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
-  place_TK = jnp.argsort(order_M).reshape(routing.indices_TK.shape)
-  edges = jnp.searchsorted(slots_M[order_M], jnp.arange(num_experts + 1))
-  return order_M, place_TK, jnp.diff(edges), edges[:-1]
+    slot_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
+  place_TK = jnp.argsort(slot_M).reshape(routing.indices_TK.shape)
+  edges = jnp.searchsorted(
+    slots_M[slot_M], jnp.arange(num_experts + 1), method='compare_all'
+  )
+  return Order(slot_M, place_TK, jnp.diff(edges), edges[:-1])
+
+
+def _queues(
+  order: Order, routing: Routing, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+  """The first `capacity` slots of every expert.
+
+  Returns:
+    slot_NC: the slots, T*K where there is none; and place_TK: the place of each
+    slot in it, flattened, N*C for slots without one. Both int32.
+  """
+  slots, num_experts = routing.indices_TK.size, len(order.sizes_N)
+  nth_C = jnp.arange(capacity)
+  row_NC = jnp.minimum(order.starts_N[:, None] + nth_C, slots - 1)
+  used_NC = nth_C < order.sizes_N[:, None]
+  slot_NC = jnp.where(used_NC, order.slot_M[row_NC], slots)
+  expert_TK = jnp.minimum(routing.indices_TK, num_experts - 1)
+  nth_TK = order.place_TK - order.starts_N[expert_TK]
+  kept_TK = (routing.indices_TK < num_experts) & (nth_TK < capacity)
+  place_TK = expert_TK * capacity + nth_TK
+  return slot_NC, jnp.where(kept_TK, place_TK, slot_NC.size)
 
 
 def _seeds(routing: Routing, slots: jax.Array) -> jax.Array | None:
   """The seeds of the dropout of these slots, if there is any."""
   if routing.seeds_TK is None:
     return None
-  return routing.seeds_TK.reshape(-1)[slots]
+  # A slot past the end is nobody's: any seed will do.
+  return routing.seeds_TK.reshape(-1).at[slots].get(mode='clip')
 
 
 def _combine(out_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
@@ -146,52 +195,6 @@ def _combine(out_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
     'TKD,TK->TD', out_TKD, weights_TK, preferred_element_type=jnp.float32
   )
   return y_TD.astype(out_TKD.dtype)
-
-
-@jax.custom_vjp
-def _gather_rows(
-  x_TD: jax.Array, order_M: jax.Array, place_TK: jax.Array
-) -> jax.Array:
-  """Row m is the token of slot `order_M[m]`."""
-  return x_TD[order_M // place_TK.shape[1]]
-
-
-def _gather_rows_backward(
-  place_TK: jax.Array, grad_MD: jax.Array
-) -> tuple[jax.Array, None, None]:
-  return grad_MD[place_TK].sum(1), None, None
-
-
-_gather_rows.defvjp(
-  lambda x_TD, order_M, place_TK: (
-    _gather_rows(x_TD, order_M, place_TK),
-    place_TK,
-  ),
-  _gather_rows_backward,
-)
-
-
-@jax.custom_vjp
-def _return_rows(
-  out_MD: jax.Array, order_M: jax.Array, place_TK: jax.Array
-) -> jax.Array:
-  """Back from rows to the slots of each token: the inverse permutation."""
-  return out_MD[place_TK]
-
-
-def _return_rows_backward(
-  order_M: jax.Array, grad_TKD: jax.Array
-) -> tuple[jax.Array, None, None]:
-  return grad_TKD.reshape(len(order_M), -1)[order_M], None, None
-
-
-_return_rows.defvjp(
-  lambda out_MD, order_M, place_TK: (
-    _return_rows(out_MD, order_M, place_TK),
-    order_M,
-  ),
-  _return_rows_backward,
-)
 
 
 PRIORITIES = {'position': by_position, 'probability': by_probability}

@@ -1,9 +1,4 @@
-"""Dispatch across devices: experts live on the devices of the `expert` axis.
-
-Tokens are gathered along the axis, every device computes the share of its own
-experts, and the partial sums are scattered back to the tokens' devices. It is
-exact for any routing, with buffers of fixed size.
-"""
+"""Dispatch across devices: experts live on the devices of the `expert` axis."""
 
 import dataclasses
 from typing import Any
@@ -14,24 +9,25 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.dispatch import Bank, Dispatch
+from moe_jax.experts.dispatch import Dispatch, Dispatched
 from moe_jax.experts.feed_forward import ExpertBank
+from moe_jax.experts.trip import static
 from moe_jax.routing.selection import Routing
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertParallel:
-  """`inner` on every device's own experts, within one `shard_map`.
+  """`inner` on every device's own tokens and experts, within one `shard_map`.
 
   Attributes:
     mesh: with axes of the names below.
-    inner: the dispatch of one device.
+    inner: an exchange; where `expert_axis` has one device, any dispatch.
     token_axes: the mesh axes that split tokens, `expert_axis` among them.
     expert_axis: splits the experts.
     width_axis: splits the width of every expert.
   """
 
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   inner: Dispatch
   token_axes: tuple[str, ...]
   expert_axis: str = 'expert'
@@ -39,7 +35,7 @@ class ExpertParallel:
 
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> Dispatched:
     graphdef, params = nnx.split(experts)
     # Cast before the weights travel: half the bytes in bfloat16.
     params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)
@@ -48,25 +44,26 @@ class ExpertParallel:
 
     def local(
       x_TD: jax.Array, routing: Routing, params: nnx.State
-    ) -> tuple[jax.Array, jax.Array]:
-      x_TD, routing = jax.tree.map(self._gather, (x_TD, routing))
-      params = jax.tree.map(self._repeat, params, param_specs)
-      bank = nnx.merge(graphdef, params)
-      bank = _Shard(bank, lax.axis_index(self.width_axis))
-      y_TD, dropped = self.inner(x_TD, self._mine(routing, bank), bank)
-      y_TD = lax.psum(y_TD, self.width_axis)
-      y_TD = lax.psum_scatter(
-        y_TD, self.expert_axis, scatter_dimension=0, tiled=True
+    ) -> Dispatched:
+      # Everything varies over every axis before the dispatch sees it: the
+      # gradient of these casts is the sum over devices that its custom
+      # gradients leave out.
+      x_TD, routing = jax.tree.map(
+        lambda a: lax.pcast(a, self.width_axis, to='varying'), (x_TD, routing)
       )
-      return y_TD, self._total(dropped)
+      params = jax.tree.map(self._repeat, params, param_specs)
+      bank = _Shard(params, graphdef, self.width_axis)
+      y_TD, *counts = self.inner(x_TD, routing, bank)
+      y_TD = lax.psum(y_TD, self.width_axis)
+      return Dispatched(y_TD, *jax.tree.map(self._total, counts))
 
     return jax.shard_map(
       local,
       mesh=self.mesh,
       in_specs=(tokens, tokens, param_specs),
-      out_specs=(tokens, P()),
+      out_specs=Dispatched(tokens, P(), P()),
       check_vma=True,
-    )(x_TD, routing, params)
+    )(x_TD, _slim(routing), params)
 
   def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
     """Split the axes N and F, which the parameter's name ends with."""
@@ -76,14 +73,6 @@ class ExpertParallel:
     assert len(letters) == param.ndim, name
     axes = {'N': self.expert_axis, 'F': self.width_axis}
     return P(*map(axes.get, letters))
-
-  # Everything varies over every axis before the dispatch sees it: the gradient
-  # of these casts is the sum over devices that its custom gradients leave out.
-
-  def _gather(self, a: jax.Array) -> jax.Array:
-    """Tokens of the whole expert axis, repeated along the width axis."""
-    a = lax.all_gather(a, self.expert_axis, tiled=True)
-    return lax.pcast(a, self.width_axis, to='varying')
 
   def _repeat(self, param: jax.Array, spec: P) -> jax.Array:
     """The experts of this device, repeated along the other axes.
@@ -98,46 +87,53 @@ class ExpertParallel:
       param = jnp.where(first, param, jnp.zeros_like(param))
     return param
 
-  def _mine(self, routing: Routing, bank: Bank) -> Routing:
-    """Indices counted from this device's first expert; others' slots unused."""
-    first = lax.axis_index(self.expert_axis) * bank.num_experts
-    local_TK = routing.indices_TK - first
-    mine_TK = (local_TK >= 0) & (local_TK < bank.num_experts)
-    return dataclasses.replace(
-      routing,
-      weights_TK=jnp.where(mine_TK, routing.weights_TK, 0.0),
-      indices_TK=jnp.where(mine_TK, local_TK, bank.num_experts),
-    )
-
   def _total(self, dropped: jax.Array) -> jax.Array:
     total = lax.psum(dropped, (*self.token_axes, self.width_axis))
     return total // lax.axis_size(self.width_axis)  # each width counted it
 
 
+def _slim(routing: Routing) -> Routing:
+  """Without what a dispatch reads nothing of but the number of experts."""
+  return dataclasses.replace(
+    routing,
+    probabilities_TN=routing.probabilities_TN[:0],
+    logits_TN=routing.logits_TN[:0],
+  )
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Shard:
   """A bank of which this device holds some experts and part of their widths.
 
   Attributes:
-    part: number of this device's part of the widths.
+    params: of the bank, those that are held here.
+    graphdef: of the bank.
+    width_axis: along which the widths are split.
   """
 
-  bank: ExpertBank
-  part: jax.Array
+  params: nnx.State
+  graphdef: nnx.GraphDef = static()
+  width_axis: str = static()
 
   @property
   def num_experts(self) -> int:
-    return self.bank.num_experts
+    return self._bank().num_experts
 
   def grouped(
     self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
   ) -> jax.Array:
-    return self.bank.grouped(rows_MD, sizes_N, seeds_M, self._first_unit())
+    bank = self._bank()
+    return bank.grouped(rows_MD, sizes_N, seeds_M, self._first_unit(bank))
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
   ) -> jax.Array:
-    return self.bank.batched(rows_NCD, seeds_NC, self._first_unit())
+    bank = self._bank()
+    return bank.batched(rows_NCD, seeds_NC, self._first_unit(bank))
 
-  def _first_unit(self) -> jax.Array:
-    return self.part * self.bank.down_NFD.shape[1]
+  def _bank(self) -> ExpertBank:
+    return nnx.merge(self.graphdef, self.params)
+
+  def _first_unit(self, bank: ExpertBank) -> jax.Array:
+    return lax.axis_index(self.width_axis) * bank.down_NFD.shape[1]

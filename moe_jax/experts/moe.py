@@ -89,7 +89,7 @@ class MoELayer(nnx.Module):
     routing = checkpoint_name(routing, 'routing')  # for the remat policies
     seeded = self._with_seeds(routing, seeds_key)
     with jax.named_scope('experts'):
-      y_TD, dropped = self.dispatch(x_TD, seeded, self.experts)
+      y_TD, dropped, overflowed = self.dispatch(x_TD, seeded, self.experts)
     if self.bias_D is not None:
       y_TD += self.bias_D[...].astype(y_TD.dtype)
     if self.shared is not None:
@@ -97,7 +97,7 @@ class MoELayer(nnx.Module):
         shared_TD = self.shared(x_TD, shared_key) / self.shared_parts
         y_TD = self.mixing(x_TD, y_TD, shared_TD)
     y_TD = dropout(y_TD, self.dropout, output_key)
-    load = load_of(routing, tokens, dropped, self.select.steering)
+    load = load_of(routing, tokens, dropped, self.select.steering, overflowed)
     return y_TD, state, Watched(load, routing)
 
   def _with_seeds(self, routing: Routing, key: jax.Array | None) -> Routing:

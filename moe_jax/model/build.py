@@ -1,6 +1,7 @@
 """From a config to a `Decoder`: here, once, strings become objects.
 
-The blocks are made in `build_block`, the routers in `build_router`.
+The blocks are made in `build_block`, the routers in `build_router`, and how
+tokens meet experts on other devices in `build_exchange`.
 """
 
 import functools
@@ -13,10 +14,12 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.errors import choose
-from moe_jax.experts.dispatch import DISPATCHES, Dispatch
-from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.model import build_attention, build_block, build_router
+from moe_jax.model import (
+  build_attention,
+  build_block,
+  build_exchange,
+  build_router,
+)
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
@@ -47,9 +50,12 @@ def build(
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
   dtype = compute_dtype(config, mesh)
-  attend = build_attention.attend(config, mesh, dtype)
   parts = Parts(
-    config, vocab_size, _dispatch(config, mesh), attend, disable_top
+    config,
+    vocab_size,
+    build_exchange.dispatch(config, mesh, dtype),
+    build_attention.attend(config, mesh, dtype),
+    disable_top,
   )
   make_block = functools.partial(build_block.block, parts)
 
@@ -113,14 +119,6 @@ def compute_dtype(
   devices = jax.devices() if mesh is None else mesh.devices.flat
   slow = next(iter(devices)).platform == 'cpu'
   return jnp.dtype(jnp.float32 if slow else jnp.bfloat16)
-
-
-def _dispatch(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Dispatch:
-  name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
-  dispatch = DISPATCHES[name](config.moe)
-  if mesh is None or mesh.size == 1:
-    return dispatch
-  return ExpertParallel(mesh, dispatch, mesh_lib.TOKEN_AXES)
 
 
 def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from moe_jax.config import BATCH_AXES, layer_kinds
+from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
+from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.moe import MoELayer
+from moe_jax.model import build_exchange
 from moe_jax.model.build import build, compute_dtype, repetition
 from moe_jax.model.span import BLOCK
 
@@ -163,43 +167,54 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
   return _growth(residuals, compute_dtype(config, None))
 
 
-def _dispatch(config: ConfigDict, expert: int) -> int:
+def _dispatch(config: ConfigDict, devices: int) -> int:
   """Bytes that backward keeps per sequence of one sub-layer's dispatch.
 
-  A device sees the tokens of all devices along the expert axis, and its share
-  of the experts.
+  Of one device, if so many share the experts.
   """
+  dtype = compute_dtype(config, None)
+
+  def residuals(rows: int) -> list[_Shape]:
+    def run(x_TD: jax.Array, logits_TN: jax.Array) -> Any:
+      layer = _moe_layer(config)
+      move = layer.dispatch if devices == 1 else _across(config, devices, dtype)
+      graphdef, bank = nnx.split(layer.experts)
+
+      def dispatch(x_TD: jax.Array, logits_TN: jax.Array, bank: Any) -> Any:
+        routing = layer.select(logits_TN)
+        return move(x_TD, routing, nnx.merge(graphdef, bank)).y_TD
+
+      return jax.vjp(dispatch, x_TD, logits_TN, bank)[1]
+
+    tokens = rows * config.data.seq_len * devices
+    x_TD = _Shape((tokens, config.model.hidden_size), dtype)
+    logits_TN = _Shape((tokens, config.moe.num_experts), jnp.float32)
+    return jax.tree.leaves(jax.eval_shape(run, x_TD, logits_TN))
+
+  return _growth(residuals, dtype)[0] // devices
+
+
+def _moe_layer(config: ConfigDict) -> MoELayer:
+  """The first sub-layer of a model with one layer, on one device."""
   one_layer = {
     'model.num_layers': 1,
     'moe.every': 1,
     'moe.offset': 0,
     'moe.first_dense': 0,
   }
-  config = _changed(config, one_layer)
+  decoder = build(_changed(config, one_layer), 1, None, rngs=nnx.Rngs(params=0))
+  graphdef, params = nnx.split(decoder.periods)
+  period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
+  return period.blocks[0].chain.sub_layers[0]
 
-  def residuals(rows: int) -> list[_Shape]:
-    tokens = rows * config.data.seq_len * expert
 
-    def run(x_TD: jax.Array, logits_TN: jax.Array) -> Any:
-      decoder = build(config, 1, None, rngs=nnx.Rngs(params=0))
-      graphdef, params = nnx.split(decoder.periods)
-      period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
-      layer = period.blocks[0].chain.sub_layers[0]
-      graphdef, bank = nnx.split(layer.experts)
-      bank = jax.tree.map(lambda a: a[: len(a) // expert], bank)
-
-      def dispatch(x_TD: jax.Array, logits_TN: jax.Array, bank: Any) -> Any:
-        routing = layer.select(logits_TN)
-        return layer.dispatch(x_TD, routing, nnx.merge(graphdef, bank))[0]
-
-      return jax.vjp(dispatch, x_TD, logits_TN, bank)[1]
-
-    dtype = compute_dtype(config, None)
-    x_TD = _Shape((tokens, config.model.hidden_size), dtype)
-    logits_TN = _Shape((tokens, config.moe.num_experts), jnp.float32)
-    return jax.tree.leaves(jax.eval_shape(run, x_TD, logits_TN))
-
-  return _growth(residuals, compute_dtype(config, None))[0]
+def _across(config: ConfigDict, devices: int, dtype: jnp.dtype) -> Dispatch:
+  """The dispatch on so many devices of this platform, real or not."""
+  mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
+  platform = jax.devices()[0].platform
+  exchange = build_exchange.resolve(config, mesh, dtype, platform)
+  abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+  return build_exchange.across(config, abstract, exchange)
 
 
 def _residuals(run: Callable[[Any], Any], params: Any) -> list[_Shape]:

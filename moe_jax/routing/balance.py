@@ -29,6 +29,8 @@ class Load:
     z: summed squared log-partition of the logits.
     entropy: summed entropy of the router's distribution, in nats.
     dropped: slots whose expert had no room (capacity dispatch only).
+    overflowed: slots that found no room in the buffers between devices and took
+      a slower way; None where no buffer can overflow.
     steering: 0, with the gradient that steers the bias on the choice; see
       `moe_jax.routing.selection.Select`.
     sequence_balance: `N sum_n f_n P_n` of each sequence, summed over them.
@@ -41,6 +43,7 @@ class Load:
   z: jax.Array
   entropy: jax.Array
   dropped: jax.Array
+  overflowed: jax.Array | None
   steering: jax.Array
   sequence_balance: jax.Array
   sequences: jax.Array
@@ -51,6 +54,7 @@ def load_of(
   tokens: Tokens,
   dropped: jax.Array,
   steering: Callable[[jax.Array], jax.Array],
+  overflowed: jax.Array | None = None,
 ) -> Load:
   """Sums up one sub-layer's routing.
 
@@ -59,6 +63,7 @@ def load_of(
     tokens: the same ones.
     dropped: a count of slots.
     steering: of the counts; see `Load`.
+    overflowed: another count of slots, or None; see `Load`.
   """
   num_experts, (batch, length) = routing.num_experts, tokens.real_BL.shape
   real_BL = tokens.real_BL.astype(jnp.float32)
@@ -82,6 +87,9 @@ def load_of(
     z=(z_T * real_T).sum(),
     entropy=(entropy_T * real_T).sum(),
     dropped=dropped.astype(jnp.float32),
+    overflowed=overflowed
+    if overflowed is None
+    else overflowed.astype(jnp.float32),
     steering=steering(counts_N),
     sequence_balance=_balance(counts_BN, probability_BN, real_B).sum(),
     sequences=(real_B > 0).sum(dtype=jnp.float32),

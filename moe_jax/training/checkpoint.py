@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 from moe_jax.training import workdir as workdir_lib
 
@@ -69,14 +69,17 @@ class Store:
         or one of another model. Nothing has been written then.
     """
     if read_only:
-      workdir_lib.check_model(workdir, config, remedy)
+      hosts.all_or_none(
+        lambda: workdir_lib.check_model(workdir, config, remedy)
+      )
     else:
-      workdir_lib.check_run(workdir, config)
+      hosts.all_or_none(lambda: workdir_lib.check_run(workdir, config))
+      workdir_lib.check_shared(workdir)
     manager = _manager(workdir, config, read_only)
     try:
       store = cls(workdir, config, dictionary, manager, remedy)
       store._check_dictionary()
-      if not read_only and jax.process_index() == 0:
+      if not read_only and hosts.is_first():
         workdir_lib.write_config(workdir, config)
       yield store
     finally:
@@ -210,10 +213,16 @@ def newest_step(workdir: str, config: ConfigDict) -> int | None:
   """Of the checkpoints in `workdir`, whoever's; None without any.
 
   Writes nothing, and asks for no run.
+
+  Raises:
+    UserError: the processes of the run do not see the same.
   """
   workdir_lib.refuse_url(workdir)
   with contextlib.closing(_manager(workdir, config, read_only=True)) as manager:
-    return manager.latest_step()
+    found = manager.latest_step()
+  step = -1 if found is None else found
+  hosts.same(step, f'the newest checkpoint in workdir {workdir}')
+  return found
 
 
 def _manager(

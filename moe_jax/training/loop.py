@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax.data.pipeline import Windows, train_batches
-from moe_jax.distributed import hosts
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.data.pipeline import Windows
+from moe_jax.distributed import hosts, replicas
 from moe_jax.evaluation import perplexity
 from moe_jax.training import origin
 from moe_jax.training import state as state_lib
+from moe_jax.training.batches import Batches
 from moe_jax.training.checkpoint import Store, newest_step
 from moe_jax.training.interrupt import Interrupt
 from moe_jax.training.losses import Metrics
@@ -51,8 +51,9 @@ def prepare(config: ConfigDict) -> Prepared:
 def train(config: ConfigDict, workdir: str) -> None:
   """Trains in `workdir`, from its newest checkpoint if it has one.
 
-  SIGINT or SIGTERM saves a checkpoint first (unless `checkpoint.every` is 0);
-  the same call goes on from there.
+  SIGINT, SIGTERM or SIGHUP saves a checkpoint first (unless `checkpoint.every`
+  is 0); the same call goes on from there. All processes of a run call this
+  alike; a signal to one of them stops all.
 
   Args:
     config: see configs/base.py.
@@ -63,23 +64,12 @@ def train(config: ConfigDict, workdir: str) -> None:
       compiled or overwritten; or the loss is no longer finite.
     SystemExit: 128 + the number of the signal that stopped it.
   """
-  setup, train_windows, eval_windows = prepare(config)
-  batch_size, steps = config.train.batch_size, config.train.steps
-  sharding = mesh_lib.batch_sharding(setup.mesh)
-  rows = hosts.local_rows(sharding, batch_size)
+  setup, train_windows, eval_windows = hosts.in_turn(lambda: prepare(config))
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
   given = origin.params(setup) if newest is None else None
   start = newest or 0
-  batches = train_batches(
-    train_windows,
-    batch_size=batch_size,
-    rows=rows,
-    seed=config.seed,
-    start=start,
-    threads=config.data.threads,
-    order=config.data.order,
-  )
+  batches = Batches(setup, train_windows, start)
   with (
     contextlib.closing(batches),
     Store.open(workdir, config, setup.dictionary) as store,
@@ -89,54 +79,73 @@ def train(config: ConfigDict, workdir: str) -> None:
       state = setup.init(given)
     else:
       state, _ = store.restore(setup.abstract, newest)
-    train_step, eval_step = make_train_step(setup), make_eval_step(setup)
-    with Journal(setup, workdir, start) as journal:
+    with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
-      for step in range(start + 1, steps + 1):
-        batch = hosts.global_batch(next(batches), sharding, rows, batch_size)
-        state, metrics = train_step(state, batch)
-        journal.write()  # of the step before, now that this one runs
-        if step == start + 1:
-          journal.compiled(metrics)
-
-        stopped = interrupt.signal is not None
-        last = stopped or step == steps
-        if _due(config.train.log_every, step, last):
-          journal.note(step, metrics)
-        if eval_windows and _due(config.eval.every, step, step == steps):
-          _evaluate(setup, eval_step, state, eval_windows, journal, step)
-        if _due(config.checkpoint.every, step, last):
-          # Last: what is written of a step outlives a kill during the save.
-          journal.write()
-          check_finite(float(metrics['loss']), step)
-          store.save(step, state, batches.state())
-        if stopped:
-          break
-      journal.write()
-      journal.say(journal.summary(int(state['step'])))
+      run = _Run(setup, batches, eval_windows, store, journal, interrupt)
+      done = _steps(run, state, start)
+      journal.say(journal.summary(done))
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)
 
 
+class _Run(NamedTuple):
+  """What the steps of a run read from and write to."""
+
+  setup: Setup
+  batches: Batches
+  eval_windows: Windows | None
+  store: Store
+  journal: Journal
+  interrupt: Interrupt
+
+
+def _steps(run: _Run, state: TrainState, start: int) -> int:
+  """Trains from step `start` on, until it is done or stopped, and when."""
+  setup, batches, _, store, journal, interrupt = run
+  config, steps = setup.config, setup.config.train.steps
+  train_step, eval_step = make_train_step(setup), make_eval_step(setup)
+  for step in range(start + 1, steps + 1):
+    state, metrics = train_step(state, next(batches))
+    journal.write()  # of the step before, now that this one runs
+    if step == start + 1:
+      journal.compiled(metrics)
+
+    stopped = interrupt.stops(step)
+    last = stopped or step == steps
+    if _due(config.train.log_every, step, last):
+      journal.note(step, metrics)
+    if _due(config.train.check_replicas_every, step, step == steps):
+      replicas.check(state)
+    if run.eval_windows and _due(config.eval.every, step, step == steps):
+      _evaluate(run, eval_step, state, step)
+    if _due(config.checkpoint.every, step, last):
+      # Last: what is written of a step outlives a kill during the save.
+      journal.write()
+      check_finite(float(metrics['loss']), step)
+      store.save(step, state, batches.state())
+    if stopped:
+      break
+  journal.write()
+  return int(state['step'])
+
+
 def _evaluate(
-  setup: Setup,
+  run: _Run,
   eval_step: Callable[..., Metrics],
   state: TrainState,
-  windows: Windows,
-  journal: Journal,
   step: int,
 ) -> None:
   """Evaluates in the midst of training, which pauses."""
-  config = setup.config
+  config, journal = run.setup.config, run.journal
   journal.write()
   jax.block_until_ready(state)  # or its steps would count as evaluation
   began = time.perf_counter()
   result = perplexity.evaluate_split(
     eval_step,
     state['params'],
-    windows,
+    run.eval_windows,
     config,
-    setup.mesh,
+    run.setup.mesh,
     max_batches=config.eval.batches,
   )
   seconds = time.perf_counter() - began

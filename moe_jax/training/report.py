@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from moe_jax.data.pipeline import Windows
+from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.routing.balance import Load
@@ -26,7 +27,9 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
     Lists with one number per MoE layer, the worst or mean of its sub-layers:
     `max_load` (rows of the busiest expert over the balanced share; 1 is
     perfect), `idle_experts` (experts that no token chose), `router_entropy`
-    (nats per token; log N is uniform) and `dropped_share` (of slots).
+    (nats per token; log N is uniform) and `dropped_share` (of slots). Where
+    devices exchange slots through buffers that may be too small, also
+    `exchange_overflows`: slots of all sub-layers that took the slower way.
   """
   if load is None:
     return {}
@@ -34,12 +37,15 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
   slots = np.maximum(load.counts_N.sum(-1), 1.0)
   tokens = np.maximum(load.tokens, 1.0)
   max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / slots
-  return {
+  metrics = {
     'max_load': max_load.max(1),
     'idle_experts': (load.counts_N == 0).sum((1, 2)),
     'router_entropy': (load.entropy / tokens).mean(1),
     'dropped_share': (load.dropped / slots).max(1),
   }
+  if load.overflowed is not None:
+    metrics['exchange_overflows'] = load.overflowed.sum(1)
+  return metrics
 
 
 def describe(setup: Setup, windows: Windows) -> str:
@@ -48,11 +54,12 @@ def describe(setup: Setup, windows: Windows) -> str:
   counts = sizes.count_parameters(config, setup.abstract['params'])
   device = next(iter(mesh.devices.flat))
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  processes = '' if hosts.is_alone() else f', {jax.process_count()} processes'
   epochs = config.train.steps * config.train.batch_size / len(windows)
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
-    f'devices  {mesh.size} {device.device_kind} ({axes})\n'
+    f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
     f'data     {config.data.name}: {windows.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps'
   )
@@ -70,7 +77,7 @@ class Journal:
     self._steps = config.train.steps
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     self._start = self._read_at = start
-    self._active = jax.process_index() == 0
+    self._active = hosts.is_first()
     self._writer = MetricsWriter(workdir, start or None, self._active)
     self._began = self._since = time.perf_counter()
     self._first_seconds = math.nan

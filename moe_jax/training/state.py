@@ -97,15 +97,13 @@ def from_config(config: ConfigDict) -> Setup:
   Raises:
     UserError: anything wrong with the config.
   """
-  num_devices = jax.device_count()
-  config_lib.validate(config, num_devices)
+  config_lib.validate(config, jax.device_count())
+  mesh = mesh_lib.from_config(config, jax.devices())
   tokenizer = tokenizers.build(config.data)
   made = setup(
     config,
     config_lib.vocab_size(config, tokenizer.vocab_size),
-    mesh_lib.make_mesh(
-      config_lib.mesh_shape(config, num_devices), jax.devices()
-    ),
+    mesh,
   )
   return dataclasses.replace(made, tokenizer=tokenizer)
 

@@ -3,13 +3,16 @@
 It is a path of a mounted file system; on several hosts, of one they share.
 """
 
+import contextlib
 import os
 import tempfile
+import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe_jax import config_file, saved_config
+from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 
 
@@ -35,6 +38,36 @@ def check_run(workdir: str, config: ConfigDict) -> None:
 def write_config(workdir: str, config: ConfigDict) -> None:
   """Makes `workdir` that of a run with `config`; one process does it."""
   replace(config_path(workdir), saved_config.to_json(config))
+
+
+def check_shared(workdir: str) -> None:
+  """Makes sure that all processes see the same directory.
+
+  Raises:
+    UserError: what process 0 writes there, another one does not see.
+  """
+  if hosts.is_alone():
+    return
+  # A new name each time: file systems remember for a while what was not there.
+  name = hosts.of_first(time.time_ns() % 2**31)
+  path = os.path.join(workdir, f'.shared-{name}')
+
+  def see() -> None:
+    if hosts.is_first():
+      with open(path, 'w', encoding='utf-8'):
+        pass
+    elif not os.path.exists(path):
+      raise UserError(
+        f'workdir {workdir} is not the same on all hosts; choose a --workdir on'
+        ' a file system that they share'
+      )
+
+  try:
+    hosts.in_turn(see)
+  finally:
+    if hosts.is_first():
+      with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def check_model(workdir: str, config: ConfigDict, remedy: str = '') -> None:

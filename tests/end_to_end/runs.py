@@ -79,3 +79,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
     for path in folder.rglob('*')
   }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object that a file holds."""
+  return json.loads(path.read_text())

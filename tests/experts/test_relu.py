@@ -9,12 +9,25 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_dispatch import DISPATCHES, D, F, K, N, T
+from test_exchanges import across
 
 from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.relu import ReluExpertBank
 from moe_jax.routing.selection import Routing
 
 RATE = 0.4
+# The bias of the output has to be in one part of the width only.
+MESH = {'fsdp': 2, 'expert': 2, 'tensor': 2}
+EVERYWHERE = {
+  'dropless': lambda: DISPATCHES['dropless'],
+  'capacity': lambda: DISPATCHES['capacity'],
+  'gather': lambda: across(MESH, 'gather'),
+  'all_to_all': lambda: across(MESH, 'all_to_all', buffer_factor=0.8),
+  'ragged': lambda: across(MESH, 'ragged', buffer_factor=0.8),
+  'capacity all_to_all': lambda: across(
+    MESH, 'all_to_all', dispatch='capacity'
+  ),
+}
 
 
 def make_bank() -> ReluExpertBank:
@@ -78,12 +91,21 @@ def expected(with_dropout: bool) -> Any:
   )
 
 
-@pytest.mark.parametrize('with_dropout', [False, True])
-@pytest.mark.parametrize('name', DISPATCHES)
+@pytest.mark.parametrize(
+  'name, with_dropout',
+  [
+    *((name, True) for name in EVERYWHERE),
+    *((name, False) for name in DISPATCHES),
+    *(
+      pytest.param(name, False, marks=pytest.mark.slow)
+      for name in EVERYWHERE.keys() - DISPATCHES.keys()
+    ),
+  ],
+)
 def test_equals_every_expert_for_every_slot(
   name: str, with_dropout: bool
 ) -> None:
-  dispatch = DISPATCHES[name]()
+  dispatch = EVERYWHERE[name]()
   x, weights, choice, seeds, params = operands()
   graphdef = nnx.graphdef(nnx.eval_shape(make_bank))
 
@@ -92,7 +114,7 @@ def test_equals_every_expert_for_every_slot(
     routing = Routing(
       weights, choice, logits, logits, seeds if with_dropout else None
     )
-    y, dropped = dispatch(x, routing, nnx.merge(graphdef, params))
+    y, dropped, _ = dispatch(x, routing, nnx.merge(graphdef, params))
     return jnp.sin(y).sum(), (y, dropped)
 
   gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)

@@ -208,7 +208,7 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
   ('text', 'message'),
-  [('{"seed": 0, ', 'is not JSON'), ('{"seed": 0}', 'missing')],
+  [('{"seed": 0, ', 'is not JSON'), ('{"sed": 0}', "no config key 'sed'")],
 )
 def test_the_config_of_a_run_is_checked(
   text: str, message: str, tmp_path: Path

@@ -7,6 +7,7 @@ from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import repetition
 from moe_jax.model.build_attention import IMPLEMENTATIONS
 from moe_jax.model.build_block import MIXINGS
+from moe_jax.model.build_exchange import EXCHANGES
 from moe_jax.model.decoder import REMAT_POLICIES
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.scores import SCORES
@@ -37,6 +38,7 @@ def test_config_knows_every_part_there_is() -> None:
   """A part that `ranges` does not list could not be chosen."""
   parts = {
     'moe.dispatch': DISPATCHES,
+    'moe.exchange': {'auto', *EXCHANGES['dropless']},
     'moe.priority': PRIORITIES,
     'moe.shared.mixing': MIXINGS,
     'router.recurrent': CELLS,

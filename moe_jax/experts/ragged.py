@@ -1,0 +1,190 @@
+"""Trips on which the used rows alone travel, by `ragged_all_to_all`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.experts import exchange_size
+from moe_jax.experts.exchange_size import Exchanged
+from moe_jax.experts.rows import starts
+from moe_jax.experts.trip import fitting, static, with_rest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Offsets:
+  """Arguments of `lax.ragged_all_to_all`, all int32 [U].
+
+  Attributes:
+    input_U: where the rows for each device begin.
+    send_U: their number.
+    output_U: where they begin over there.
+    receive_U: the number of rows that each device sends here.
+  """
+
+  input_U: jax.Array
+  send_U: jax.Array
+  output_U: jax.Array
+  receive_U: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RaggedTrip:
+  """The used rows alone, into a buffer of bounded size.
+
+  Attributes:
+    outward: from the rows to the buffer.
+    homeward: from the buffer to the rows.
+    num_rows: M.
+    room: rows of the buffer.
+    axis: of the devices.
+  """
+
+  kept_UN: jax.Array
+  arriving_UX: jax.Array
+  outward: Offsets
+  homeward: Offsets
+  num_rows: int = static()
+  room: int = static()
+  axis: str = static()
+
+  def there(self, rows_MD: jax.Array) -> jax.Array:
+    """As in `Trip`."""
+    return _ragged(
+      self.axis, self.room, self.num_rows, rows_MD, self.outward, self.homeward
+    )
+
+  def back(self, rows: jax.Array) -> jax.Array:
+    """As in `Trip`."""
+    return _ragged(
+      self.axis, self.num_rows, self.room, rows, self.homeward, self.outward
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+  """Plans trips by `ragged_all_to_all`.
+
+  Attributes:
+    axis: of the devices.
+    factor: room of a device's buffer over the balanced share.
+  """
+
+  axis: str
+  factor: float
+
+  def __call__(self, sizes_UN: jax.Array, sizes: Exchanged) -> RaggedTrip:
+    """As in `Plan`."""
+    room = exchange_size.buffer_rows(sizes, self.factor)
+    here, devices = lax.axis_index(self.axis), sizes.devices
+    # [from, to, expert]: every device knows all, and so all offsets.
+    sizes_UUN = lax.all_gather(sizes_UN, self.axis)
+    # A buffer is filled device by device, expert by expert.
+    queue = sizes_UUN.swapaxes(0, 1).reshape(devices, -1)
+    kept_UUN = fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
+    kept_UU = kept_UUN.sum(2)
+    row_UU = starts(sizes_UUN.sum(2))
+    place_UU = starts(kept_UU.T).T
+    outward = Offsets(
+      row_UU[here], kept_UU[here], place_UU[here], kept_UU[:, here]
+    )
+    homeward = Offsets(
+      place_UU[:, here], kept_UU[:, here], row_UU[:, here], kept_UU[here]
+    )
+    arriving_UN = kept_UUN[:, here]
+    last_U = jnp.arange(devices) == devices - 1
+    rest_U = jnp.where(last_U, room - arriving_UN.sum(), 0)
+    return RaggedTrip(
+      kept_UUN[here],
+      with_rest(arriving_UN, rest_U),
+      outward,
+      homeward,
+      sizes.tokens * sizes.slots,
+      room,
+      self.axis,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ragged(
+  axis: str,
+  num_out: int,
+  num_in: int,
+  rows: jax.Array,
+  outward: Offsets,
+  homeward: Offsets,
+) -> jax.Array:
+  """Exchanges rows; what nobody sends stays 0. The gradient goes home.
+
+  JAX would derive as much, with two more exchanges of offsets.
+  """
+  del num_in, homeward
+  empty = jnp.zeros_like(rows, shape=(num_out, *rows.shape[1:]))
+  exchange = functools.partial(lax.platform_dependent, rows, empty, outward)
+  # XLA has no such collective on CPU.
+  return exchange(
+    cpu=functools.partial(_emulated, axis),
+    default=functools.partial(_native, axis),
+  )
+
+
+def _ragged_forward(
+  axis: str,
+  num_out: int,
+  num_in: int,
+  rows: jax.Array,
+  outward: Offsets,
+  homeward: Offsets,
+) -> tuple[jax.Array, tuple[Offsets, Offsets]]:
+  out = _ragged(axis, num_out, num_in, rows, outward, homeward)
+  return out, (outward, homeward)
+
+
+def _ragged_backward(
+  axis: str,
+  num_out: int,
+  num_in: int,
+  offsets: tuple[Offsets, Offsets],
+  grad: jax.Array,
+) -> tuple[jax.Array, None, None]:
+  outward, homeward = offsets
+  return _ragged(axis, num_in, num_out, grad, homeward, outward), None, None
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _native(
+  axis: str, rows: jax.Array, empty: jax.Array, offsets: Offsets
+) -> jax.Array:
+  return lax.ragged_all_to_all(
+    rows,
+    empty,
+    offsets.input_U,
+    offsets.send_U,
+    offsets.output_U,
+    offsets.receive_U,
+    axis_name=axis,
+  )
+
+
+def _emulated(
+  axis: str, rows: jax.Array, empty: jax.Array, offsets: Offsets
+) -> jax.Array:
+  """The same by gathering everything; reads the offsets as others sent them."""
+  here = lax.axis_index(axis)
+  rows_UM, all_offsets = jax.tree.map(
+    lambda a: lax.all_gather(a, axis), (rows, offsets)
+  )
+  first_U, send_U = all_offsets.output_U[:, here], all_offsets.send_U[:, here]
+  place = jnp.arange(len(empty))[:, None]
+  sent = (place >= first_U) & (place < first_U + send_U)
+  device = jnp.argmax(sent, axis=1)
+  row = all_offsets.input_U[device, here] + place[:, 0] - first_U[device]
+  # Past the end: nobody sent it.
+  row = jnp.where(sent.any(1), row, len(rows))
+  return rows_UM.at[device, row].get(mode='fill', fill_value=0)

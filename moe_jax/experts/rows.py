@@ -1,0 +1,100 @@
+"""Rows moved by gathers alone, backward too.
+
+The transposes that XLA would derive are scatters, serial on CPU and slow on
+TPU. So whoever moves rows says both where each comes from and where it goes.
+An index past the end stands for nothing: a row of zeros, or no place.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def rows_of_slots(
+  x_TD: jax.Array, slot_M: jax.Array, place_TK: jax.Array
+) -> jax.Array:
+  """Row m is the token of slot `slot_M[m]`, token t having slots t K + k.
+
+  Args:
+    x_TD: tokens.
+    slot_M: int32; T K or more for a row of zeros.
+    place_TK: int32, the row of every slot; M or more where it has none.
+  """
+  return _take(x_TD, slot_M // place_TK.shape[1])
+
+
+def _rows_of_slots_backward(
+  place_TK: jax.Array, grad_MD: jax.Array
+) -> tuple[jax.Array, None, None]:
+  return _take(grad_MD, place_TK).sum(1), None, None
+
+
+rows_of_slots.defvjp(
+  lambda x_TD, slot_M, place_TK: (
+    rows_of_slots(x_TD, slot_M, place_TK),
+    place_TK,
+  ),
+  _rows_of_slots_backward,
+)
+
+
+@jax.custom_vjp
+def move_rows(
+  rows_MD: jax.Array, source: jax.Array, target_M: jax.Array
+) -> jax.Array:
+  """`rows_MD[source]`, where no row is asked for twice.
+
+  Args:
+    rows_MD: any rows.
+    source: int32, of any shape; M or more for a row of zeros.
+    target_M: int32, for every row its place in the flattened `source`; past
+      its end for rows that nobody asks for.
+  """
+  return _take(rows_MD, source)
+
+
+def _move_rows_backward(
+  target_M: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, None, None]:
+  return _take(grad.reshape(-1, grad.shape[-1]), target_M), None, None
+
+
+move_rows.defvjp(
+  lambda rows_MD, source, target_M: (
+    move_rows(rows_MD, source, target_M),
+    target_M,
+  ),
+  _move_rows_backward,
+)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+  return rows.at[index].get(mode='fill', fill_value=0)
+
+
+def follow(
+  sizes_J: jax.Array, to_J: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+  """Where rows go that lie segment after segment and move segment by segment.
+
+  Args:
+    sizes_J: int32 rows of each segment, num_rows or fewer in all.
+    to_J: int32, where the first row of each segment goes.
+    num_rows: of the results; those past the segments follow the last one.
+
+  Returns:
+    int32 [num_rows], and the segment of every row, int32 [num_rows].
+  """
+  ends_J = jnp.cumsum(sizes_J)
+  row_M = jnp.arange(num_rows, dtype=jnp.int32)
+  # A comparison with each of few segments: a binary search is a loop.
+  segment_M = jnp.searchsorted(
+    ends_J, row_M, side='right', method='compare_all'
+  )
+  segment_M = jnp.minimum(segment_M, len(sizes_J) - 1)
+  return row_M + (to_J - (ends_J - sizes_J))[segment_M], segment_M
+
+
+def starts(sizes: jax.Array) -> jax.Array:
+  """Where segments of these sizes begin, along the last axis."""
+  return jnp.cumsum(sizes, axis=-1) - sizes

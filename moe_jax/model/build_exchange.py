@@ -1,0 +1,125 @@
+"""From a config and a mesh to the dispatch: how tokens meet their experts."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from moe_jax.config import BATCH_AXES
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import choose
+from moe_jax.experts import exchange_size
+from moe_jax.experts.dispatch import DISPATCHES, Dispatch
+from moe_jax.experts.exchange import Bounded, Gathered, Queues
+from moe_jax.experts.exchange_size import Exchanged
+from moe_jax.experts.expert_parallel import ExpertParallel
+from moe_jax.experts.ragged import Ragged
+from moe_jax.experts.trip import Blocks
+
+_EXPERT = 'expert'  # the mesh axis
+
+# For every `moe.dispatch` the values of `moe.exchange`, from the config and the
+# dispatch of one device.
+EXCHANGES: dict[str, dict[str, Callable[[ConfigDict, Dispatch], Dispatch]]] = {
+  'dropless': {
+    'gather': lambda moe, inner: Gathered(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: Bounded(
+      Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.AXES
+    ),
+    'ragged': lambda moe, inner: Bounded(
+      Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.AXES
+    ),
+  },
+  'capacity': {
+    'gather': lambda moe, inner: Gathered(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: Queues(inner, _EXPERT),
+  },
+}
+
+# What each sends, from the config, the sizes and the bytes of a hidden state.
+_SENT: dict[str, dict[str, Callable[[ConfigDict, Exchanged, int], float]]] = {
+  'dropless': {
+    'gather': lambda moe, sizes, row: exchange_size.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_size.block_bytes(
+      sizes, row, moe.buffer_factor
+    ),
+    'ragged': lambda moe, sizes, row: exchange_size.ragged_bytes(sizes, row),
+  },
+  'capacity': {
+    'gather': lambda moe, sizes, row: exchange_size.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_size.queue_bytes(
+      sizes, row, moe.capacity_factor
+    ),
+  },
+}
+
+# XLA has no `ragged_all_to_all` on CPU, and a slow one on GPUs.
+_RAGGED_PLATFORMS = ('tpu',)
+
+
+def dispatch(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+) -> Dispatch:
+  """The dispatch of all MoE layers; `dtype` is that of their arithmetic."""
+  name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
+  if mesh is None or mesh.size == 1:
+    return DISPATCHES[name](config.moe)
+  platform = next(iter(mesh.devices.flat)).platform
+  return across(config, mesh, resolve(config, mesh.shape, dtype, platform))
+
+
+def across(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  exchange: str,
+) -> ExpertParallel:
+  """The dispatch on the devices of a mesh, by an exchange of that name."""
+  moe = config.moe
+  inner = DISPATCHES[moe.dispatch](moe)
+  if mesh.shape[_EXPERT] > 1:
+    inner = EXCHANGES[moe.dispatch][exchange](moe, inner)
+  return ExpertParallel(mesh, inner, mesh_lib.TOKEN_AXES)
+
+
+def resolve(
+  config: ConfigDict, mesh: Mapping[str, int], dtype: jnp.dtype, platform: str
+) -> str:
+  """`moe.exchange`; auto is what sends the fewest bytes on that platform."""
+  known = EXCHANGES[config.moe.dispatch]
+  if config.moe.exchange != 'auto':
+    return choose('moe.exchange', config.moe.exchange, known)
+  sent = exchange_bytes(config, mesh, dtype)
+  if platform not in _RAGGED_PLATFORMS:
+    sent.pop('ragged', None)
+  return min(sent, key=sent.get)
+
+
+def exchange_bytes(
+  config: ConfigDict, mesh: Mapping[str, int], dtype: jnp.dtype
+) -> dict[str, int]:
+  """What one device sends, by exchange, in one MoE sub-layer's forward pass.
+
+  Of one micro-batch; backward sends as much again. Where slots travel on their
+  own it counts balanced experts. Not counted are a few numbers per expert.
+
+  Args:
+    config: validated.
+    mesh: devices along every axis.
+    dtype: of hidden states.
+  """
+  moe, shards = config.moe, math.prod(mesh[axis] for axis in BATCH_AXES)
+  rows = config.train.batch_size // config.train.accumulation // shards
+  used = config.router.selection == 'top_k'
+  sizes = Exchanged(
+    tokens=rows * config.data.seq_len,
+    slots=moe.top_k if used else moe.num_experts,
+    num_experts=moe.num_experts,
+    devices=mesh[_EXPERT],
+  )
+  row_bytes = config.model.hidden_size * jnp.dtype(dtype).itemsize
+  return {
+    name: round(sent(moe, sizes, row_bytes))
+    for name, sent in _SENT[moe.dispatch].items()
+  }

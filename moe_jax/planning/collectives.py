@@ -1,0 +1,149 @@
+"""The collectives of a compiled program, and the bytes that they send.
+
+  collectives(compiled.as_text())
+
+They are read from the text of the program: what the compiler left, merged and
+moved, not what the model asked for. Exchanges inside a kernel of ours or of a
+library are not seen.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from moe_jax.planning import hlo
+from moe_jax.planning.replica_groups import Group, groups
+
+# Bytes that each of n devices sends, per byte of its operand, where the
+# exchange is as cheap as it can be (rings). Of ragged-all-to-all, whose sizes
+# are data, all rows of the operand, spread evenly.
+_SENT: dict[str, Callable[[int], float]] = {
+  'all-gather': lambda n: n - 1,
+  'all-reduce': lambda n: 2 * (n - 1) / n,
+  'reduce-scatter': lambda n: (n - 1) / n,
+  'all-to-all': lambda n: (n - 1) / n,
+  'ragged-all-to-all': lambda n: (n - 1) / n,
+  'collective-permute': lambda n: 1.0,
+  'collective-broadcast': lambda n: 1.0,
+}
+KINDS = tuple(_SENT)
+
+
+class Collective(NamedTuple):
+  """Equal collectives of a program.
+
+  Attributes:
+    kind: one of `KINDS`.
+    sent_bytes: by each device (of a permutation, each that sends) at each of
+      them.
+    group: the first group of devices that exchange, by their place in the
+      mesh; of a permutation, its first pair.
+    count: how often they run in one run of the program.
+    in_unknown_loop: whether a loop around them may repeat `count`.
+  """
+
+  kind: str
+  sent_bytes: int
+  group: Group
+  count: int
+  in_unknown_loop: bool = False
+
+  @property
+  def total_bytes(self) -> int:
+    """Sent by a device in all of them."""
+    return self.sent_bytes * self.count
+
+
+def collectives(
+  hlo_text: str,
+  choose: Callable[..., list[Collective]] = max,
+) -> list[Collective]:
+  """Lists what a program sends, the most bytes first.
+
+  Args:
+    hlo_text: `compiled.as_text()` of a program that jit partitioned.
+    choose: which branch of a conditional counts: `max`, the one that sends the
+      most, or `min`.
+
+  Returns:
+    Equal collectives together. A collective in a loop counts as often as the
+    loop runs; where nothing says how often, once.
+  """
+  program = hlo.parse(hlo_text)
+  fused = hlo.fused(program)
+  of_computation: dict[str, list[Collective]] = {}
+
+  def inside(name: str) -> list[Collective]:
+    if name not in of_computation:
+      computation, found = program.computations[name], []
+      for instruction in computation.values():
+        if _begins(instruction, computation):
+          found.append(_read(instruction, program, computation, name in fused))
+        found += below(instruction)
+      of_computation[name] = _merged(found)
+    return of_computation[name]
+
+  def below(instruction: hlo.Instruction) -> list[Collective]:
+    if loop := hlo.loop(program, instruction):
+      return [_repeated(each, loop[1]) for each in inside(loop[0])]
+    called = [inside(name) for name in hlo.callees(instruction)]
+    if instruction.opcode == 'conditional':
+      return choose(called, key=total_bytes)
+    return [each for found in called for each in found]
+
+  found = inside(program.entry)
+  return sorted(found, key=lambda each: -each.total_bytes)
+
+
+def total_bytes(found: Iterable[Collective]) -> int:
+  """The bytes that a device sends in all of them."""
+  return sum(each.total_bytes for each in found)
+
+
+def _begins(
+  instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
+) -> bool:
+  """Whether an instruction is a collective, and not one that goes on.
+
+  TPU programs repeat a collective in every fusion during which it goes on; the
+  one in which it begins hands it to AsyncCollectiveStart.
+  """
+  if instruction.opcode.removesuffix('-start') not in _SENT:
+    return False
+  if '"async_collective_fusion_config"' not in instruction.attributes:
+    return True
+  users = hlo.users(instruction, computation)
+  return any('AsyncCollectiveStart' in user.attributes for user in users)
+
+
+def _read(
+  instruction: hlo.Instruction,
+  program: hlo.Program,
+  computation: dict[str, hlo.Instruction],
+  is_fused: bool,
+) -> Collective:
+  kind = instruction.opcode.removesuffix('-start')
+  users = hlo.users(instruction, computation)
+  # How TPUs scatter a sum: in one fusion each device keeps a slice of it.
+  sliced = is_fused and all(user.opcode == 'dynamic-slice' for user in users)
+  if kind == 'all-reduce' and sliced:
+    kind = 'reduce-scatter'
+  group = groups(instruction.attributes, program.num_devices)[0]
+  names = instruction.operands
+  if kind == 'ragged-all-to-all':
+    names = names[:1]  # then the output, offsets and sizes
+  size = sum(hlo.num_bytes(computation[name].type) for name in names)
+  return Collective(kind, round(_SENT[kind](len(group)) * size), group, 1)
+
+
+def _repeated(each: Collective, times: int | None) -> Collective:
+  if times is None:
+    return each._replace(in_unknown_loop=True)
+  return each._replace(count=each.count * times)
+
+
+def _merged(found: list[Collective]) -> list[Collective]:
+  counts: dict[Collective, int] = {}
+  for each in found:
+    key = each._replace(count=0)
+    counts[key] = counts.get(key, 0) + each.count
+  return [key._replace(count=count) for key, count in counts.items()]

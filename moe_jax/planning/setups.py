@@ -1,0 +1,61 @@
+"""Setups to plan with: shapes on any devices, here or not."""
+
+import copy
+from collections.abc import Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax.data import tokenizers
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model import build_exchange
+from moe_jax.model.build import compute_dtype
+from moe_jax.training import state
+from moe_jax.training.state import Setup
+
+
+def make(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
+  """The setup of a config on all of the devices.
+
+  A data set is read only where `model.vocab_size` leaves V to its dictionary.
+
+  Raises:
+    UserError: anything wrong with the config on so many devices.
+  """
+  config_lib.validate(config, len(devices))
+  mesh = mesh_lib.from_config(config, devices)
+  return state.setup(config, _vocab_size(config), mesh)
+
+
+def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
+  """The setup of a validated config on one device: the shapes of any mesh.
+
+  Args:
+    config: of any mesh.
+    device: the one; None: the first there is.
+  """
+  one = mesh_lib.make_mesh(
+    dict.fromkeys(mesh_lib.AXES, 1), [device or jax.devices()[0]]
+  )
+  return state.setup(config, _vocab_size(config), one)
+
+
+def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
+  """The config of a setup with what its `auto`s come to on a mesh.
+
+  Args:
+    setup: on devices of the mesh's platform, whatever their number.
+    mesh: devices along every axis.
+  """
+  config = copy.deepcopy(setup.config)
+  dtype = compute_dtype(config, setup.mesh)
+  platform = setup.mesh.devices.flat[0].platform
+  config.model.dtype = str(dtype)
+  config.moe.exchange = build_exchange.resolve(config, mesh, dtype, platform)
+  return config
+
+
+def _vocab_size(config: ConfigDict) -> int:
+  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
+  return config_lib.vocab_size(config, of_tokenizer)

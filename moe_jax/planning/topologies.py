@@ -1,0 +1,120 @@
+"""TPU slices by name, to compile for: none of them has to be here."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from moe_jax import libtpu
+from moe_jax.errors import UserError, nearest
+
+_GIB = 1 << 30
+
+
+class Chip(NamedTuple):
+  """A kind of TPU.
+
+  Attributes:
+    memory_bytes: of one JAX device that a program may use: what libtpu 0.0.42
+      names when a program exceeds it.
+    hertz: of its tensor cores; None where it is not published.
+    example: a name of a slice; others have as many sizes, or fewer.
+  """
+
+  memory_bytes: int
+  hertz: float | None
+  example: str
+
+
+class Target(NamedTuple):
+  """What to compile for.
+
+  Attributes:
+    devices: that are here, or of a topology.
+    chip: None for the devices that are here.
+  """
+
+  devices: Sequence[jax.Device]
+  chip: Chip | None
+
+
+# Capacity per chip: v4 32 GiB, v5e 16, v5p 95, v6e 32, tpu7x 192 (two devices):
+# https://cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x
+# Clocks are the published bfloat16 peak over the operations of a cycle, where
+# the matrix units are published too (2 x 128 x 128 x their number):
+# https://jax-ml.github.io/scaling-book/tpus
+CHIPS = {
+  'v4': Chip(int(30.75 * _GIB), 1.05e9, 'v4:4x4x4'),
+  'v5e': Chip(int(15.75 * _GIB), 1.5e9, 'v5e:4x4'),
+  'v5p': Chip(int(95.74 * _GIB), 1.75e9, 'v5p:4x4x4'),
+  'v6e': Chip(int(31.25 * _GIB), None, 'v6e:4x4'),
+  'tpu7x': Chip(int(94.75 * _GIB), None, 'tpu7x:2x2x4'),
+}
+_ALIASES = {'v5litepod': 'v5e', 'v7x': 'tpu7x'}
+_FORM = re.compile(r'([a-z]\w*):(\d+(?:x\d+){1,2})')
+
+
+def target(name: str, slices: int = 1) -> Target:
+  """The devices of a topology: they can be compiled for, not run on.
+
+  Args:
+    name: a chip and the sizes of a slice in chips, `v5e:16x16`.
+    slices: of that size, joined by the data centre's network.
+
+  Raises:
+    UserError: there is no such topology, or libtpu is not installed.
+  """
+  chip, sizes = _parse(name)
+  if slices < 1:
+    raise UserError(f'--slices = {slices} must be at least 1')
+  options = {'num_slices': slices} if slices > 1 else {}
+  if set(sizes.split('x')) == {'1'}:
+    options['chips_per_host_bounds'] = (1, 1, 1)  # otherwise 2 x 2
+  if chip == 'v4':
+    options['chip_config_name'] = 'megacore'  # one device, as jax runs them
+  libtpu.quiet()
+  try:
+    made = topologies.get_topology_desc(
+      f'{chip}:{sizes}', platform='tpu', **options
+    )
+  except RuntimeError as error:
+    raise _refused(name, error) from error
+  return Target(made.devices, CHIPS[chip])
+
+
+def here() -> Target:
+  """The devices of this machine, and of those that jax has joined to it."""
+  return Target(jax.devices(), None)
+
+
+def _parse(name: str) -> tuple[str, str]:
+  """`v5e`, `4x4`."""
+  found = _FORM.fullmatch(name)
+  if not found:
+    raise UserError(
+      f'--topology = {name!r} is not of the form chip:sizes, as'
+      f' {", ".join(chip.example for chip in CHIPS.values())}'
+    )
+  chip = _ALIASES.get(found[1], found[1])
+  if chip not in CHIPS:
+    raise UserError(
+      f'--topology = {name!r}: there is no chip {chip!r}'
+      f'{nearest(chip, CHIPS)}; there are {", ".join(CHIPS)}'
+    )
+  example = CHIPS[chip].example
+  if found[2].count('x') > example.count('x'):
+    raise UserError(
+      f'--topology = {name!r}: slices of {chip} are flat, as {example}'
+    )
+  return chip, found[2]
+
+
+def _refused(name: str, error: RuntimeError) -> UserError:
+  said = ' '.join(str(error).split())
+  if 'support not installed' in said:
+    return UserError(
+      f"--topology = {name!r} needs libtpu: pip install 'jax[tpu]'"
+    )
+  return UserError(f'--topology = {name!r} does not exist: {said[:200]}')

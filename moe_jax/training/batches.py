@@ -1,0 +1,37 @@
+"""What the steps of a run read: the data pipeline's rows, on the devices."""
+
+from moe_jax.data.pipeline import Windows, train_batches
+from moe_jax.distributed import hosts
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.training.state import Setup
+from moe_jax.training.step import Batch
+
+
+class Batches:
+  """The batches of a run from a step on, as arrays over the mesh."""
+
+  def __init__(self, setup: Setup, windows: Windows, start: int) -> None:
+    """Begins to read; UserError if the split is too small for its order."""
+    config = setup.config
+    size = config.train.batch_size
+    self._rows = hosts.Rows(mesh_lib.batch_sharding(setup.mesh), size)
+    self._stream = train_batches(
+      windows,
+      batch_size=size,
+      rows=self._rows.local,
+      seed=config.seed,
+      start=start,
+      threads=config.data.threads,
+      order=config.data.order,
+    )
+
+  def __next__(self) -> Batch:
+    return self._rows.join(next(self._stream))
+
+  def state(self) -> dict[str, int]:
+    """The position in the data, as JSON can hold it."""
+    return self._stream.state()
+
+  def close(self) -> None:
+    """Ends the threads that read ahead."""
+    self._stream.close()

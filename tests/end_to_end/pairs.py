@@ -1,0 +1,121 @@
+"""Two real processes that form one run, on fake CPU devices of this machine."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import jax
+
+ROOT = Path(__file__).parents[2]
+DEVICES = 2  # of each process
+PATIENCE = 240  # seconds, on a busy machine; a hang is a failure
+
+
+def free_port() -> int:
+  """A port that nobody listens on."""
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    return server.getsockname()[1]
+
+
+class Pair:
+  """Two processes of a program; leaving the context ends what still runs.
+
+  Attributes:
+    processes: process 0, which writes and prints, and process 1.
+  """
+
+  def __init__(self, program: str, *flags: list[str], **env: str) -> None:
+    """Starts the program twice, with `flags`: of both, or of each."""
+    both = flags if len(flags) == 2 else flags * 2
+    coordinator = f'127.0.0.1:{free_port()}'
+    # To files: a pipe that nobody reads fills up and stops its process.
+    self._files = contextlib.ExitStack()
+    self._out, self._err = (
+      [self._files.enter_context(tempfile.TemporaryFile()) for _ in both]  # noqa: SIM115
+      for _ in range(2)
+    )
+    self.processes = [
+      subprocess.Popen(
+        [
+          *(sys.executable, program, *both[i]),
+          *(f'--coordinator={coordinator}', '--num_processes=2'),
+          f'--process_id={i}',
+        ],
+        cwd=ROOT,
+        env=os.environ | _ENV | env,
+        stdout=self._out[i],
+        stderr=self._err[i],
+      )
+      for i in range(2)
+    ]
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    for process in self.processes:
+      process.kill()
+      process.wait()
+    self._files.close()
+
+  def printed(self, i: int) -> str:
+    """What process `i` has written to stdout, gloo's own lines left out."""
+    lines = _read(self._out[i]).splitlines(keepends=True)
+    return ''.join(line for line in lines if '[Gloo]' not in line)
+
+  def errors(self, i: int) -> str:
+    """What process `i` has written to stderr."""
+    return _read(self._err[i])
+
+  def wait_for(self, text: str) -> None:
+    """Waits until process 0 has printed `text`."""
+    deadline = time.monotonic() + PATIENCE
+    while text not in self.printed(0):
+      assert time.monotonic() < deadline, self.report()
+      assert self.processes[0].poll() is None, self.report()
+      time.sleep(0.02)
+
+  def wait(self) -> list[int]:
+    """Waits for both; returns their exit statuses."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+      for process in self.processes:
+        process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired as error:
+      raise AssertionError(f'it hangs\n{self.report()}') from error
+    return [process.returncode for process in self.processes]
+
+  def report(self) -> str:
+    """All that both have written."""
+    return '\n'.join(f'{i}: {self.printed(i)}{self.errors(i)}' for i in (0, 1))
+
+
+def finish(program: str, flags: list[str], **env: str) -> None:
+  """Runs a program in two processes to its good end."""
+  with Pair(program, flags, **env) as pair:
+    assert pair.wait() == [0, 0], pair.report()
+
+
+def _read(file: BinaryIO) -> str:
+  # From the start, and without moving where the child writes.
+  return os.pread(file.fileno(), 1 << 24, 0).decode(errors='replace')
+
+
+_ENV = {
+  'JAX_PLATFORMS': 'cpu',
+  'JAX_NUM_CPU_DEVICES': str(DEVICES),
+  'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+}

@@ -1,0 +1,178 @@
+"""Eight devices compute what one does, by every exchange, for any routing."""
+
+import itertools
+import math
+from typing import Any
+
+import dense_experts
+import jax
+import numpy as np
+import pytest
+import tiny
+from dense_experts import T
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.experts.dispatch import dropless
+from moe_jax.model import build_exchange
+
+N = 8
+MESHES = {
+  'expert 8': {'expert': 8},
+  'data 2, expert 4': {'data': 2, 'expert': 4},
+  'data 2, fsdp 2, expert 2': {'data': 2, 'fsdp': 2, 'expert': 2},
+  'fsdp 2, expert 2, tensor 2': {'fsdp': 2, 'expert': 2, 'tensor': 2},
+  'expert 2, tensor 4': {'expert': 2, 'tensor': 4},
+}
+# Room for all; for the balanced share; for less.
+FACTORS = (9.0, 1.0, 0.3)
+
+
+def across(
+  axes: dict[str, int], exchange: str, num_experts: int = N, **moe: Any
+) -> Any:
+  """The dispatch on a mesh, from the same registry as a model's."""
+  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  mesh = mesh_lib.make_mesh(shape, jax.devices())
+  # With so much capacity nothing is dropped.
+  settings = {'num_experts': num_experts, 'capacity_factor': float(num_experts)}
+  config = tiny.config(
+    **{f'moe.{key}': value for key, value in (settings | moe).items()}
+  )
+  return build_exchange.across(config, mesh, exchange)
+
+
+def overflows(
+  choice: np.ndarray, axes: dict[str, int], exchange: str, factor: float
+) -> int:
+  """Slots without room, counted with numpy."""
+  experts, k = axes['expert'], choice.shape[1]
+  groups = math.prod(axes.get(axis, 1) for axis in ('data', 'fsdp'))
+  tokens = T // groups // experts
+  # [group, from, token, slot]: the device it goes to.
+  device = (choice // (N // experts)).reshape(groups, experts, tokens, k)
+  rows = np.stack([(device == to).sum((2, 3)) for to in range(experts)], -1)
+  if exchange == 'ragged':
+    return np.maximum(rows.sum(1) - math.ceil(factor * tokens * k), 0).sum()
+  room = math.ceil(factor * tokens * k / experts)
+  return np.maximum(rows - room, 0).sum()
+
+
+def check(
+  computed: Any,
+  axes: dict[str, int],
+  exchange: str,
+  *,
+  factor: float = 0.0,
+  k: int = 2,
+  num_experts: int = N,
+  dropout: bool = False,
+) -> None:
+  """Holds one program to the loop over experts, for every kind of routing."""
+  for seed, choose in enumerate(dense_experts.CHOICES):
+    of = dense_experts.problem(choose, num_experts, k, seed, dropout)
+    ours, done = computed(of)
+    dense_experts.assert_close(ours, dense_experts.dense_loop(of))
+    assert int(done.dropped) == 0
+    if factor:
+      expected = overflows(of.choice, axes, exchange, factor)
+      assert int(done.overflowed) == expected, choose.__name__
+    else:
+      assert done.overflowed is None
+
+
+@pytest.mark.parametrize(
+  'exchange, mesh',
+  [
+    ('gather', 'data 2, fsdp 2, expert 2'),
+    ('all_to_all', 'data 2, expert 4'),
+    ('ragged', 'fsdp 2, expert 2, tensor 2'),
+  ],
+)
+def test_dropless_equals_the_loop(exchange: str, mesh: str) -> None:
+  axes, factor = MESHES[mesh], 1.0
+  dispatch = across(axes, exchange, buffer_factor=factor)
+  computed = dense_experts.jitted(dispatch, N, dropout=True)
+  bounded = factor if exchange != 'gather' else 0.0
+  check(computed, axes, exchange, factor=bounded, dropout=True)
+
+
+def test_capacity_by_all_to_all_equals_the_loop() -> None:
+  axes = MESHES['fsdp 2, expert 2, tensor 2']
+  dispatch = across(axes, 'all_to_all', dispatch='capacity')
+  check(dense_experts.jitted(dispatch, N), axes, 'all_to_all')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dropout', [False, True])
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize(
+  'dispatch, exchange, factor',
+  [
+    ('dropless', 'gather', 0.0),
+    *itertools.product(['dropless'], ['all_to_all', 'ragged'], FACTORS),
+    ('capacity', 'gather', 0.0),
+    ('capacity', 'all_to_all', 0.0),
+  ],
+)
+def test_every_exchange_on_every_mesh(
+  dispatch: str, exchange: str, factor: float, mesh: str, dropout: bool
+) -> None:
+  axes = MESHES[mesh]
+  made = across(axes, exchange, dispatch=dispatch, buffer_factor=factor)
+  computed = dense_experts.jitted(made, N, dropout)
+  check(computed, axes, exchange, factor=factor, dropout=dropout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['gather', 'all_to_all', 'ragged'])
+@pytest.mark.parametrize(
+  'num_experts, k, axes',
+  [
+    # More devices than experts: the rest of them split the widths.
+    (4, 2, {'expert': 4, 'tensor': 2}),
+    (2, 1, {'expert': 2, 'tensor': 4}),
+    (16, 3, {'expert': 4, 'data': 2}),
+    # As with top-p: as many slots as experts, most of them unused.
+    (8, 8, {'expert': 8}),
+  ],
+)
+def test_other_numbers_of_experts_and_slots(
+  exchange: str, num_experts: int, k: int, axes: dict[str, int]
+) -> None:
+  dispatch = across(axes, exchange, num_experts, buffer_factor=0.5)
+  computed = dense_experts.jitted(dispatch, num_experts)
+  for seed, choose in enumerate(dense_experts.CHOICES):
+    of = dense_experts.problem(choose, num_experts, k, seed)
+    ours, done = computed(of)
+    dense_experts.assert_close(ours, dense_experts.dense_loop(of))
+    assert int(done.dropped) == 0
+    if exchange != 'gather' and choose is dense_experts.together:
+      assert int(done.overflowed) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['gather', 'all_to_all'])
+def test_capacity_counts_drops_on_every_device(exchange: str) -> None:
+  dispatch = across(
+    {'data': 2, 'expert': 2, 'tensor': 2},
+    exchange,
+    dispatch='capacity',
+    capacity_factor=0.5,
+  )
+  of = dense_experts.problem(dense_experts.together, N, 2)
+  _, done = dense_experts.jitted(dispatch, N)(of)
+  # Two groups of 32 tokens: queues of 4 for each of the two experts. Or each
+  # of the four devices with 16 tokens: queues of 2.
+  kept = {'gather': 2 * 2 * 4, 'all_to_all': 4 * 2 * 2}
+  assert int(done.dropped) == 2 * T - kept[exchange]
+
+
+@pytest.mark.slow
+def test_one_device_computes_the_same() -> None:
+  """To the last bit almost: the oracle of the metrics' tests is one device."""
+  alone = dense_experts.jitted(dropless, N)
+  for exchange in ('gather', 'all_to_all', 'ragged'):
+    dispatch = across(MESHES['data 2, expert 4'], exchange, buffer_factor=2.0)
+    computed = dense_experts.jitted(dispatch, N)
+    of = dense_experts.problem(dense_experts.varied, N, 2)
+    dense_experts.assert_close(computed(of)[0], alone(of)[0])
