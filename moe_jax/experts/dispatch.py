@@ -154,7 +154,9 @@ def sort(
   else:
     slot_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
   place_TK = jnp.argsort(slot_M).reshape(routing.indices_TK.shape)
-  edges = jnp.searchsorted(slots_M[slot_M], jnp.arange(num_experts + 1))
+  edges = jnp.searchsorted(
+    slots_M[slot_M], jnp.arange(num_experts + 1), method='compare_all'
+  )
   return Order(slot_M, place_TK, jnp.diff(edges), edges[:-1])
 
 

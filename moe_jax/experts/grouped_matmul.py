@@ -53,7 +53,11 @@ class Implementation(NamedTuple):
 def _ragged(
   rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  out_MF = lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
+  if len(bank_NDF) == 1:
+    # libtpu 0.0.42 fails on a ragged_dot of one group, in a loop.
+    out_MF = rows_MD @ bank_NDF[0]
+  else:
+    out_MF = lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
   used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
   return jnp.where(used_M[:, None], out_MF, 0)
 
