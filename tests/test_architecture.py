@@ -46,7 +46,7 @@ ROOMS = {
   'distributed.mesh': Room(
     'config errors distributed.slices', 'jax ml_collections'
   ),
-  'distributed.hosts': Room('errors', 'jax numpy'),
+  'distributed.hosts': Room('errors', 'jax numpy orbax'),
   'distributed.replicas': Room('', 'jax numpy'),
   'distributed.launchers': Room('', 'jax'),
   'distributed.processes': Room('errors distributed.launchers', 'jax'),
