@@ -5,11 +5,10 @@ imports jax, so that a mistake is reported before any device is touched.
 """
 
 import math
-from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from moe_jax import ranges, routing_rules
+from moe_jax import axes, ranges, routing_rules
 from moe_jax.errors import UserError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -44,29 +43,8 @@ def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
   Raises:
     UserError: the axes do not multiply to `num_devices`.
   """
-  shape = {axis: config.mesh[axis] for axis in MESH_AXES}
-  for axis, size in shape.items():
-    if size < 1 and size != -1:
-      raise UserError(f'mesh.{axis} = {size} must be at least 1, or -1')
-  free = [axis for axis, size in shape.items() if size == -1]
-  if len(free) > 1:
-    names = ' and '.join(f'mesh.{axis}' for axis in free)
-    raise UserError(f'{names} are all -1; only one axis can take what is left')
-  fixed = {axis: size for axis, size in shape.items() if size != -1}
-  product = math.prod(fixed.values())
-  if free and num_devices % product == 0:
-    return shape | {free[0]: num_devices // product}
-  if free:
-    raise UserError(
-      f'{_product(fixed)} does not divide the number of'
-      f' devices, {num_devices}; choose axes whose product does'
-    )
-  if product != num_devices:
-    raise UserError(
-      f'{_product(fixed)}, but the number of devices is'
-      f' {num_devices}; change an axis, or set one to -1: what is left'
-    )
-  return shape
+  sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+  return axes.fill(sizes, 'mesh', num_devices, 'devices')
 
 
 def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
@@ -230,7 +208,7 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
 
 def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
   """Experts lie on the expert axis, the same number on every device."""
-  moe, expert, tensor = config.moe, mesh['expert'], mesh['tensor']
+  moe, expert = config.moe, mesh['expert']
   if moe.dispatch == 'capacity' and moe.exchange == 'ragged':
     raise UserError(
       "moe.exchange = 'ragged' is only for moe.dispatch = 'dropless'; with"
@@ -242,9 +220,9 @@ def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
   if expert % moe.num_experts == 0:
     rest = expert // moe.num_experts
     raise UserError(
-      f'{wrong} = {moe.num_experts}, and an expert lies on one device or is'
-      f' split by its width: mesh.expert = {moe.num_experts} with mesh.tensor'
-      f' = {tensor * rest} would be right, or with {rest} times the mesh.data'
+      f'{wrong} = {moe.num_experts}; mesh.expert = {moe.num_experts} would be'
+      f' right with mesh.tensor = {mesh["tensor"] * rest}, which splits the'
+      f' width of every expert, or with mesh.data = {mesh["data"] * rest}'
     )
   fitting = [
     n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0
@@ -256,14 +234,14 @@ def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
 
 def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:
   """Every device holds as many sequences as every other."""
-  axes = [f'mesh.{axis}' for axis in BATCH_AXES]
+  names = [f'mesh.{axis}' for axis in BATCH_AXES]
   sizes = [mesh[axis] for axis in BATCH_AXES]
   key = 'eval.batch_size' if config.eval.batch_size else 'train.batch_size'
-  _check_divides(config, key, math.prod(sizes), _written_out(axes, sizes))
-  axes.append('train.accumulation')
+  _check_divides(config, key, math.prod(sizes), axes.written_out(names, sizes))
+  names.append('train.accumulation')
   sizes.append(config.train.accumulation)
   _check_divides(
-    config, 'train.batch_size', math.prod(sizes), _written_out(axes, sizes)
+    config, 'train.batch_size', math.prod(sizes), axes.written_out(names, sizes)
   )
 
 
@@ -281,14 +259,3 @@ def _check_divides(
     f'{key} = {value} is not divisible by {name} = {divisor};'
     f' {fitting} would be'
   )
-
-
-def _product(axes: dict[str, int]) -> str:
-  """`mesh.data x mesh.fsdp = 2 x 4 = 8`."""
-  names = [f'mesh.{axis}' for axis in axes]
-  return f'{_written_out(names, axes.values())} = {math.prod(axes.values())}'
-
-
-def _written_out(names: Iterable[str], sizes: Iterable[int]) -> str:
-  """`a x b = 2 x 4`."""
-  return f'{" x ".join(names)} = {" x ".join(map(str, sizes))}'

@@ -33,7 +33,8 @@ ROOMS = {
   'allocator': Room('libtpu'),
   'ranges': Room('errors', 'ml_collections'),
   'routing_rules': Room('errors ranges', 'ml_collections'),
-  'config': Room('errors ranges routing_rules', 'ml_collections'),
+  'axes': Room('errors'),
+  'config': Room('axes errors ranges routing_rules', 'ml_collections'),
   'saved_config': Room('config', 'ml_collections'),
   # The schema is a file of the checkout, `configs/base.py`: here is the door.
   'config_file': Room('errors saved_config', 'ml_collections configs'),
@@ -41,11 +42,11 @@ ROOMS = {
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   'experts': Room('routing', 'jax flax'),
-  'distributed.slices': Room('errors', 'jax ml_collections numpy'),
+  'distributed.slices': Room('axes errors', 'jax ml_collections numpy'),
   'distributed.mesh': Room(
     'config errors distributed.slices', 'jax ml_collections'
   ),
-  'distributed.hosts': Room('errors', 'jax numpy'),
+  'distributed.hosts': Room('errors', 'jax numpy orbax'),
   'distributed.replicas': Room('', 'jax numpy'),
   'distributed.launchers': Room('', 'jax'),
   'distributed.processes': Room('errors distributed.launchers', 'jax'),

@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 
 _BY_HAND = 'give --coordinator=HOST:PORT, a free port of the host of process 0'
 # Processes end a run within seconds of each other, or one of them has failed.
-_SHUTDOWN_SECONDS = 120
+_SHUTDOWN_SECONDS = 60
 
 
 class Place(NamedTuple):
@@ -62,7 +62,7 @@ def start(
     )
   if coordinator is not None:
     place = _place(coordinator, num_processes, process_id, launched)
-    _reach(place, coordinator_timeout)
+    _check_port(place, coordinator_timeout)
     _join(
       coordinator_timeout,
       # A launcher also says which of a host's devices are this process's.
@@ -98,7 +98,8 @@ def _place(
       f'--coordinator = {coordinator} needs --num_processes and --process_id'
       ' too, but under a launcher that says both (srun, mpirun)'
     )
-  if not re.fullmatch(r'.+:\d{1,5}', coordinator):
+  port = re.fullmatch(r'.+:(\d{1,5})', coordinator)
+  if not port or not 0 < int(port[1]) < 2**16:
     raise UserError(f'--coordinator = {coordinator!r} is not HOST:PORT')
   if not 0 <= id < count:
     raise UserError(
@@ -108,31 +109,36 @@ def _place(
   return Place(coordinator, count, id)
 
 
-def _reach(place: Place, seconds: int) -> None:
+def _check_port(place: Place, seconds: int) -> None:
   """Makes sure that the coordinator's port can be opened, or reached.
 
   jax would not raise an exception but abort.
   """
   host, _, port = place.coordinator.rpartition(':')
-  if place.id == 0:
-    try:
-      socket.create_server(('', int(port))).close()
-    except (OSError, OverflowError) as error:
-      raise UserError(
-        f'--coordinator = {place.coordinator}: process 0 cannot open port'
-        f' {port} on its host ({error}); choose another port'
-      ) from error
+  if place.id:
+    _reach(host.strip('[]'), int(port), seconds)
     return
+  try:
+    socket.create_server(('', int(port))).close()
+  except OSError as error:
+    raise UserError(
+      f'--coordinator = {place.coordinator}: process 0 cannot open port {port}'
+      f' on its host ({error}); choose another port'
+    ) from error
+
+
+def _reach(host: str, port: int, seconds: int) -> None:
+  """Waits until somebody listens there."""
   give_up = time.monotonic() + seconds
   while True:
     try:
-      socket.create_connection((host.strip('[]'), int(port)), 5).close()
+      socket.create_connection((host, port), 5).close()
       return
-    except (OSError, OverflowError) as error:
+    except OSError as error:
       if time.monotonic() > give_up:
         raise UserError(
-          f'--coordinator = {place.coordinator} could not be reached within'
-          f' {seconds} seconds ({error}); process 0 has to run on that host'
+          f'--coordinator = {host}:{port} could not be reached within {seconds}'
+          f' seconds ({error}); process 0 has to run on that host'
         ) from error
     time.sleep(0.2)
 
@@ -162,9 +168,10 @@ def _join(
   except (RuntimeError, OSError, ValueError) as error:
     if optional and isinstance(error, ValueError):
       return
+    alone = ', or TPU_SKIP_MDS_QUERY=1 to run alone' if optional else ''
     raise UserError(
       f'the processes of this run cannot be joined: {error}; {_BY_HAND},'
-      ' --num_processes and --process_id'
+      f' --num_processes and --process_id{alone}'
     ) from error
   finally:
     timer.cancel()

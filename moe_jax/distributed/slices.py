@@ -8,13 +8,14 @@ along all other axes then share a slice.
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from ml_collections import ConfigDict
 
+from moe_jax import axes
 from moe_jax.errors import UserError
 
 
@@ -32,31 +33,18 @@ def slice_shape(
     UserError: the axes do not multiply to the number of slices, or one does
       not divide the devices along it.
   """
-  dcn = {axis: config.mesh.dcn[axis] for axis in shape}
-  for axis, size in dcn.items():
-    if size < 1 and size != -1:
-      raise UserError(f'mesh.dcn.{axis} = {size} must be at least 1, or -1')
-  free = [axis for axis, size in dcn.items() if size == -1]
-  if len(free) > 1:
-    names = ' and '.join(f'mesh.dcn.{axis}' for axis in free)
-    raise UserError(f'{names} are all -1; only one can take what is left')
-  product = math.prod(size for size in dcn.values() if size != -1)
-  attribute = _attribute(devices, product)
+  asked = {axis: config.mesh.dcn[axis] for axis in shape}
+  fixed = math.prod(size for size in asked.values() if size > 0)
+  attribute = _attribute(devices, fixed)
   count = len({getattr(device, attribute, 0) for device in devices})
-  if free and count % product == 0:
-    dcn[free[0]] = count // product
-  if math.prod(dcn.values()) != count:
-    raise UserError(
-      f'{_product(config, shape)}, but the devices lie in {_counted(count)};'
-      ' change an axis, or set one to -1: what is left'
-    )
+  dcn = axes.fill(asked, 'mesh.dcn', count, 'slices')
   for axis, size in dcn.items():
     if shape[axis] % size:
       fitting = [name for name in shape if shape[name] % count == 0]
       hint = f'; mesh.dcn.{fitting[0]} = {count} would do' if fitting else ''
       raise UserError(
-        f'mesh.dcn.{axis} = {config.mesh.dcn[axis]} puts {_counted(size)} along'
-        f' mesh.{axis} = {shape[axis]}, which {size} does not divide{hint}'
+        f'mesh.dcn.{axis} = {asked[axis]} puts {size} slices along mesh.{axis}'
+        f' = {shape[axis]}, which {size} does not divide{hint}'
       )
   return dcn
 
@@ -100,8 +88,8 @@ def arrange(
   except (NotImplementedError, ValueError) as error:
     sizes = ' x '.join(map(str, inside))
     raise UserError(
-      f'the mesh cannot be laid out on these devices, {sizes} in each of'
-      f' {_counted(count)}: {error}'
+      f'the mesh cannot be laid out on these devices, {sizes} in each slice'
+      f' of {count}: {error}'
     ) from error
 
 
@@ -115,13 +103,3 @@ def _attribute(devices: Sequence[jax.Device], asked: int) -> str:
   if asked == 1 or len(reported) > 1 or devices[0].platform == 'tpu':
     return 'slice_index'
   return 'process_index'
-
-
-def _product(config: ConfigDict, axes: Iterable[str]) -> str:
-  """`mesh.dcn.data x mesh.dcn.fsdp = 2 x -1`."""
-  names = ' x '.join(f'mesh.dcn.{axis}' for axis in axes)
-  return f'{names} = {" x ".join(str(config.mesh.dcn[axis]) for axis in axes)}'
-
-
-def _counted(slices: int) -> str:
-  return '1 slice' if slices == 1 else f'{slices} slices'

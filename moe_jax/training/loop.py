@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: str) -> None:
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
   given = origin.params(setup) if newest is None else None
-  batches = Batches(setup, train_windows, newest or 0)
+  start = newest or 0
+  batches = Batches(setup, train_windows, start)
   with (
     contextlib.closing(batches),
     Store.open(workdir, config, setup.dictionary) as store,
@@ -78,10 +79,10 @@ def train(config: ConfigDict, workdir: str) -> None:
       state = setup.init(given)
     else:
       state, _ = store.restore(setup.abstract, newest)
-    with Journal(setup, workdir, newest or 0) as journal:
+    with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)
-      done = _steps(run, state, newest or 0)
+      done = _steps(run, state, start)
       journal.say(journal.summary(done))
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)

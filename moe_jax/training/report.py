@@ -54,11 +54,12 @@ def describe(setup: Setup, windows: Windows) -> str:
   counts = sizes.count_parameters(config, setup.abstract['params'])
   device = next(iter(mesh.devices.flat))
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  processes = '' if hosts.is_alone() else f', {jax.process_count()} processes'
   epochs = config.train.steps * config.train.batch_size / len(windows)
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
-    f'devices  {mesh.size} {device.device_kind} ({axes})\n'
+    f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
     f'data     {config.data.name}: {windows.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps'
   )

@@ -130,12 +130,12 @@ def test_without_slices_the_first_axis_crosses_processes() -> None:
     (
       tpus(2, 2, 2, 2),
       {'data': 4, 'fsdp': 4, 'dcn_data': 4},
-      ['= 4 x 1 x 1 x 1', 'lie in 2 slices'],
+      ['= 4 x 1 x 1 x 1 = 4, but the number of slices is 2'],
     ),
     (
       tpus(1, 2, 2, 2),
       {'dcn_fsdp': 2},
-      ['= -1 x 2 x 1 x 1', 'lie in 1 slice;'],
+      ['mesh.dcn.fsdp', '= 2 x 1 x 1 = 2', 'number of slices, 1'],
     ),
     (tpus(2, 2, 2, 2), {'dcn_data': 0}, ['mesh.dcn.data = 0', 'at least 1']),
     (
@@ -151,7 +151,7 @@ def test_without_slices_the_first_axis_crosses_processes() -> None:
     (
       [*hosts('cuda', 2, 4, known=True)[:7], Device(7, 0, 0, 'cuda', 'cuda')],
       {'data': 8},
-      ['4 x 1 x 1 x 1 in each of 2 slices', '4'],
+      ['4 x 1 x 1 x 1 in each slice of 2', '4'],
     ),
   ],
 )

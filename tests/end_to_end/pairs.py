@@ -38,7 +38,7 @@ class Pair:
     # To files: a pipe that nobody reads fills up and stops its process.
     self._files = contextlib.ExitStack()
     self._out, self._err = (
-      [self._files.enter_context(tempfile.TemporaryFile()) for _ in both]
+      [self._files.enter_context(tempfile.TemporaryFile()) for _ in both]  # noqa: SIM115
       for _ in range(2)
     )
     self.processes = [

@@ -1,5 +1,6 @@
 """Two processes train, stop, resume and evaluate as one would."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -26,8 +27,7 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
       'train.log_every': 1,
       'train.check_replicas_every': HALF,
       'checkpoint.every': HALF,
-      'eval.every': HALF,
-      'eval.batches': 2,
+      'eval.every': 0,
     }
   )
 
@@ -70,7 +70,7 @@ def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(
     assert pair.wait() == [0, 0], pair.report()
     printed = [pair.printed(i) for i in (0, 1)]
   assert f'step {STEPS}/{STEPS}' in printed[0] and not printed[1]
-  assert 'devices  4 cpu (data 2 x fsdp 1 x expert 2' in printed[0]
+  assert 'expert 2 x tensor 1), 2 processes\n' in printed[0]
   assert runs.checkpoints(tmp_path) == [HALF, STEPS]
   assert_same_losses(tmp_path, alone)
 
@@ -81,9 +81,25 @@ def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(
   assert_same_losses(tmp_path, alone)
 
 
+# On CPU a collective gives up after 30 seconds.
+@pytest.mark.parametrize(
+  'patience', ['0.5', pytest.param('35', marks=pytest.mark.slow)]
+)
+def test_what_processes_do_together(patience: str, tmp_path: Path) -> None:
+  """The assertions are in the program that both run."""
+  path = os.pathsep.join(map(str, (pairs.ROOT, pairs.ROOT / 'tests')))
+  program = 'tests/end_to_end/both_processes.py'
+  pairs.finish(program, [str(tmp_path), patience], PYTHONPATH=path)
+
+
 MODELS = {
   'parameters over processes': (
-    {'moe.factors': 2, 'router.recurrent': 'gru', 'train.accumulation': 2},
+    {
+      'moe.factors': 2,
+      'router.recurrent': 'gru',
+      'train.accumulation': 2,
+      'train.batch_size': 16,
+    },
     {'data': 1, 'fsdp': 4},
   ),
   'experts over processes': (
@@ -111,7 +127,8 @@ def test_every_axis_may_cross_processes(
   """Also on from a checkpoint of one process, and with evaluation after it."""
   values, mesh = MODELS[name]
   changed = config.copy_and_resolve_references()
-  changed.update_from_flattened_dict(values)
+  evaluated = {'eval.every': HALF, 'eval.batches': 2}
+  changed.update_from_flattened_dict(values | evaluated)
   one = changed.copy_and_resolve_references()
   for axis in ('data', 'expert', 'tensor'):
     one.mesh.dcn[axis] = 1
@@ -155,7 +172,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
 ) -> None:
   long = config.copy_and_resolve_references()
   long.update_from_flattened_dict(
-    {'train.steps': 100_000, 'checkpoint.every': 100_000, 'eval.every': 0}
+    {'train.steps': 100_000, 'checkpoint.every': 100_000}
   )
   with Pair('train.py', flags(long, tmp_path)) as pair:
     pair.wait_for('step     20/')
@@ -180,7 +197,7 @@ def test_a_process_that_dies_ends_the_other(
   config: ConfigDict, tmp_path: Path
 ) -> None:
   long = config.copy_and_resolve_references()
-  long.update_from_flattened_dict({'train.steps': 100_000, 'eval.every': 0})
+  long.train.steps = 100_000
   for target in (0, 1):
     workdir = tmp_path / str(target)
     with Pair('train.py', flags(long, workdir)) as pair:
@@ -197,20 +214,27 @@ def test_what_one_process_lacks_both_are_told(
 ) -> None:
   """Neither trains alone, and neither waits for the other."""
   here, there = tmp_path / 'here', tmp_path / 'there'
+  broken = tmp_path / 'broken'
+  broken.mkdir()
+  (broken / 'metrics.jsonl').write_text('not\nJSON\n')  # process 0 reads it
   lacking = config.copy_and_resolve_references()
   lacking.data.path = str(tmp_path / 'nowhere')
   cases = [
     (
       [flags(config, here), flags(config, there)],
-      ['process 1 has failed', f'workdir {there} is not the same on all'],
+      ['process 1 of 2 has failed', f'workdir {there} is not the same on all'],
     ),
     (
       [flags(config, here), flags(lacking, here)],
-      ['process 1 has failed', 'data.path'],
+      ['process 1 of 2 has failed', 'data.path'],
     ),
     (
       [flags(lacking, here), flags(config, here)],
-      ['data.path', 'process 0 has failed'],
+      ['data.path', 'process 0 of 2 has failed'],
+    ),
+    (
+      [flags(config, broken)] * 2,
+      ['metrics.jsonl:1 is not', 'process 0 of 2 has failed'],
     ),
   ]
   for both, expected in cases:

@@ -12,6 +12,7 @@ from test_exchanging import BOUNDED, EVERY_AXIS
 from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.distributed import replicas
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
 
@@ -24,6 +25,7 @@ MESHES = {
 
 
 def losses(made: Setup, steps: int) -> np.ndarray:
+  """The losses of the first steps, after each of which all copies agree."""
   train_step, state = make_train_step(made), made.init()
   found = []
   for step in range(steps):
@@ -31,6 +33,7 @@ def losses(made: Setup, steps: int) -> np.ndarray:
       batch(made.config, seed=step), mesh_lib.batch_sharding(made.mesh)
     )
     state, metrics = train_step(state, data)
+    replicas.check({'state': state, 'metrics': metrics})
     found.append(float(metrics['loss']))
   return np.array(found)
 
@@ -46,6 +49,14 @@ def test_eight_devices_train_like_one(model: str) -> None:
 def test_every_axis_at_once_trains_like_one_device() -> None:
   # The programs of test_exchanging, so that they compile once.
   compare(BOUNDED, {'every axis': EVERY_AXIS}, steps=5)
+
+
+@pytest.mark.slow
+def test_copies_agree_where_tokens_are_dropped_and_biases_balance() -> None:
+  """What is summed over devices by hand: loads, drops and the biases."""
+  values = {'moe.dispatch': 'capacity', 'loss.bias_rate': 0.01}
+  config = tiny.config(**tiny.MODELS['cartesian rmoe'], **values)
+  losses(setup(config, data=2, expert=2, tensor=2), steps=3)
 
 
 def compare(

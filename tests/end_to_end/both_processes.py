@@ -1,0 +1,123 @@
+"""What two processes do together: run in both by test_several_processes.py."""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.distributed import hosts, processes, replicas
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
+
+NUM_ROWS = 8
+# Sizes of the mesh, and the rows that each of the two processes has to read.
+READS = (
+  ({'data': 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+  ({'data': 2, 'tensor': 2}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+  ({'fsdp': 2, 'expert': 2, 'data': 1}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+  (
+    {'data': 1, 'expert': 4, 'dcn.data': 1, 'dcn.expert': 2},
+    [[0, 1, 2, 3], [4, 5, 6, 7]],
+  ),
+  # Each row's widths lie in both processes.
+  (
+    {'data': 2, 'tensor': 2, 'dcn.data': 1, 'dcn.tensor': 2},
+    [[*range(8)], [*range(8)]],
+  ),
+  # Experts of one process, then of the other: all rows of each half of them.
+  ({'data': 1, 'tensor': 4}, [[*range(8)], [*range(8)]]),
+)
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+  config = tiny.config(**{f'mesh.{axis}': n for axis, n in sizes.items()})
+  return mesh_lib.from_config(config, jax.devices())
+
+
+def check_rows() -> None:
+  """Every process reads its rows and no others; together they are all."""
+  whole = np.arange(NUM_ROWS * 3, dtype=np.int32).reshape(NUM_ROWS, 3)
+  for sizes, expected in READS:
+    rows = hosts.Rows(mesh_lib.batch_sharding(mesh(**sizes)), NUM_ROWS)
+    assert rows.local == expected[jax.process_index()], sizes
+    made = rows.join({'inputs': whole[rows.local]})['inputs']
+    for shard in made.addressable_shards:
+      np.testing.assert_array_equal(shard.data, whole[shard.index])
+    gathered = multihost_utils.process_allgather(made, tiled=True)
+    np.testing.assert_array_equal(gathered, whole)
+
+
+def message(function: object) -> str:
+  """Of the UserError that calling it raises."""
+  try:
+    function()
+  except (UserError, replicas.ReplicaError) as error:
+    return str(error)
+  raise AssertionError('no error')
+
+
+def check_agreement(folder: Path, patience: float) -> None:
+  """Order, failure and findings are those of all."""
+  first = jax.process_index() == 0
+  path = folder / 'made'
+
+  def make() -> bool:
+    if first:
+      time.sleep(patience)
+      assert not path.exists()
+      path.touch()
+    return path.exists()
+
+  assert hosts.in_turn(make)
+
+  def fail() -> None:
+    if not first:
+      raise UserError('no disk')
+
+  expected = 'process 1 of 2 has failed' if first else 'no disk'
+  assert expected in message(lambda: hosts.all_or_none(fail))
+  assert hosts.same(7, 'x') == 7
+  found = message(lambda: hosts.same(jax.process_index(), 'the newest step'))
+  assert 'the newest step is 0 to process 0 and 1 to process 1' in found
+
+
+def check_copies() -> None:
+  """A difference between processes is found in both."""
+  sharding = NamedSharding(mesh(data=4), P())
+
+  def array(value: float) -> jax.Array:
+    pieces = [
+      jax.device_put(np.full(3, value, np.float32), device)
+      for device in jax.local_devices()
+    ]
+    return jax.make_array_from_single_device_arrays((3,), sharding, pieces)
+
+  good, bad = array(1.0), array(jax.process_index())
+  replicas.check({'good': good})
+  found = message(lambda: replicas.check({'good': good, 'bad': bad}))
+  here, there = ([d.id for d in jax.devices()][i : i + 2] for i in (0, 2))
+  groups = [', '.join(map(str, group)) for group in (here, there)]
+  assert (
+    f"copies of ['bad'] differ between devices: one on {groups[0]} and"
+    in (found)
+  )
+  assert f'and on {groups[1]} ' in found
+
+
+if __name__ == '__main__':
+  folder, patience, *flags = sys.argv[1:]
+  values = dict(flag.removeprefix('--').split('=') for flag in flags)
+  processes.start(
+    values['coordinator'],
+    int(values['num_processes']),
+    int(values['process_id']),
+  )
+  check_rows()
+  check_agreement(Path(folder), float(patience))
+  check_copies()
