@@ -113,7 +113,7 @@ def on_chips(config: ConfigDict, chips: int, sequences: int) -> ConfigDict:
   """The config on so many chips: its mesh by the rule above, and its batch."""
   placed = config.copy_and_resolve_references()
   fsdp = math.gcd(min(math.isqrt(chips), _MOST_FSDP), chips)
-  expert = math.gcd(placed.moe.num_experts, chips // fsdp)
+  expert = math.gcd(placed.moe.num_experts or 1, chips // fsdp)
   placed.mesh.update(
     expert=expert, fsdp=fsdp, data=chips // expert // fsdp, tensor=1
   )
