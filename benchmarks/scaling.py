@@ -84,7 +84,8 @@ def measure(
     `_most` (where every conditional sends as much as it can) of all devices
     together, `collectives`: bytes per device by kind and axes,
     `estimated_seconds` (of fusions alone, and where the clock is published),
-    `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that does not, `needed_bytes`, at least.
+    `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
+    does not, `needed_bytes`, at least.
 
   Raises:
     UserError: anything wrong with the config or the topologies.

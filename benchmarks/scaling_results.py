@@ -93,11 +93,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
   if not row['fits']:
     needed = f'does not fit: {row["needed_bytes"] / _GIB:.2f}'
     return [*cells, needed, '', '', '']
-  seconds = row['estimated_seconds']
   return [
     *cells,
     f'{row["memory_bytes"]["total"] / _GIB:.2f}',
     f'{row["sent_bytes_per_token"] / 1024:,.1f}',
-    f'{row["compile_cpu_seconds"]:.0f}',
-    f'{1000 * seconds:,.0f}' if seconds else '',
+    _shown(row['compile_cpu_seconds']),
+    _shown(row['estimated_seconds'], 1000),
   ]
+
+
+def _shown(value: float | None, times: float = 1) -> str:
+  """Empty for what is not known."""
+  return '' if value is None else f'{times * value:,.0f}'
