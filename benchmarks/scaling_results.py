@@ -33,10 +33,11 @@ def keep(row: dict[str, Any], folder: Path) -> None:
     lines = path.read_text('utf-8').splitlines()
     rows = {_case(old): old for old in map(json.loads, lines)}
   rows[_case(row)] = row
-  lines = [json.dumps(each) + '\n' for each in rows.values()]
+  kept = [rows[case] for case in sorted(rows)]
+  lines = [json.dumps(each) + '\n' for each in kept]
   path.write_text(''.join(lines), 'utf-8')
-  (folder / 'README.md').write_text(_HEAD + table(list(rows.values())), 'utf-8')
-  draw(list(rows.values()), folder / 'scaling.png')
+  (folder / 'README.md').write_text(_HEAD + table(kept), 'utf-8')
+  draw(kept, folder / 'scaling.png')
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -70,6 +71,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
       sorted({row['num_devices'] for row in rows}),
     )
     axis.set_xticks([], minor=True)
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
   axes[0].legend()
