@@ -2,19 +2,16 @@
 
 import importlib.metadata
 import json
-import time
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
-from moe_jax.data import tokenizers
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.training import state as state_lib
+from moe_jax.planning import compiled, setups
 from moe_jax.training.state import Setup
-from moe_jax.training.step import Batch, make_train_step
+from moe_jax.training.step import Batch
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'moe_jax')
 
@@ -25,23 +22,11 @@ def set_up(config: ConfigDict) -> Setup:
   Raises:
     UserError: anything wrong with the config.
   """
-  config_lib.validate(config, jax.device_count())
-  of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
-  vocab_size = config_lib.vocab_size(config, of_tokenizer)
-  mesh = mesh_lib.from_config(config, jax.devices())
-  return state_lib.setup(config, vocab_size, mesh)
+  return setups.make(config, jax.devices())
 
 
-def compile_train_step(made: Setup) -> tuple[jax.stages.Compiled, float]:
-  """The train step as a program, and the seconds it took to get there.
-
-  They include tracing and lowering. JAX's cache of compiled programs has to be
-  off, or they tell of the cache.
-  """
-  began = time.perf_counter()
-  lowered = make_train_step(made).lower(made.abstract, _abstract_batch(made))
-  compiled = lowered.compile()
-  return compiled, time.perf_counter() - began
+# The program and the seconds, without JAX's cache of compiled programs.
+compile_train_step = compiled.train_step
 
 
 def random_batches(made: Setup, count: int) -> list[Batch]:
@@ -75,7 +60,7 @@ def place() -> dict[str, Any]:
     'device': device.device_kind,
     'platform': device.platform,
     'num_devices': jax.device_count(),
-    'versions': {name: _version(name) for name in _PACKAGES},
+    'versions': {name: version(name) for name in _PACKAGES},
   }
 
 
@@ -101,16 +86,12 @@ def peak_memory(compiled: jax.stages.Compiled) -> tuple[int, str]:
   return total, 'compiler'
 
 
-def _abstract_batch(made: Setup) -> Batch:
-  [batch] = random_batches(made, 1)
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
-
-
 def _shape(made: Setup) -> tuple[int, int]:
   return made.config.train.batch_size, made.config.data.seq_len
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+  """Of an installed package, or that there is none."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:  # run from a checkout

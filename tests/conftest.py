@@ -6,6 +6,10 @@ import pathlib
 # Tests compile far longer than they compute. Processes they start inherit it.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
+from moe_jax import libtpu  # noqa: E402
+
+libtpu.quiet()
+
 import jax  # noqa: E402 (reads the flags above)
 
 # Before any test touches a device: the backend then starts with eight.

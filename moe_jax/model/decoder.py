@@ -32,20 +32,45 @@ def load_only(watched: Watched) -> Any:
   return watched.load
 
 
-class Output(NamedTuple):
-  """What a decoder computes of a batch.
+class Hidden(NamedTuple):
+  """What a decoder computes of a batch before its head.
 
   Attributes:
-    logits_BLV: float32.
+    x_BLD: what the head reads, in the dtype of the arithmetic.
     watched: of every MoE layer what was asked for, each array with leading axes
       [MoE layers, S]; None for a model without MoE layers.
     memory: [layers, B, W, D], to be given back with the tokens that follow;
       None for a model that sees nothing before its sequence.
   """
 
+  x_BLD: jax.Array
+  watched: Any
+  memory: jax.Array | None
+
+
+class Output(NamedTuple):
+  """What a decoder computes of a batch.
+
+  Attributes:
+    logits_BLV: float32.
+    watched, memory: as in `Hidden`.
+  """
+
   logits_BLV: jax.Array
   watched: Any
   memory: jax.Array | None
+
+
+class Head(NamedTuple):
+  """An output head, in float32.
+
+  Attributes:
+    weight_DV: its matrix.
+    bias_V: or None.
+  """
+
+  weight_DV: jax.Array
+  bias_V: jax.Array | None
 
 
 class Decoder(nnx.Module):
@@ -127,7 +152,20 @@ class Decoder(nnx.Module):
     memory: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> Output:
-    """Runs the model.
+    """Runs the model; see `hidden`."""
+    x_BLD, *made = self.hidden(ids_BL, real_BL, keep, memory=memory, key=key)
+    return Output(self._logits(x_BLD), *made)
+
+  def hidden(
+    self,
+    ids_BL: jax.Array,
+    real_BL: jax.Array,
+    keep: Callable[[Watched], Any] = load_only,
+    *,
+    memory: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> Hidden:
+    """Runs the model up to its head.
 
     Args:
       ids_BL: int32 vocabulary indices.
@@ -176,7 +214,14 @@ class Decoder(nnx.Module):
       passed, scanned = scan(passed, *shared, self.periods, remembered, keys)
       made = tuple(map(_in_depth_order, made, scanned))
     x_BLD = passed.x_BLD if self.norm is None else self.norm(passed.x_BLD)
-    return Output(self._logits(x_BLD), *made)
+    return Hidden(x_BLD, *made)
+
+  def head(self) -> Head:
+    """What makes logits of the last hidden states."""
+    bias_V = None if self.head_bias_V is None else self.head_bias_V[...]
+    if self.head_DV is None:
+      return Head(self.embed_VD[...].T, bias_V)
+    return Head(self.head_DV[...], bias_V)
 
   def _key_pe(self) -> jax.Array | None:
     return None if self.key_pe_AW is None else self.key_pe_AW[...]
@@ -212,19 +257,14 @@ class Decoder(nnx.Module):
     return nnx.remat(step, policy=REMAT_POLICIES[self.remat])
 
   def _logits(self, x_BLD: jax.Array) -> jax.Array:
-    if self.head_DV is None:
-      head_DV = self.embed_VD[...].T
-    else:
-      head_DV = self.head_DV[...]
+    weight_DV, bias_V = self.head()
     logits_BLV = jnp.einsum(
       'BLD,DV->BLV',
       x_BLD,
-      head_DV.astype(x_BLD.dtype),
+      weight_DV.astype(x_BLD.dtype),
       preferred_element_type=jnp.float32,
     )
-    if self.head_bias_V is None:
-      return logits_BLV
-    return logits_BLV + self.head_bias_V[...]
+    return logits_BLV if bias_V is None else logits_BLV + bias_V
 
   def _shard(self, passed: Passed) -> Passed:
     return jax.tree.map(self.shard_tokens, passed)

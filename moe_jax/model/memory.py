@@ -159,8 +159,8 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
 
     def run(params: Any) -> Any:
       decoder = nnx.merge(graphdef, params)
-      made = decoder(ids_BL, ids_BL == 0, key=jax.random.key(0))
-      return made.logits_BLV, made.watched
+      made = decoder.hidden(ids_BL, ids_BL == 0, key=jax.random.key(0))
+      return made.x_BLD, made.watched
 
     return _residuals(run, params)
 

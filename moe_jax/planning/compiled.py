@@ -89,15 +89,19 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
 
   Raises:
     DoesNotFitError: the compiler refuses it for its size, as those of TPUs do.
+    UserError: the compiler fails; it may not with other settings.
   """
   began = time.perf_counter()
   lowered = make_train_step(setup).lower(setup.abstract, abstract_batch(setup))
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if refused := _too_large(str(error), _argument_bytes(setup)):
+    if refused := too_large(str(error), _argument_bytes(setup)):
       raise refused from error
-    raise
+    said = ' '.join(str(error).split())[:300]
+    raise UserError(
+      f'the compiler fails on the training step: {said}'
+    ) from error
   return compiled, time.perf_counter() - began
 
 
@@ -189,8 +193,13 @@ def _argument_bytes(setup: Setup) -> int:
   )
 
 
-def _too_large(said: str, arguments: int) -> DoesNotFitError | None:
-  """What the compiler's complaint comes to, if it is about memory."""
+def too_large(said: str, arguments: int) -> DoesNotFitError | None:
+  """What a compiler's complaint comes to, if it is about memory.
+
+  Args:
+    said: the complaint.
+    arguments: bytes of the program's, per device.
+  """
   beside, in_all = (re.search(form, said) for form in _TOO_LARGE)
   found = in_all or beside
   if not found:

@@ -10,6 +10,7 @@ import re
 from moe_jax.planning import hlo
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 1 << 60  # what is no less is a mark, not a number
 
 
 def estimate(hlo_text: str) -> int | None:
@@ -27,7 +28,7 @@ def estimate(hlo_text: str) -> int | None:
     if loop := hlo.loop(program, instruction):
       return of(loop[0]) * (loop[1] or 1)
     if stated := _CYCLES.search(instruction.attributes):
-      return int(stated[1])
+      return int(stated[1]) if int(stated[1]) < _UNKNOWN else 0
     called = [of(name) for name in hlo.callees(instruction)]
     if instruction.opcode == 'conditional':
       return max(called)

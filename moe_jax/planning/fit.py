@@ -74,12 +74,12 @@ def find(
     tell(trial)
     return trial
 
+  available, wanted = _available(target), config.train.batch_size
   estimates = _estimates(config, target)
-  wanted = config.train.batch_size
-  start = _start(estimates, wanted, _available(target))
+  start = _start(estimates, wanted, available)
   trials = search(wanted, unit(config, target), estimates, start, attempt)
-  best = max((each for each in trials if each.fits), key=_rank, default=None)
-  if best is None:
+  found = best(trials)
+  if found is None:
     raise UserError(
       'nothing fits, not even one sequence per device and micro-batch with'
       " model.remat = 'full'; take more devices, or split the model over more"
@@ -87,11 +87,11 @@ def find(
     )
   return {
     'overrides': {
-      'train.batch_size': best.batch_size,
-      'model.remat': best.remat,
+      'train.batch_size': found.batch_size,
+      'model.remat': found.remat,
     },
-    'needed_bytes': best.needed,
-    'spare_bytes': best.available - best.needed,
+    'needed_bytes': found.needed,
+    'spare_bytes': found.available - found.needed,
     'trials': [each._asdict() | {'fits': each.fits} for each in trials],
   }
 
@@ -147,6 +147,21 @@ def search(
     last = tried(guess, held.remat)
     low, high = (guess, high) if last.fits else (low, guess)
   return trials
+
+
+def best(trials: list[Trial]) -> Trial | None:
+  """The lightest policy that fits, with its largest batch; None: nothing fits.
+
+  A search tries more than one policy at the wanted batch only, so a lighter
+  one that fits is always as good there.
+  """
+  fitting = [trial for trial in trials if trial.fits]
+  order = {remat: -at for at, remat in enumerate(POLICIES)}
+  return max(
+    fitting,
+    key=lambda trial: (order[trial.remat], trial.batch_size),
+    default=None,
+  )
 
 
 def _guess(
@@ -228,14 +243,6 @@ def _need(config: ConfigDict, target: Target) -> tuple[int, int]:
   except compiled.DoesNotFitError as refused:
     return refused.needed, refused.available
   return told['memory_bytes']['total'], told['available_bytes']
-
-
-def _rank(trial: Trial) -> tuple[int, int]:
-  """The policy that the search ended with, then the batch.
-
-  A heavier policy was only tried before a lighter one that fits as well.
-  """
-  return -POLICIES.index(trial.remat), trial.batch_size
 
 
 def _changed(config: ConfigDict, batch_size: int, remat: str) -> ConfigDict:

@@ -1,25 +1,14 @@
-"""The losses of a batch: of its targets, and those of its routers."""
+"""The losses of the routers."""
 
 from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
 from moe_jax.routing import balance
 from moe_jax.routing.balance import Load
 
 Metrics = dict[str, Any]
-
-
-def cross_entropy(
-  logits_BLV: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
-) -> jax.Array:
-  """Summed over the targets under the mask, in nats, float32."""
-  nll_BL = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BLV, targets_BL
-  )
-  return (nll_BL * mask_BL).sum()
 
 
 def auxiliary_loss(

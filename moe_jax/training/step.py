@@ -10,10 +10,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.model.decoder import Decoder, Output
+from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer
-from moe_jax.training.losses import Metrics, auxiliary_loss, cross_entropy
+from moe_jax.training.cross_entropy import Targets, cross_entropy
+from moe_jax.training.losses import Metrics, auxiliary_loss
 from moe_jax.training.state import Setup, TrainState
 
 # {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}, and of
@@ -74,6 +75,7 @@ def make_train_step(
     in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
     out_shardings=(shardings, mesh_lib.replicated(setup.mesh)),
     donate_argnums=0,
+    compiler_options=mesh_lib.compiler_options(setup.mesh),
   )
 
 
@@ -89,11 +91,12 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
 
   def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
     model: Decoder = nnx.merge(setup.eval_graphdef, params)
-    logits_BLV, load, memory = model(
+    x_BLD, load, memory = model.hidden(
       batch['inputs'], batch['mask'], memory=memory
     )
+    targets = Targets(batch['targets'], batch['mask'].astype(jnp.float32))
     return {
-      'nll': cross_entropy(logits_BLV, batch['targets'], batch['mask']),
+      'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets),
       'targets': batch['mask'].sum(),
       'load': load,
       'memory': memory,
@@ -132,9 +135,8 @@ def _gradient(
   )
   whole = None
   if config.loss.balance_scope == 'global_batch':
-    whole, _ = _sum(
-      lambda part: (_run(setup, params, part).watched, None), parts
-    )
+    model = nnx.merge(setup.graphdef, params)
+    whole, _ = _sum(lambda part: (_run(model, part).watched, None), parts)
 
   def of_part(part: _Reads) -> tuple[Any, jax.Array | None]:
     grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)
@@ -161,18 +163,19 @@ def _loss(
     whole: as in `auxiliary_loss`.
   """
   config, batch = setup.config, reads.batch
-  logits_BLV, load, memory = _run(setup, params, reads)
-  nll = cross_entropy(logits_BLV, batch['targets'], batch['mask'])
+  model: Decoder = nnx.merge(setup.graphdef, params)
+  x_BLD, load, memory = _run(model, reads)
+  targets = Targets(batch['targets'], batch['mask'] / num_targets)
+  loss = cross_entropy(setup.mesh, x_BLD, model.head(), targets)
   share = 1 / config.train.accumulation
   auxiliary, metrics = auxiliary_loss(load, config, share, whole)
-  metrics |= {'loss': nll / num_targets, 'load': load}
-  return metrics['loss'] + auxiliary, (metrics, memory)
+  metrics |= {'loss': loss, 'load': load}
+  return loss + auxiliary, (metrics, memory)
 
 
-def _run(setup: Setup, params: Any, reads: _Reads) -> Output:
-  model: Decoder = nnx.merge(setup.graphdef, params)
+def _run(model: Decoder, reads: _Reads) -> Hidden:
   batch, memory, key = reads
-  return model(batch['inputs'], batch['mask'], memory=memory, key=key)
+  return model.hidden(batch['inputs'], batch['mask'], memory=memory, key=key)
 
 
 def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:

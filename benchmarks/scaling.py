@@ -1,0 +1,152 @@
+"""How a training step grows with a slice of TPUs, by what its compiler says.
+
+  python -m benchmarks.scaling --config=configs/cartesian_moe.py:large --json
+
+prints a JSON line for 4, 16, 64 and 256 chips (`--topologies`), none of which
+has to be here. The scaling is weak: the batch grows with the chips, so the
+tokens of a chip stay what they are, `--sequences` of them of `data.seq_len`.
+
+The mesh follows from the number of chips alone: the square root of it, 4 at
+most, along `fsdp`; what is left along `expert`, as many as divide the experts;
+and what is left then along `data`.
+
+  python -m benchmarks.scaling --config=... --label=large --results=DIR
+
+also appends the rows to DIR/scaling.jsonl as they are made, and then draws
+DIR/scaling.png and writes DIR/README.md, a table, of all rows in there.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from moe_jax import cli
+from moe_jax.config import MESH_AXES
+from moe_jax.errors import UserError
+
+TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16')
+_MOST_FSDP = 4
+_PACKAGES = ('jax', 'libtpu', 'moe_jax')
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The flags that train.py does not have."""
+  flags.DEFINE_boolean('json', False, 'print JSON lines', flag_values=values)
+  flags.DEFINE_list(
+    'topologies', list(TOPOLOGIES), 'see moe_jax.plan', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'sequences', 1, 'of every chip and micro-batch', flag_values=values
+  )
+  flags.DEFINE_string(
+    'label', 'model', 'a name for the config', flag_values=values
+  )
+  flags.DEFINE_string(
+    'results', None, 'a folder to keep the rows in', flag_values=values
+  )
+
+
+def run(
+  config: ConfigDict,
+  json: bool,
+  topologies: list[str],
+  sequences: int,
+  label: str,
+  results: str | None,
+) -> None:
+  """Prints a row for every topology, as it is made."""
+  import jax
+
+  from benchmarks import common, scaling_results
+
+  jax.config.update('jax_enable_compilation_cache', False)
+  for row in measure(config, topologies, sequences):
+    named = {'label': label} | row
+    common.show(named, json)
+    sys.stdout.flush()
+    if results:
+      scaling_results.keep(named, Path(results))
+
+
+def measure(
+  config: ConfigDict, topologies: list[str], sequences: int
+) -> Iterator[dict[str, Any]]:
+  """Compiles the training step of a config for every topology.
+
+  Yields:
+    `num_devices`, `mesh`, `tokens_per_step`; of a program that `fits`, also
+    `memory_bytes` of one device by kind, `sent_bytes_per_token` and
+    `_most` (where every conditional sends as much as it can) of all devices
+    together, `collectives`: bytes per device by kind and axes,
+    `estimated_seconds` (of fusions alone, and where the clock is published),
+    and `compile_seconds`; of one that does not, `needed_bytes`, at least.
+
+  Raises:
+    UserError: anything wrong with the config or the topologies.
+  """
+  from benchmarks import common
+  from moe_jax.planning import topologies as targets
+
+  if sequences < 1:
+    raise UserError(f'--sequences = {sequences} must be at least 1')
+  for name in topologies:
+    target = targets.target(name)
+    placed = on_chips(config, len(target.devices), sequences)
+    yield {
+      'benchmark': 'scaling',
+      'topology': name,
+      'num_devices': len(target.devices),
+      'mesh': {axis: placed.mesh[axis] for axis in MESH_AXES},
+      'tokens_per_step': placed.train.batch_size * placed.data.seq_len,
+      'remat': placed.model.remat,
+      **_compile(placed, target),
+      'versions': {name: common.version(name) for name in _PACKAGES},
+    }
+
+
+def on_chips(config: ConfigDict, chips: int, sequences: int) -> ConfigDict:
+  """The config on so many chips: its mesh by the rule above, and its batch."""
+  placed = config.copy_and_resolve_references()
+  fsdp = math.gcd(min(math.isqrt(chips), _MOST_FSDP), chips)
+  expert = math.gcd(placed.moe.num_experts, chips // fsdp)
+  placed.mesh.update(
+    expert=expert, fsdp=fsdp, data=chips // expert // fsdp, tensor=1
+  )
+  placed.train.batch_size = sequences * chips * placed.train.accumulation
+  return placed
+
+
+def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
+  from moe_jax.planning import compiled
+
+  try:
+    told = compiled.plan(config, target)
+  except compiled.DoesNotFitError as refused:
+    return {'fits': False, 'needed_bytes': refused.needed}
+  tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
+  kept = ('memory_bytes', 'estimated_seconds', 'compile_seconds')
+  return {
+    'fits': True,
+    **{name: told[name] for name in kept},
+    'sent_bytes_per_token': told['sent_bytes'] / tokens,
+    'sent_bytes_per_token_most': told['sent_bytes_most'] / tokens,
+    'collectives': _summed(told['collectives']),
+  }
+
+
+def _summed(collectives: list[dict[str, Any]]) -> dict[str, int]:
+  """`{'all-gather along fsdp': bytes of a device}`, the most first."""
+  sums: dict[str, int] = {}
+  for each in collectives:
+    name = f'{each["kind"]} along {" x ".join(each["axes"])}'
+    sums[name] = sums.get(name, 0) + each['total_bytes']
+  return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+if __name__ == '__main__':
+  cli.main(run, define_flags, workdir=False)

@@ -1,0 +1,103 @@
+"""Keeps the rows of `benchmarks.scaling`, as a table and as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_GIB = 1 << 30
+_HEAD = """# Training steps compiled for slices of TPUs
+
+`python -m benchmarks.scaling` wrote this, from the rows in `scaling.jsonl`. No
+TPU was there: the figures are its compiler's, and nothing was timed but the
+compilation.
+
+"""
+_COLUMNS = (
+  'model',
+  'slice',
+  'mesh (data, fsdp, expert)',
+  'tokens per step',
+  'GiB per chip',
+  'sent per token, KiB',
+  'compile, s',
+  'fusions, ms',
+)
+
+
+def keep(row: dict[str, Any], folder: Path) -> None:
+  """Adds a row to a folder, in place of an older one of the same case."""
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / 'scaling.jsonl'
+  rows = {}
+  if path.exists():
+    lines = path.read_text('utf-8').splitlines()
+    rows = {_case(old): old for old in map(json.loads, lines)}
+  rows[_case(row)] = row
+  lines = [json.dumps(each) + '\n' for each in rows.values()]
+  path.write_text(''.join(lines), 'utf-8')
+  (folder / 'README.md').write_text(_HEAD + table(list(rows.values())), 'utf-8')
+  draw(list(rows.values()), folder / 'scaling.png')
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """The rows in Markdown."""
+  lines = [_COLUMNS, ['---'] * len(_COLUMNS), *map(_cells, rows)]
+  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+  """Memory, bytes sent and compile time over the number of chips."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  panels = {
+    'memory per chip, GiB': lambda row: row['memory_bytes']['total'] / _GIB,
+    'sent per token, KiB': lambda row: row['sent_bytes_per_token'] / 1024,
+    'compile, seconds': lambda row: row['compile_seconds'],
+  }
+  figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.6))
+  fitting = [row for row in rows if row['fits']]
+  for axis, (title, value) in zip(axes, panels.items(), strict=True):
+    for label in dict.fromkeys(row['label'] for row in fitting):
+      of_label = [row for row in fitting if row['label'] == label]
+      chips = [row['num_devices'] for row in of_label]
+      axis.plot(chips, [value(row) for row in of_label], 'o-', label=label)
+    axis.set(title=title, xlabel='chips', xscale='log')
+    axis.set_xticks(
+      sorted({row['num_devices'] for row in rows}),
+      sorted({row['num_devices'] for row in rows}),
+    )
+    axis.set_xticks([], minor=True)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+  axes[0].legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def _case(row: dict[str, Any]) -> tuple[str, int]:
+  return row['label'], row['num_devices']
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+  mesh = row['mesh']
+  cells = [
+    row['label'],
+    row['topology'],
+    ' x '.join(str(mesh[axis]) for axis in ('data', 'fsdp', 'expert')),
+    f'{row["tokens_per_step"]:,}',
+  ]
+  if not row['fits']:
+    needed = f'does not fit: {row["needed_bytes"] / _GIB:.2f}'
+    return [*cells, needed, '', '', '']
+  seconds = row['estimated_seconds']
+  return [
+    *cells,
+    f'{row["memory_bytes"]["total"] / _GIB:.2f}',
+    f'{row["sent_bytes_per_token"] / 1024:,.1f}',
+    f'{row["compile_seconds"]:.0f}',
+    f'{1000 * seconds:,.0f}' if seconds else '',
+  ]

@@ -1,0 +1,243 @@
+"""Cross-entropy of an output head, without the logits of all tokens.
+
+Logits are made for some tokens at a time. In training their gradient follows at
+once, while they are there; backward only scales what is already known, so that
+nothing is computed twice. On several devices each has its own tokens, and those
+along the `tensor` axis each their part of the vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model.decoder import Head
+
+# Tokens of a device whose logits are in memory together. The gradient of the
+# head is read and written once for each such chunk, so the faster a device
+# computes compared to its memory, the larger they have to be.
+CHUNK = {'cpu': 512}
+CHUNK_OF_ACCELERATORS = 4096
+
+_FSDP, _TENSOR = 'fsdp', 'tensor'
+_SUMMED = tuple(axis for axis in mesh_lib.TOKEN_AXES if axis != _FSDP)
+
+
+class Targets(NamedTuple):
+  """What is to be predicted.
+
+  Attributes:
+    ids_BL: int32; of a token without weight any id.
+    weights_BL: float32, what each token's loss is multiplied by.
+  """
+
+  ids_BL: jax.Array
+  weights_BL: jax.Array
+
+
+class _Gradients(NamedTuple):
+  """Of the loss, in what it was computed from."""
+
+  x: jax.Array
+  head: Head
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(
+  mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
+) -> jax.Array:
+  """The weighted sum over tokens, in nats, float32.
+
+  The matmuls take operands of the dtype of `x_BLD` and accumulate in float32;
+  logits and softmax are float32. Differentiable in `x_BLD` and `head`.
+
+  Args:
+    mesh: where the arrays are, split as `moe_jax.distributed.mesh` says.
+    x_BLD: what the head reads.
+    head: its parameters.
+    targets: and their weights.
+  """
+  return _computed(mesh, x_BLD, head, targets, with_gradient=False)[0]
+
+
+def _forward(
+  mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
+) -> tuple[jax.Array, _Gradients]:
+  return _computed(mesh, x_BLD, head, targets, with_gradient=True)
+
+
+def _backward(
+  mesh: Mesh, gradients: _Gradients, scale: jax.Array
+) -> tuple[jax.Array, Head, None]:
+  del mesh
+  scaled = jax.tree.map(lambda a: (a * scale).astype(a.dtype), gradients)
+  return *scaled, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _computed(
+  mesh: Mesh,
+  x_BLD: jax.Array,
+  head: Head,
+  targets: Targets,
+  *,
+  with_gradient: bool,
+) -> tuple[jax.Array, _Gradients | None]:
+  platform = mesh.devices.flat[0].platform
+  chunk = CHUNK.get(platform, CHUNK_OF_ACCELERATORS)
+  local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
+  if mesh.size == 1:
+    return local(x_BLD, head, targets, None)
+  tokens = P(mesh_lib.TOKEN_AXES)
+  of_weight = mesh_lib.shardings({'head_DV': head.weight_DV}, mesh)['head_DV']
+  split_vocabulary = of_weight.spec[1] is not None
+  of_head = Head(of_weight.spec, P(of_weight.spec[1]))
+  return jax.shard_map(
+    functools.partial(_of_device, local, _TENSOR if split_vocabulary else None),
+    mesh=mesh,
+    in_specs=(tokens, of_head, tokens),
+    out_specs=(P(), _Gradients(tokens, of_head) if with_gradient else None),
+    check_vma=True,
+  )(x_BLD, head, targets)
+
+
+def _of_device(
+  local: Callable[..., tuple[jax.Array, _Gradients | None]],
+  axis: str | None,
+  x_BLD: jax.Array,
+  head: Head,
+  targets: Targets,
+) -> tuple[jax.Array, _Gradients | None]:
+  """`local` on one device of a mesh; `axis` splits the vocabulary, if any."""
+  # Cast before it travels: half the bytes in bfloat16.
+  weight_DV = lax.all_gather(
+    head.weight_DV.astype(x_BLD.dtype), _FSDP, tiled=True
+  )
+  loss, gradients = local(x_BLD, Head(weight_DV, head.bias_V), targets, axis)
+  loss = lax.psum(loss, mesh_lib.TOKEN_AXES)
+  if gradients is None:
+    return loss, None
+  weight_DV, bias_V = lax.psum(gradients.head, _SUMMED)
+  weight_DV = lax.psum_scatter(weight_DV, _FSDP, tiled=True)
+  bias_V = None if bias_V is None else lax.psum(bias_V, _FSDP)
+  return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))
+
+
+def _local(
+  x_BLD: jax.Array,
+  head: Head,
+  targets: Targets,
+  axis: str | None,
+  *,
+  chunk: int,
+  with_gradient: bool,
+) -> tuple[jax.Array, _Gradients | None]:
+  """The loss over the tokens that are here, chunk by chunk.
+
+  The gradient of the head is the part of these tokens; that of `x_BLD` is
+  whole.
+  """
+  x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+  head = Head(head.weight_DV.astype(x_BLD.dtype), head.bias_V)
+  count = math.ceil(len(x_TD) / chunk)
+  tokens = x_TD, *(a.reshape(-1) for a in targets)
+  chunks = [_cut(a, count) for a in tokens]
+  one = functools.partial(_chunk, head, axis, with_gradient)
+
+  def add(total: _Sums, chunk: list[jax.Array]) -> tuple[_Sums, jax.Array]:
+    more, grad_CD = one(*chunk)
+    return jax.tree.map(jnp.add, total, more), grad_CD
+
+  total, grad_CD = one(*[a[0] for a in chunks])
+  if count == 1:
+    grads = grad_CD
+  else:
+    total, rest = lax.scan(add, total, [a[1:] for a in chunks])
+    grads = with_gradient and jnp.concatenate([grad_CD[None], rest])
+  loss, of_head = total
+  if not with_gradient:
+    return loss, None
+  grad_TD = grads.reshape(-1, x_TD.shape[1])[: len(x_TD)]
+  return loss, _Gradients(grad_TD.reshape(x_BLD.shape), of_head)
+
+
+# Of some tokens: their loss, and its gradient in the head.
+_Sums = tuple[jax.Array, Head | None]
+
+
+def _chunk(
+  head: Head,
+  axis: str | None,
+  with_gradient: bool,
+  x_CD: jax.Array,
+  ids_C: jax.Array,
+  weights_C: jax.Array,
+) -> tuple[_Sums, jax.Array | None]:
+  """The sums of C tokens, and the gradient in `x_CD`."""
+  weight_DV, bias_V = head
+  logits_CV = jnp.einsum(
+    'CD,DV->CV', x_CD, weight_DV, preferred_element_type=jnp.float32
+  )
+  if bias_V is not None:
+    logits_CV += bias_V
+  over = _Vocabulary(axis)
+  here_C = ids_C - over.first(weight_DV.shape[1])
+  top_C = over.max(logits_CV.max(-1))
+  shares_CV = jnp.exp(logits_CV - top_C[:, None])
+  sum_C = over.sum(shares_CV.sum(-1))
+  own_C = over.sum(_look_up(logits_CV, here_C))
+  loss = ((jnp.log(sum_C) + top_C - own_C) * weights_C).sum()
+  if not with_gradient:
+    return (loss, None), None
+  own_CV = jnp.arange(weight_DV.shape[1]) == here_C[:, None]
+  grad_CV = shares_CV * (weights_C / sum_C)[:, None]
+  grad_CV = jnp.where(own_CV, grad_CV - weights_C[:, None], grad_CV)
+  of_bias_V = None if bias_V is None else grad_CV.sum(0)
+  grad_CV = grad_CV.astype(x_CD.dtype)
+  of_weight_DV = jnp.einsum(
+    'CD,CV->DV', x_CD, grad_CV, preferred_element_type=jnp.float32
+  )
+  grad_CD = jnp.einsum(
+    'CV,DV->CD', grad_CV, weight_DV, preferred_element_type=jnp.float32
+  )
+  grad_CD = over.sum(grad_CD).astype(x_CD.dtype)
+  return (loss, Head(of_weight_DV, of_bias_V)), grad_CD
+
+
+class _Vocabulary(NamedTuple):
+  """The devices that share a vocabulary: those along `axis`, or one."""
+
+  axis: str | None
+
+  def first(self, size: int) -> jax.Array | int:
+    """The first id that is here, of `size` on each device."""
+    return 0 if self.axis is None else lax.axis_index(self.axis) * size
+
+  def sum(self, a: jax.Array) -> jax.Array:
+    return a if self.axis is None else lax.psum(a, self.axis)
+
+  def max(self, a: jax.Array) -> jax.Array:
+    return a if self.axis is None else lax.pmax(a, self.axis)
+
+
+def _look_up(logits_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
+  """Each row's entry at its id; 0 where that is not one of the columns."""
+  size = logits_CV.shape[1]
+  ids_C1 = jnp.clip(ids_C, 0, size - 1)[:, None]
+  found_C = jnp.take_along_axis(logits_CV, ids_C1, axis=1)[:, 0]
+  return jnp.where((ids_C >= 0) & (ids_C < size), found_C, 0.0)
+
+
+def _cut(a: jax.Array, count: int) -> jax.Array:
+  """[T, ...] -> [count, C, ...], filled up with tokens without weight."""
+  padding = [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)
+  return jnp.pad(a, padding).reshape(count, -1, *a.shape[1:])

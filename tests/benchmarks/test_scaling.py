@@ -1,0 +1,80 @@
+"""The scaling benchmark: its rule, its rows, its table and its picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from benchmarks import scaling, scaling_results
+from moe_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+  'chips, experts, axes',
+  [
+    (4, 16, (1, 2, 2)),
+    (16, 16, (1, 4, 4)),
+    (64, 16, (1, 4, 16)),
+    (256, 16, (4, 4, 16)),
+    (64, 8, (2, 4, 8)),
+    (256, 0, (64, 4, 1)),
+  ],
+)
+def test_meshes_follow_from_the_chips(
+  chips: int, experts: int, axes: tuple[int, ...]
+) -> None:
+  config = tiny.config(moe__num_experts=experts, train__accumulation=2)
+  placed = scaling.on_chips(config, chips, sequences=3)
+  mesh = placed.mesh
+  assert (mesh.data, mesh.fsdp, mesh.expert) == axes and mesh.tensor == 1
+  assert placed.train.batch_size == 3 * 2 * chips
+  assert config.train.batch_size == 8  # untouched
+
+
+def row(label: str, chips: int, **changes: object) -> dict[str, object]:
+  made = {
+    'label': label,
+    'topology': f'v5e:{chips}',
+    'num_devices': chips,
+    'mesh': {'data': 1, 'fsdp': 2, 'expert': chips // 2, 'tensor': 1},
+    'tokens_per_step': 4096,
+    'fits': True,
+    'memory_bytes': {'total': 3 << 30},
+    'sent_bytes_per_token': 2048.0,
+    'compile_seconds': 61.4,
+    'estimated_seconds': 0.0123,
+  }
+  return made | changes
+
+
+def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
+  scaling_results.keep(row('a', 4, compile_seconds=1.0), tmp_path)
+  scaling_results.keep(row('a', 16), tmp_path)
+  scaling_results.keep(row('b', 4, fits=False, needed_bytes=20 << 30), tmp_path)
+  scaling_results.keep(row('a', 4), tmp_path)  # in place of the first
+  lines = (tmp_path / 'scaling.jsonl').read_text().splitlines()
+  assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4]
+  table = (tmp_path / 'README.md').read_text()
+  assert '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 |' in table
+  assert 'does not fit: 20.00' in table and '| 1 |' not in table
+  assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_sequences_are_counted() -> None:
+  with pytest.raises(UserError, match='--sequences = 0'):
+    next(scaling.measure(tiny.config(), ['v5e:2x2'], 0))
+
+
+@pytest.mark.slow
+def test_rows_of_compiled_steps() -> None:
+  config = tiny.config(model__dtype='auto', moe__factors=2)
+  four, eight = scaling.measure(config, ['v5e:2x2', 'v5e:2x4'], 2)
+  assert four['num_devices'] == 4 and eight['num_devices'] == 8
+  assert four['tokens_per_step'] * 2 == eight['tokens_per_step'] == 256
+  for made in (four, eight):
+    assert made['fits'] and made['compile_seconds'] > 0
+    sent = sum(made['collectives'].values()) * made['num_devices']
+    per_token = made['sent_bytes_per_token']
+    assert sent / made['tokens_per_step'] == pytest.approx(per_token)
+    json.dumps(made)

@@ -1,0 +1,147 @@
+"""What compilers say of the training step, for CPUs and for TPUs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import plan
+from moe_jax.errors import UserError
+from moe_jax.planning import compiled, fit, topologies
+
+SLICE = 'v5e:2x2'
+
+
+def test_data_parallelism_sends_every_gradient_once_around() -> None:
+  """And little else: the norm, the metrics."""
+  config = tiny.config(moe__num_experts=0, mesh__data=8)
+  told = compiled.plan(config, topologies.here())
+  parameters = plan.make(config, 8)['parameters']['total']
+  gradients = 2 * 7 / 8 * 4 * parameters
+  assert gradients <= told['sent_bytes'] <= 1.01 * gradients
+  assert told['sent_bytes_most'] == told['sent_bytes']
+  assert {tuple(each['axes']) for each in told['collectives']} == {('data',)}
+  kinds = dict(told['memory_bytes'])
+  total, aliased = kinds.pop('total'), kinds.pop('aliased')
+  assert total == sum(kinds.values()) - aliased
+  # Parameters and two moments, donated; the batch is not.
+  assert aliased == pytest.approx(12 * parameters, abs=100)
+  assert told['fits'] and told['available_bytes'] is None
+  assert told['estimated_cycles'] is None
+
+
+def test_a_tpu_program() -> None:
+  config = tiny.config(
+    model__num_layers=1, model__dtype='auto', mesh__data=1, mesh__fsdp=4
+  )
+  target = topologies.target(SLICE)
+  told = compiled.plan(config, target)
+  assert told['device'] == 'TPU v5 lite' and told['num_devices'] == 4
+  assert told['fits'] and told['spare_bytes'] > 15 << 30
+  assert told['flops'] > 0 and 0 < told['estimated_seconds'] < 1
+  axes = {axis for each in told['collectives'] for axis in each['axes']}
+  assert axes == {'fsdp'}
+
+  made = plan.make(config, 4, target.devices[0])
+  assert made['strategy']['platform'] == 'tpu'
+  assert made['strategy']['dtype'] == 'bfloat16'
+  text = plan.table(made | {'compiled': told})
+  assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'overrides, slices',
+  [
+    ({'moe.dispatch': 'capacity', 'mesh.expert': 4}, 1),
+    ({'moe.factors': 2, 'mesh.expert': 4}, 1),
+    (
+      {'moe.factors': 2, 'router.recurrent': 'gru', 'mesh.expert': 2},
+      1,
+    ),
+    ({'mesh.expert': 4, 'moe.num_experts': 4}, 1),  # one expert per device
+    ({'router.recurrent': 'gru', 'mesh.tensor': 2, 'mesh.expert': 2}, 1),
+    ({'moe.factors': 2, 'mesh.fsdp': 4, 'model.remat': 'dots'}, 1),
+    ({'mesh.fsdp': 4, 'train.batch_size': 16}, 2),
+    ({'loss.bias_rate': 0.01, 'train.accumulation': 2}, 1),
+  ],
+)
+def test_tpu_programs_of_all_kinds(
+  overrides: dict[str, object], slices: int
+) -> None:
+  config = tiny.config(**{'model.dtype': 'auto'} | overrides)
+  told = compiled.plan(config, topologies.target(SLICE, slices))
+  assert told['fits'] and told['num_devices'] == 4 * slices
+  assert all(each['axes'] for each in told['collectives'])
+
+
+def test_memory_of_a_chip_is_what_its_compiler_says() -> None:
+  """A program of 3 TiB is refused, with both numbers."""
+  for name in ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
+    target = topologies.target(name)
+    everywhere = NamedSharding(Mesh(target.devices, 'x'), P())
+    shape = jax.ShapeDtypeStruct(
+      (1 << 19, 1 << 19), jnp.float32, sharding=everywhere
+    )
+    lowered = jax.jit(lambda x: jnp.cos(x) @ jnp.sin(x)).lower(shape)
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+      lowered.compile()
+    refused = compiled.too_large(str(error.value), arguments=1 << 40)
+    # Told to two digits.
+    known = target.chip.memory_bytes
+    assert refused.available == pytest.approx(known, abs=1 << 20)
+    assert refused.needed == 3 << 40
+
+
+@pytest.mark.parametrize(
+  'said, needed, available',
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.00G'
+      ' of 15.75G hbm. Exceeded hbm capacity by 7.25G.',
+      23 << 30,
+      63 << 28,
+    ),
+    (
+      'the total memory required for HLO temporaries (512.5M) exceeds available'
+      ' HBM (256K).',
+      1025 << 19,
+      1 << 18,
+    ),
+  ],
+)
+def test_refusals_are_understood(
+  said: str, needed: int, available: int
+) -> None:
+  refused = compiled.too_large(said, arguments=0)
+  assert (refused.needed, refused.available) == (needed, available)
+
+
+def test_other_failures_are_no_refusals() -> None:
+  assert compiled.too_large('INTERNAL: RET_CHECK failure', 0) is None
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_says_what_would() -> None:
+  config = tiny.config(
+    model__num_layers=1, mesh__data=1, mesh__fsdp=4, model__vocab_size=4096
+  )
+  config.train.batch_size, config.data.seq_len = 4096, 4096
+  target = topologies.target(SLICE)
+  with pytest.raises(compiled.DoesNotFitError) as error:
+    compiled.plan(config, target)
+  refused = error.value
+  assert refused.needed > refused.available == target.chip.memory_bytes
+  advice = fit.advice(config, target, refused)
+  batch = int(advice.split('train.batch_size = ')[1].split()[0])
+  assert 0 < batch < 4096 and batch % 4 == 0 and '--fit' in advice
+
+
+def test_flags_that_contradict_each_other() -> None:
+  flags = {'json': False, 'fit': False, 'compile': True}
+  with pytest.raises(UserError, match='--devices = 3, but here has 8'):
+    plan.run(tiny.config(), devices=3, topology=None, slices=1, **flags)
+  with pytest.raises(UserError, match='--slices = 2 is of a --topology'):
+    plan.run(tiny.config(), devices=None, topology=None, slices=2, **flags)

@@ -1,0 +1,102 @@
+"""The search for a batch and a policy, with programs that are made up."""
+
+import itertools
+
+import pytest
+import tiny
+
+from moe_jax.errors import UserError
+from moe_jax.planning import compiled, fit, topologies
+from moe_jax.planning.estimate import Estimate
+from moe_jax.planning.fit import POLICIES, Trial
+
+AVAILABLE = 1000
+# Bytes of a sequence under each policy, on top of 100.
+NEEDS = {'none': 40, 'dots': 20, 'full': 5}
+
+
+def attempt(batch_size: int, remat: str) -> Trial:
+  needed = 100 + NEEDS[remat] * batch_size
+  return Trial(batch_size, remat, needed, AVAILABLE)
+
+
+def estimates(missed: float) -> dict[str, Estimate]:
+  """What needs so many times less than it will."""
+  return {
+    remat: Estimate(round(100 / missed), needs / missed)
+    for remat, needs in NEEDS.items()
+  }
+
+
+@pytest.mark.parametrize(
+  'wanted, missed, start',
+  itertools.product(
+    [4, 16, 24, 40, 100, 176, 180, 400], [0.5, 1.0, 1.7], POLICIES
+  ),
+)
+def test_search_finds_what_trying_all_would(
+  wanted: int, missed: float, start: str
+) -> None:
+  unit = 4
+  trials = fit.search(wanted, unit, estimates(missed), start, attempt)
+  best = fit.best(trials)
+
+  holding = [remat for remat in POLICIES if attempt(wanted, remat).fits]
+  remat = holding[0] if holding else 'full'
+  batches = [b for b in range(unit, 1000, unit) if attempt(b, remat).fits]
+  assert best.remat == remat and best.fits and best.batch_size % unit == 0
+  # To an eighth, or to the unit.
+  at_least = min(batches[-1] - unit, batches[-1] / (1 + 1 / 8))
+  assert at_least <= best.batch_size <= batches[-1]
+  assert len(trials) <= 9
+  assert len(set(trials)) == len(trials)
+
+
+def test_a_good_estimate_takes_few_trials() -> None:
+  trials = fit.search(16, 4, estimates(1.0), 'none', attempt)
+  assert len(trials) <= 4 and fit.best(trials).batch_size == 20
+
+
+def test_nothing_fits() -> None:
+  def too_large(batch_size: int, remat: str) -> Trial:
+    return Trial(batch_size, remat, 2 * AVAILABLE, AVAILABLE)
+
+  trials = fit.search(64, 8, estimates(1.0), 'dots', too_large)
+  assert fit.best(trials) is None
+  assert trials[-1].batch_size == 8 and trials[-1].remat == 'full'
+
+
+@pytest.mark.parametrize(
+  'missed, said',
+  [
+    # 500 of 1000 for 64 sequences without rematerialisation, and so on.
+    (2.5, "by estimate model.remat = 'dots' would"),
+    (5, "by estimate model.remat = 'full' would"),
+    (20, "train.batch_size = 32 with model.remat = 'full' would"),
+    (1000, 'by estimate no batch would; take more devices'),
+  ],
+)
+def test_advice_follows_from_what_was_needed(
+  monkeypatch: pytest.MonkeyPatch, missed: float, said: str
+) -> None:
+  bytes_of = {'none': 8, 'dots': 4, 'full': 2}  # of 64 sequences 512, 256, 128
+  estimated = {name: Estimate(0, each) for name, each in bytes_of.items()}
+  monkeypatch.setattr(fit, '_estimates', lambda config, target: estimated)
+  config = tiny.config(train__batch_size=64, mesh__data=4)
+  refused = compiled.DoesNotFitError(round(512 * missed), 500)
+  target = topologies.Target([None] * 4, None)
+  advice = fit.advice(config, target, refused)
+  assert said in advice, advice
+
+
+def test_batches_divide_among_devices_and_micro_batches() -> None:
+  config = tiny.config(
+    mesh__data=2, mesh__tensor=2, train__accumulation=3, train__batch_size=12
+  )
+  target = topologies.Target([None] * 4, None)
+  assert fit.unit(config, target) == 6
+
+
+def test_a_device_that_does_not_say_what_it_holds() -> None:
+  with pytest.raises(UserError, match='--fit needs devices.*--topology'):
+    fit.find(tiny.config(), topologies.here(), lambda trial: None)
