@@ -83,8 +83,9 @@ def run(
       f'--devices = {devices}, but {"--topology" if topology else "here"} has'
       f' {count}; leave --devices out'
     )
-  # Or the seconds would tell of the cache.
-  jax.config.update('jax_enable_compilation_cache', False)
+  if compile or fit:
+    # Or the seconds would tell of the cache.
+    jax.config.update('jax_enable_compilation_cache', False)
   found = fit_lib.find(config, target, tell) if fit else {}
   if fit:
     config.update_from_flattened_dict(found['overrides'])

@@ -1,10 +1,16 @@
 """The search for a batch and a policy, with programs that are made up."""
 
 import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
 
+import jax
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
+from moe_jax import plan
 from moe_jax.errors import UserError
 from moe_jax.planning import compiled, fit, topologies
 from moe_jax.planning.estimate import Estimate
@@ -102,3 +108,47 @@ def test_batches_divide_among_devices_and_micro_batches() -> None:
 def test_a_device_that_does_not_say_what_it_holds() -> None:
   with pytest.raises(UserError, match='--fit needs devices.*--topology'):
     fit.find(tiny.config(), topologies.here(), lambda trial: None)
+
+
+@pytest.fixture
+def cache_as_before() -> Iterator[None]:
+  """A program that compiles switches jax's cache off."""
+  before = jax.config.jax_enable_compilation_cache
+  yield
+  jax.config.update('jax_enable_compilation_cache', before)
+
+
+@pytest.mark.usefixtures('cache_as_before')
+def test_the_plan_is_of_what_was_found(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """On a v5e of 15.75 GiB: so many sequences of each policy take one."""
+  per_gib = {'none': 1, 'dots': 2, 'full': 4}
+
+  def compile_(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
+    needed = (config.train.batch_size << 30) // per_gib[config.model.remat]
+    if needed > target.chip.memory_bytes:
+      raise compiled.DoesNotFitError(needed, target.chip.memory_bytes)
+    available = target.chip.memory_bytes
+    return {'memory_bytes': {'total': needed}, 'available_bytes': available}
+
+  estimated = {name: Estimate(0, 1e9 / n) for name, n in per_gib.items()}
+  monkeypatch.setattr(fit, '_estimates', lambda config, target: estimated)
+  monkeypatch.setattr(compiled, 'plan', compile_)
+  plan.run(
+    tiny.config(train__batch_size=24, mesh__fsdp=4, mesh__data=1),
+    json=True,
+    devices=None,
+    topology='v5e:2x2',
+    slices=1,
+    compile=False,
+    fit=True,
+  )
+  out, err = capsys.readouterr()
+  found = json.loads(out)['fit']
+  # 24 are too many without rematerialisation; with some, 28 is the most.
+  assert found['overrides'] == {'train.batch_size': 28, 'model.remat': 'dots'}
+  assert found['spare_bytes'] == (63 << 28) - (14 << 30)
+  assert json.loads(out)['tokens_per_step'] == 28 * 16
+  assert len(err.splitlines()) == len(found['trials'])
+  assert 'batch 24, remat none: 24.00 GiB of 15.75 GiB, does not fit' in err
