@@ -84,7 +84,8 @@ def measure(
     `_most` (where every conditional sends as much as it can) of all devices
     together, `collectives`: bytes per device by kind and axes,
     `estimated_seconds` (of fusions alone, and where the clock is published),
-    and `compile_seconds`; of one that does not, `needed_bytes`, at least.
+    `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
+    does not, `needed_bytes`, at least.
 
   Raises:
     UserError: anything wrong with the config or the topologies.
@@ -129,7 +130,12 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   except compiled.DoesNotFitError as refused:
     return {'fits': False, 'needed_bytes': refused.needed}
   tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
-  kept = ('memory_bytes', 'estimated_seconds', 'compile_seconds')
+  kept = (
+    'memory_bytes',
+    'estimated_seconds',
+    'compile_seconds',
+    'compile_cpu_seconds',
+  )
   return {
     'fits': True,
     **{name: told[name] for name in kept},

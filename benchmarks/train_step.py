@@ -39,6 +39,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
 
   Returns:
     `tokens_per_second` (at the median step, over all devices),
+    `tflops_per_second` of a device and `mfu` (see `training.peaks`),
     `step_seconds` (the median), `step_seconds_min` and `_max`,
     `compile_seconds` (tracing and lowering too), `peak_memory_bytes` (of one
     device; see `common.peak_memory`) and `peak_memory_source`, `loss` (of the
@@ -52,6 +53,9 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   import numpy as np
 
   from benchmarks import common
+  from moe_jax.model import sizes
+  from moe_jax.model.build import compute_dtype
+  from moe_jax.training import peaks
 
   if steps < 1 or warmup < 0:
     raise UserError(
@@ -68,10 +72,14 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
     seconds.append(time.perf_counter() - began)
   median = float(np.median(seconds[warmup:]))
   tokens = config.train.batch_size * config.data.seq_len
+  flops = tokens * sizes.flops_per_token(config, made.abstract['params'])
+  devices = list(made.mesh.devices.flat)
+  dtype = str(compute_dtype(config, made.mesh))
   peak, source = common.peak_memory(compiled)
   return {
     'benchmark': 'train_step',
     'tokens_per_second': tokens / median,
+    **peaks.utilisation(flops / median, devices, dtype),
     'step_seconds': median,
     'step_seconds_min': min(seconds[warmup:]),
     'step_seconds_max': max(seconds[warmup:]),

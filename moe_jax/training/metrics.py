@@ -90,12 +90,18 @@ def progress_line(
   loss: float,
   tokens_per_second: float,
   seconds_left: float,
+  mfu: float | None = None,
 ) -> str:
-  """`step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`."""
+  """`step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`.
+
+  Before the time left stands `38.1% MFU`, where that is known.
+  """
   width = len(str(steps))
+  used = '' if mfu is None else f'  {mfu:.1%} MFU'
   return (
     f'step {step:{width}}/{steps}  {step / steps:4.0%}  loss {loss:.4f}'
-    f'  {_short(tokens_per_second)} tokens/s  {duration(seconds_left)} left'
+    f'  {_short(tokens_per_second)} tokens/s{used}'
+    f'  {duration(seconds_left)} left'
   )
 
 

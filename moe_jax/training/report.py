@@ -11,8 +11,10 @@ from moe_jax.data.pipeline import Windows
 from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
+from moe_jax.model.build import compute_dtype
 from moe_jax.routing.balance import Load
 from moe_jax.training import metrics as metrics_lib
+from moe_jax.training import peaks
 from moe_jax.training.metrics import MetricsWriter
 from moe_jax.training.state import Setup
 
@@ -76,6 +78,10 @@ class Journal:
     config = setup.config
     self._steps = config.train.steps
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
+    params = setup.abstract['params']
+    self._flops_per_token = sizes.flops_per_token(config, params)
+    self._devices = list(setup.mesh.devices.flat)
+    self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start
     self._active = hosts.is_first()
     self._writer = MetricsWriter(workdir, start or None, self._active)
@@ -121,10 +127,17 @@ class Journal:
     values = {name: float(value) for name, value in metrics.items()}
     loss = check_finite(values['loss'], step)
     speed = self._tokens_per_second(step)
-    values |= {'tokens_per_second': speed} | routing_metrics(load)
+    achieved = peaks.utilisation(
+      speed * self._flops_per_token, self._devices, self._dtype
+    )
+    values |= {'tokens_per_second': speed} | achieved | routing_metrics(load)
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed
-    self.say(metrics_lib.progress_line(step, self._steps, loss, speed, left))
+    self.say(
+      metrics_lib.progress_line(
+        step, self._steps, loss, speed, left, achieved.get('mfu')
+      )
+    )
     self._results['train'] = [f'{loss:.4f}', '', '']
 
   def evaluation(

@@ -1,0 +1,76 @@
+"""What devices can do at most, to say how much of it training achieves."""
+
+import re
+from typing import NamedTuple
+
+import jax
+
+
+class _Peak(NamedTuple):
+  """Dense matmuls of one jax device, 10^12 operations a second.
+
+  Attributes:
+    kind: pattern of `jax.Device.device_kind`.
+    bfloat16: operands of 16 bits.
+    float32: as JAX multiplies float32 by default: on NVIDIA's GPUs in TF32; 0
+      where no figure is published.
+  """
+
+  kind: str
+  bfloat16: float
+  float32: float = 0.0
+
+
+# The vendors' datasheets; NVIDIA's figures "with sparsity" are halved. The
+# first that matches counts.
+_PEAKS = (
+  # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; per chip, of which a
+  # TPU7x shows as two devices.
+  _Peak(r'TPU v4', 275),
+  _Peak(r'TPU v5( lite|e)', 197),
+  _Peak(r'TPU v5p?', 459),
+  _Peak(r'TPU v6( lite|e)', 918),
+  _Peak(r'TPU ?(v7|7x).*', 2307 / 2),
+  # NVIDIA A100 Tensor Core GPU datasheet.
+  _Peak(r'NVIDIA A100.*', 312, 156),
+  # NVIDIA H100 and H200 Tensor Core GPU datasheets; SXM where no other form.
+  _Peak(r'NVIDIA H100 PCIe.*', 756, 378),
+  _Peak(r'NVIDIA H100 NVL.*', 835.5, 417.5),
+  _Peak(r'NVIDIA (H100|H200|GH200).*', 989.5, 494.5),
+  # NVIDIA Blackwell datasheet (HGX B200, one of eight).
+  _Peak(r'NVIDIA B200.*', 2250, 1100),
+)
+
+
+def peak(device_kind: str, dtype: str) -> float | None:
+  """Operations a second that one device can do; None where nobody says.
+
+  Args:
+    device_kind: of a jax device.
+    dtype: of the arithmetic.
+  """
+  for known in _PEAKS:
+    if re.fullmatch(known.kind, device_kind):
+      return getattr(known, dtype, 0) * 1e12 or None
+  return None
+
+
+def utilisation(
+  flops_per_second: float, devices: list[jax.Device], dtype: str
+) -> dict[str, float]:
+  """What a model's operations come to, per device.
+
+  Args:
+    flops_per_second: of all devices, counted as `model.sizes` does: what the
+      model asks for, not what is computed again or in vain.
+    devices: that share them, all of a kind.
+    dtype: of the arithmetic.
+
+  Returns:
+    `tflops_per_second` of a device; and where its peak is known `mfu`, the
+    share of it (model FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
+  """
+  each = flops_per_second / len(devices)
+  most = peak(devices[0].device_kind, dtype)
+  share = {} if most is None else {'mfu': each / most}
+  return {'tflops_per_second': each / 1e12} | share
