@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
   # position | probability: who is kept, earlier tokens or heavier ones
   config.moe.priority = 'position'
+  # auto | blocks | ragged_dot | padded | triton | mosaic: see build_matmul.py
+  config.moe.grouped_matmul = 'auto'  # how dropless experts are computed
   # auto | gather | all_to_all | ragged: of tokens between devices along
   # mesh.expert; auto is what sends the fewest bytes
   config.moe.exchange = 'auto'

@@ -20,6 +20,14 @@ CHOICES = {
   'model.activation': ('swiglu', 'relu'),
   'moe.dispatch': ('dropless', 'capacity'),
   'moe.priority': ('position', 'probability'),
+  'moe.grouped_matmul': (
+    'auto',
+    'blocks',
+    'ragged_dot',
+    'padded',
+    'triton',
+    'mosaic',
+  ),
   'moe.exchange': ('auto', 'gather', 'all_to_all', 'ragged'),
   'moe.shared.mixing': ('sum', 'fixed', 'coefficient'),
   'router.score': (

@@ -15,6 +15,7 @@ _HARMLESS = (
   'checkpoint',
   'eval',
   'model.attention',
+  'moe.grouped_matmul',
   'model.remat',
   'model.unroll',
   'moe.exchange',

@@ -41,7 +41,9 @@ ROOMS = {
   'cli': Room('allocator config_file errors libtpu', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
-  'experts': Room('routing', 'jax flax'),
+  # An optional package, imported where it is used.
+  'experts.tokamax_kernels': Room('', 'jax tokamax absl'),
+  'experts': Room('routing experts.tokamax_kernels', 'jax flax'),
   'distributed.slices': Room('axes errors', 'jax ml_collections numpy'),
   'distributed.mesh': Room(
     'config errors distributed.slices', 'jax ml_collections'
@@ -54,7 +56,7 @@ ROOMS = {
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
   ),
-  'model': Room(_MODEL, 'jax flax ml_collections'),
+  'model': Room(f'{_MODEL} experts.tokamax_kernels', 'jax flax ml_collections'),
   'interop': Room(
     f'{_CONFIG} ranges saved_config model',
     'jax flax ml_collections ml_dtypes numpy safetensors',

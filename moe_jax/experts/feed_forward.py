@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.dropout import dropout, dropout_rows, split
-from moe_jax.experts.grouped_matmul import grouped_matmul
+from moe_jax.experts.grouped_matmul import Chosen, Multiply
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
+
+_BY_PLATFORM = Chosen()  # needs no package
 
 
 def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -85,11 +87,13 @@ class StackedExperts(nnx.Module):
   Attributes:
     num_units: F of a whole expert; a shard may hold a part.
     dropout: of hidden units.
+    multiply: the grouped matmul.
   """
 
-  def __init__(self, num_units: int, dropout: float):
+  def __init__(self, num_units: int, dropout: float, multiply: Multiply):
     self.num_units = num_units
     self.dropout = dropout
+    self.multiply = multiply
 
   @property
   def num_experts(self) -> int:
@@ -128,8 +132,9 @@ class ExpertBank(StackedExperts):
     init_std: float,
     rngs: nnx.Rngs,
     dropout: float = 0.0,
+    multiply: Multiply = _BY_PLATFORM,
   ):
-    super().__init__(width, dropout)
+    super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
     self.gate_up_ND2F = nnx.Param(
       init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
@@ -157,11 +162,11 @@ class ExpertBank(StackedExperts):
     num_experts, hidden_size, _, width = gate_up_ND2F.shape
     flat_NDF = gate_up_ND2F.reshape(num_experts, hidden_size, 2 * width)
     gate_MF, up_MF = jnp.split(
-      grouped_matmul(rows_MD, flat_NDF, sizes_N), 2, axis=-1
+      self.multiply(rows_MD, flat_NDF, sizes_N), 2, axis=-1
     )
     hidden_MF = self._drop(_gate(gate_MF, up_MF), seeds_M, first_unit)
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
-    return grouped_matmul(hidden_MF, down_NFD, sizes_N)
+    return self.multiply(hidden_MF, down_NFD, sizes_N)
 
   def batched(
     self,

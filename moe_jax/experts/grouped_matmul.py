@@ -1,11 +1,11 @@
 """Sorted rows times a bank of weights: the matmul at the heart of dropless MoE.
 
-`grouped_matmul` has one meaning and one implementation per backend, picked
-when the program is lowered. On CPU `lax.ragged_dot` computes every group
-densely, so there the rows are cut into blocks that lie inside one group each;
-elsewhere it is `lax.ragged_dot`.
+One meaning, several implementations: `IMPLEMENTATIONS`. Which one is best on a
+device is a matter of measurement, `python -m benchmarks.grouped_matmul`.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,27 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.experts import row_blocks
+from moe_jax.experts import padded_rounds, row_blocks, tokamax_kernels
 
-
-def grouped_matmul(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
-) -> jax.Array:
-  """`rows_MD[m] @ bank_NDF[group of m]`, differentiable in rows and bank.
-
-  Inside `shard_map` all three must vary over the same mesh axes: a custom
-  gradient cannot know of a sum over devices.
-
-  Args:
-    rows_MD: rows sorted by group: the first sizes_N[0] are group 0's, and so
-      on. Rows past sum(sizes_N) belong to none.
-    bank_NDF: one matrix per group, of the rows' dtype.
-    sizes_N: int32 group sizes, each >= 0, at most M in all.
-
-  Returns:
-    [M, F]; rows that belong to no group are 0.
-  """
-  return _grouped_matmul(rows_MD, bank_NDF, sizes_N)
+# (rows_MD, bank_NDF, sizes_N) -> [M, F]
+Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Implementation(NamedTuple):
@@ -46,8 +29,60 @@ class Implementation(NamedTuple):
       and bank.
   """
 
-  forward: Callable[..., jax.Array]
+  forward: Multiply
   backward: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def grouped_matmul(
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  implementation: str | None = None,
+) -> jax.Array:
+  """`rows_MD[m] @ bank_NDF[group of m]`, differentiable in rows and bank.
+
+  Inside `shard_map` all three must vary over the same mesh axes: a custom
+  gradient cannot know of a sum over devices.
+
+  Args:
+    rows_MD: rows sorted by group: the first sizes_N[0] are group 0's, and so
+      on. Rows past sum(sizes_N) belong to none, and are finite all the same.
+    bank_NDF: one matrix per group, of the rows' dtype.
+    sizes_N: int32 group sizes, each >= 0, at most M in all.
+    implementation: a name in `IMPLEMENTATIONS`; None for one that needs no
+      package, picked by the platform that the program is lowered for.
+
+  Returns:
+    [M, F]; rows that belong to no group are 0.
+  """
+  return _grouped_matmul(implementation, rows_MD, bank_NDF, sizes_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """`grouped_matmul` by the implementation that is best for the shapes.
+
+  Attributes:
+    name: of the implementation where nothing was measured.
+    measured: pairs of a case, see `case`, and the name of its best.
+  """
+
+  name: str | None = None
+  measured: tuple[tuple[str, str], ...] = ()
+
+  def __call__(
+    self, rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  ) -> jax.Array:
+    measured = dict(self.measured)
+    of_shapes = case(len(rows_MD), *bank_NDF.shape, rows_MD.dtype)
+    name = measured.get(of_shapes, self.name)
+    return grouped_matmul(rows_MD, bank_NDF, sizes_N, name)
+
+
+def case(num_rows: int, num_groups: int, d: int, f: int, dtype: object) -> str:
+  """What a measurement holds for; rows are rounded up to a power of two."""
+  rounded = 1 << (num_rows - 1).bit_length()
+  return f'{rounded} rows, {num_groups} x {d} x {f}, {jnp.dtype(dtype).name}'
 
 
 def _ragged(
@@ -55,23 +90,34 @@ def _ragged(
 ) -> jax.Array:
   if len(bank_NDF) == 1:
     # libtpu 0.0.42 fails on a ragged_dot of one group, in a loop.
-    out_MF = rows_MD @ bank_NDF[0]
-  else:
-    out_MF = lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
-  used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
-  return jnp.where(used_M[:, None], out_MF, 0)
+    return rows_MD @ bank_NDF[0]
+  return lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
 
 
-def _ragged_backward(
-  rows_MD: jax.Array,
-  bank_NDF: jax.Array,
-  sizes_N: jax.Array,
-  grad_MF: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  _, vjp = jax.vjp(
-    lambda rows, bank: _ragged(rows, bank, sizes_N), rows_MD, bank_NDF
-  )
-  return vjp(grad_MF)
+def _derived(multiply: Multiply) -> Implementation:
+  """With the gradients that `multiply` has of itself."""
+
+  def forward(
+    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  ) -> jax.Array:
+    out_MF = multiply(rows_MD, bank_NDF, sizes_N)
+    used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
+    return jnp.where(used_M[:, None], out_MF, 0)
+
+  def backward(
+    rows_MD: jax.Array,
+    bank_NDF: jax.Array,
+    sizes_N: jax.Array,
+    grad_MF: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    _, vjp = jax.vjp(
+      lambda rows, bank: forward(rows, bank, sizes_N), rows_MD, bank_NDF
+    )
+    rows_grad_MD, bank_grad_NDF = vjp(grad_MF)
+    used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
+    return jnp.where(used_M[:, None], rows_grad_MD, 0), bank_grad_NDF
+
+  return Implementation(forward, backward)
 
 
 def _rungs(rows: jax.Array, bank_NDF: jax.Array) -> row_blocks.Ladder:
@@ -103,32 +149,48 @@ def _blocks_backward(
   return rows_grad_MD, bank_grad_NDF.astype(bank_NDF.dtype)
 
 
-BLOCKS = Implementation(_blocks, _blocks_backward)
-RAGGED = Implementation(_ragged, _ragged_backward)
+IMPLEMENTATIONS = {
+  'blocks': Implementation(_blocks, _blocks_backward),
+  'ragged_dot': _derived(_ragged),
+  'padded': Implementation(padded_rounds.multiply, padded_rounds.gradients),
+  'triton': tokamax_kernels.traced(_derived(tokamax_kernels.triton)),
+  'mosaic': tokamax_kernels.traced(_derived(tokamax_kernels.mosaic)),
+}
 
 
-@jax.custom_vjp
-def _grouped_matmul(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
-) -> jax.Array:
+def _run(implementation: str | None, part: str, *operands: jax.Array) -> object:
+  if implementation is not None:
+    return getattr(IMPLEMENTATIONS[implementation], part)(*operands)
+  # XLA computes `ragged_dot` densely on CPU, every row with every matrix.
   return lax.platform_dependent(
-    rows_MD, bank_NDF, sizes_N, cpu=BLOCKS.forward, default=RAGGED.forward
+    *operands,
+    cpu=getattr(IMPLEMENTATIONS['blocks'], part),
+    default=getattr(IMPLEMENTATIONS['ragged_dot'], part),
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(
+  implementation: str | None,
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+) -> jax.Array:
+  return _run(implementation, 'forward', rows_MD, bank_NDF, sizes_N)
 
 
 def _forward(
-  *operands: jax.Array,
+  implementation: str | None, *operands: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return _grouped_matmul(*operands), operands
+  return _grouped_matmul(implementation, *operands), operands
 
 
 def _backward(
-  operands: tuple[jax.Array, ...], grad_MF: jax.Array
+  implementation: str | None,
+  operands: tuple[jax.Array, ...],
+  grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
-  grads = lax.platform_dependent(
-    *operands, grad_MF, cpu=BLOCKS.backward, default=RAGGED.backward
-  )
-  return *grads, None
+  return *_run(implementation, 'backward', *operands, grad_MF), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

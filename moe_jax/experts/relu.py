@@ -12,7 +12,9 @@ from flax import nnx
 
 from moe_jax.experts.dropout import dropout
 from moe_jax.experts.feed_forward import StackedExperts
-from moe_jax.experts.grouped_matmul import grouped_matmul
+from moe_jax.experts.grouped_matmul import Chosen, Multiply
+
+_BY_PLATFORM = Chosen()  # needs no package
 
 # x [..., D] times a bank of weights [N, D, F], every row with its expert's.
 _Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -76,8 +78,9 @@ class ReluExpertBank(StackedExperts):
     init_std: float,
     rngs: nnx.Rngs,
     dropout: float = 0.0,
+    multiply: Multiply = _BY_PLATFORM,
   ):
-    super().__init__(width, dropout)
+    super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
     self.up_NDF = nnx.Param(
       init(rngs.params(), (num_experts, hidden_size, width), jnp.float32)
@@ -104,7 +107,7 @@ class ReluExpertBank(StackedExperts):
     member_MN = member_MN.astype(rows_MD.dtype)
     return self._apply(
       rows_MD,
-      lambda x, bank_NDF: grouped_matmul(x, bank_NDF, sizes_N),
+      lambda x, bank_NDF: self.multiply(x, bank_NDF, sizes_N),
       # A matmul, because the gradient of a look-up would be a scatter.
       lambda bias_NF: member_MN @ bias_NF,
       seeds_M,

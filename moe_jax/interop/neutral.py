@@ -50,6 +50,7 @@ NEUTRAL = {
     'dispatch': 'dropless',
     'capacity_factor': 1.0,
     'priority': 'position',
+    'grouped_matmul': 'auto',
     'bias': False,
     'shared': {
       'width': 0,
@@ -89,7 +90,7 @@ NEUTRAL = {
 # How it is trained or computed, not what: free in every comparison.
 _FREE = """model.attention model.dropout model.init_std model.dtype model.remat
 model.unroll model.idle_parameters moe.dispatch moe.capacity_factor moe.priority
-moe.every moe.offset moe.first_dense router.residual_detached
+moe.grouped_matmul moe.every moe.offset moe.first_dense router.residual_detached
 router.jitter""".split()
 
 

@@ -18,6 +18,7 @@ from moe_jax.model import (
   build_attention,
   build_block,
   build_exchange,
+  build_matmul,
   build_router,
 )
 from moe_jax.model.block import Period
@@ -55,6 +56,7 @@ def build(
     vocab_size,
     build_exchange.dispatch(config, mesh, dtype),
     build_attention.attend(config, mesh, dtype),
+    build_matmul.matmul(config, mesh),
     disable_top,
   )
   make_block = functools.partial(build_block.block, parts)

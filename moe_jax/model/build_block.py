@@ -17,6 +17,7 @@ from moe_jax.experts.cartesian import (
 )
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.feed_forward import DenseLayer, ExpertBank, FeedForward
+from moe_jax.experts.grouped_matmul import Multiply
 from moe_jax.experts.moe import (
   CoefficientMixing,
   FixedMixing,
@@ -57,6 +58,7 @@ class Parts(NamedTuple):
     vocab_size: V.
     dispatch: of all MoE layers.
     attend: of all layers.
+    multiply: the grouped matmul of all banks of experts.
     disable_top: experts left out of every choice; see `Select`.
   """
 
@@ -64,6 +66,7 @@ class Parts(NamedTuple):
   vocab_size: int
   dispatch: Dispatch
   attend: Attend
+  multiply: Multiply
   disable_top: int
 
 
@@ -138,6 +141,7 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
       init_std=model.init_std,
       rngs=rngs,
       dropout=model.dropout,
+      multiply=parts.multiply,
     )
     shared, mixing = _shared(config, rngs)
     bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_jax import ranges
+from moe_jax.experts import grouped_matmul
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import repetition
 from moe_jax.model.build_attention import IMPLEMENTATIONS
@@ -40,6 +41,7 @@ def test_config_knows_every_part_there_is() -> None:
     'moe.dispatch': DISPATCHES,
     'moe.exchange': {'auto', *EXCHANGES['dropless']},
     'moe.priority': PRIORITIES,
+    'moe.grouped_matmul': {'auto', *grouped_matmul.IMPLEMENTATIONS},
     'moe.shared.mixing': MIXINGS,
     'router.recurrent': CELLS,
     'router.score': SCORES,

@@ -1,0 +1,55 @@
+"""Command lines of measurements that need no config."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from moe_jax import allocator
+from moe_jax.errors import UserError
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  """With the flags that all of them have: --json, --rounds, --dtype."""
+  made = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  made.add_argument('--json', action='store_true', help='a JSON line per case')
+  made.add_argument('--rounds', type=int, default=9, help='that are measured')
+  made.add_argument('--dtype', choices=('auto', 'float32', 'bfloat16'),
+                    default='auto', help='auto: float32 on CPU')  # fmt: skip
+  return made
+
+
+def sizes(names: str) -> Callable[[str], dict[str, int]]:
+  """A type of arguments: as many numbers joined by x as there are names."""
+
+  def parse(text: str) -> dict[str, int]:
+    numbers = [int(part) for part in text.split('x')]
+    if len(numbers) != len(names.split()) or min(numbers) < 1:
+      raise ValueError(text)
+    return dict(zip(names.split(), numbers, strict=True))
+
+  parse.__name__ = ' x '.join(names.split())  # for argparse's message
+  return parse
+
+
+def main(
+  program: Callable[[argparse.Namespace], None],
+  made: argparse.ArgumentParser,
+  arguments: Sequence[str] | None = None,
+) -> None:
+  """Runs it with the allocator set; a `UserError` is one line and exit 2."""
+  args = made.parse_args(arguments)
+  allocator.tune()
+  try:
+    if args.rounds < 1:
+      raise UserError(f'--rounds = {args.rounds} must be at least 1')
+    program(args)
+  except UserError as error:
+    sys.exit(_say(error))
+
+
+def _say(error: UserError) -> int:
+  print(f'error: {error}', file=sys.stderr)
+  return 2

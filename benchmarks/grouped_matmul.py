@@ -1,0 +1,155 @@
+"""Times every grouped matmul that runs here, forward and backward.
+
+  python -m benchmarks.grouped_matmul --json
+  python -m benchmarks.grouped_matmul --sizes=4096x512x1024x16 --kinds=random
+  python -m benchmarks.grouped_matmul --tune       # for moe.grouped_matmul=auto
+  python -m benchmarks.grouped_matmul --show_tuned
+
+`--sizes` are rows M, sizes D and F of the matrices, and their number N. The
+measure is a dense matmul of as many rows, forward and backward, in the same
+rounds, and the rate of a large square one.
+
+A JSON line is a case: the median seconds of all `implementations` and of the
+`dense` one; their `ratios` to it (the median over rounds); `tflops` of useful
+work a second; `share_of_peak`, of the rate of a square matmul of `peak_size`;
+and `skew`, rows of the largest group over the mean.
+"""
+
+import argparse
+from typing import Any
+
+from benchmarks import command_line
+
+_CPU_SIZES = ('4096x512x1024x8', '4096x512x1024x16', '4096x1024x1024x64')
+_SIZES = ('32768x2048x2048x8', '32768x2048x2048x16', '32768x2048x2048x64')
+# XLA computes it densely on CPU: these many times the work.
+_SLOW_ON_CPU = ('ragged_dot',)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """The command."""
+  made = command_line.parser(__doc__)
+  made.add_argument(
+    '--sizes',
+    action='append',
+    type=command_line.sizes('rows d f groups'),
+    help='MxDxFxN, once or more',
+  )
+  made.add_argument('--kinds', default='balanced,random,half')
+  made.add_argument('--all', action='store_true', help='slow ones too')
+  made.add_argument('--tune', action='store_true', help='keep the results')
+  made.add_argument('--show_tuned', action='store_true', help='print them')
+  command_line.main(run, made, arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints a line per case; or what was kept, with `--show_tuned`."""
+  # jax must not be imported before the command line has set the allocator.
+  import jax
+
+  from benchmarks import common, timing
+  from moe_jax.model import tuned
+
+  if args.show_tuned:
+    common.show({'file': str(tuned.path())} | tuned.load(), args.json)
+    return
+  device = jax.devices()[0]
+  cpu = device.platform == 'cpu'
+  dtype = timing.dtype_of(args.dtype)
+  parse = command_line.sizes('rows d f groups')
+  cases = args.sizes or [parse(s) for s in (_CPU_SIZES if cpu else _SIZES)]
+  # What is tuned holds for any routing: of the usual kind.
+  kinds = ['random'] if args.tune else args.kinds.split(',')
+  for sizes in cases:
+    for kind in kinds:
+      row = measure(**sizes, kind=kind, dtype=dtype, rounds=args.rounds,
+                    slow=args.all)  # fmt: skip
+      if args.tune:
+        tuned.store(device, {row['case']: row['implementations']})
+      common.show(row, args.json)
+
+
+def measure(
+  rows: int,
+  d: int,
+  f: int,
+  groups: int,
+  *,
+  kind: str,
+  dtype: Any,
+  rounds: int,
+  slow: bool = False,
+) -> dict[str, Any]:
+  """One case; see the module.
+
+  Raises:
+    UserError: `kind` is not known.
+  """
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from benchmarks import common, timing
+  from moe_jax.errors import choose
+  from moe_jax.experts.grouped_matmul import case, grouped_matmul
+  from moe_jax.model.build_matmul import Case, available
+
+  chosen = timing.choices(
+    choose('--kinds', kind, timing.KINDS), rows, 1, groups
+  )
+  sizes_N = jnp.bincount(chosen.reshape(-1), length=groups).astype(jnp.int32)
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = (rows, d), (groups, d, f), (rows, f)
+  rows_MD, bank_NDF, grad_MF = (
+    jax.random.normal(key, shape, dtype)
+    for key, shape in zip(keys, shapes, strict=True)
+  )
+
+  def both(name: str) -> timing.Program:
+    def function(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
+      out, vjp = jax.vjp(
+        lambda rows, bank: grouped_matmul(rows, bank, sizes, name), rows, bank
+      )
+      return out, vjp(grad)
+
+    return timing.Program(function, (rows_MD, bank_NDF, sizes_N, grad_MF))
+
+  def dense(rows: Any, weight: Any, grad: Any) -> Any:
+    out, vjp = jax.vjp(jnp.matmul, rows, weight)
+    return out, vjp(grad)
+
+  device = jax.devices()[0]
+  names = [
+    name
+    for name in available(Case(device, 1))
+    if slow or device.platform != 'cpu' or name not in _SLOW_ON_CPU
+  ]
+  operands = rows_MD, bank_NDF[0], grad_MF
+  programs = {name: both(name) for name in names}
+  programs['dense'] = timing.Program(dense, operands)
+  size, square = timing.square_matmul(dtype)
+  programs['peak'] = square
+  seconds = timing.in_turn(programs, rounds)
+  flops = 6 * rows * d * f
+  peak = 2 * size**3 / float(np.median(seconds.pop('peak')))
+  medians = {name: float(np.median(s)) for name, s in seconds.items()}
+  return {
+    'benchmark': 'grouped_matmul',
+    'case': case(rows, groups, d, f, dtype),
+    'rows': rows,
+    'kind': kind,
+    'skew': timing.skew(chosen, groups),
+    'implementations': {name: medians[name] for name in names},
+    'dense': medians['dense'],
+    'ratios': {
+      name: timing.ratio(seconds[name], seconds['dense']) for name in names
+    },
+    'tflops': {name: flops / s / 1e12 for name, s in medians.items()},
+    'share_of_peak': {name: flops / s / peak for name, s in medians.items()},
+    'peak_size': size,
+    'rounds': rounds,
+  } | common.place()
+
+
+if __name__ == '__main__':
+  main()

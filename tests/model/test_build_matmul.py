@@ -1,0 +1,115 @@
+"""The grouped matmul that a config gets on a device, and what was measured."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.experts import tokamax_kernels
+from moe_jax.experts.grouped_matmul import case
+from moe_jax.model import tuned
+from moe_jax.model.build_matmul import Case, available, chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What is asked of a device that is not here."""
+
+  platform: str
+  device_kind: str = 'a kind'
+  compute_capability: str = '9.0'
+
+
+def on(platform: str, capability: str = '9.0', num_devices: int = 1) -> Case:
+  device = Device(platform, compute_capability=capability)
+  return Case(device, num_devices)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  file = tmp_path / 'deep' / 'tuned.json'
+  monkeypatch.setenv('MOE_JAX_TUNED', str(file))
+  return file
+
+
+def test_auto_is_what_suits_the_platform() -> None:
+  assert chosen('auto', on('cpu')).name == 'blocks'
+  assert chosen('auto', on('gpu')).name == 'triton'
+  assert chosen('auto', on('gpu', '7.5')).name == 'padded'
+  assert chosen('auto', on('gpu', num_devices=8)).name == 'padded'
+  assert chosen('auto', on('tpu')).name == 'ragged_dot'
+  assert chosen('auto', on('rocm')).name == 'ragged_dot'
+
+
+def test_without_tokamax_auto_falls_back_and_says_so(
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  monkeypatch.setattr(tokamax_kernels, 'installed', lambda: False)
+  with caplog.at_level(logging.WARNING):
+    assert chosen('auto', on('gpu')).name == 'padded'
+  assert "pip install 'moe_jax[cuda]'" in caplog.text
+  with pytest.raises(UserError, match=r'needs the package tokamax: pip'):
+    chosen('triton', on('gpu'))
+
+
+@pytest.mark.parametrize(
+  ('asked', 'where', 'message'),
+  [
+    ('triton', on('cpu'), "'triton' does not run on cpu; here it can be auto,"),
+    ('mosaic', on('gpu', '8.0'), 'needs compute capability 9.0, and this is 8'),
+    ('mosaic', on('tpu'), 'is compiled only where a TPU is'),
+    ('triton', on('gpu', num_devices=2), 'runs on one device'),
+    ('blcks', on('cpu'), "did you mean 'blocks'"),
+  ],
+)
+def test_what_cannot_run_is_one_clear_line(
+  asked: str, where: Case, message: str
+) -> None:
+  with pytest.raises(UserError, match=message) as error:
+    chosen(asked, where)
+  assert str(error.value).startswith(f'moe.grouped_matmul = {asked!r}')
+  assert '\n' not in str(error.value)
+
+
+def test_auto_takes_what_was_measured_on_this_device() -> None:
+  device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
+  tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0, 'triton': 0.1}})
+  tuned.store(device, {'others': {'blocks': 1.0}})
+  assert dict(chosen('auto', Case(device, 1)).measured) == {
+    shapes: 'padded',  # triton cannot run here
+    'others': 'blocks',
+  }
+  assert not chosen('padded', Case(device, 1)).measured
+  assert not chosen('auto', on('cpu')).measured  # of another kind
+
+
+@pytest.mark.parametrize(
+  'text', ['{', '[]', '{"a": 1}', '{"a": {"b": {"c": {}}}}']
+)
+def test_a_broken_file_is_ignored_and_named(
+  text: str, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  cache.parent.mkdir()
+  cache.write_text(text)
+  device = jax.devices()[0]
+  assert chosen('auto', Case(device, 1)).name == 'blocks'
+  assert f'ignored {cache}' in caplog.text
+  tuned.store(device, {'c': {'blocks': 1.0}})
+  assert json.loads(cache.read_text()) == {
+    tuned.key(device): {'c': {'blocks': 1.0}}
+  }
+
+
+def test_available_lists_what_has_no_obstacle() -> None:
+  assert available(on('cpu')) == ['blocks', 'ragged_dot', 'padded']
+  assert available(on('gpu')) == [
+    'blocks',
+    'ragged_dot',
+    'padded',
+    'triton',
+    'mosaic',
+  ]
