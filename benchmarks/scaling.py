@@ -84,7 +84,8 @@ def measure(
     `_most` (where every conditional sends as much as it can) of all devices
     together, `collectives`: bytes per device by kind and axes,
     `estimated_seconds` (of fusions alone, and where the clock is published),
-    and `compile_seconds`; of one that does not, `needed_bytes`, at least.
+    `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
+    does not, `needed_bytes`, at least.
 
   Raises:
     UserError: anything wrong with the config or the topologies.
@@ -97,25 +98,23 @@ def measure(
   for name in topologies:
     target = targets.target(name)
     placed = on_chips(config, len(target.devices), sequences)
-    yield (
-      {
-        'benchmark': 'scaling',
-        'topology': name,
-        'num_devices': len(target.devices),
-        'mesh': {axis: placed.mesh[axis] for axis in MESH_AXES},
-        'tokens_per_step': placed.train.batch_size * placed.data.seq_len,
-        'remat': placed.model.remat,
-      }
-      | _compile(placed, target)
-      | {'versions': common.place()['versions']}
-    )
+    yield {
+      'benchmark': 'scaling',
+      'topology': name,
+      'num_devices': len(target.devices),
+      'mesh': {axis: placed.mesh[axis] for axis in MESH_AXES},
+      'tokens_per_step': placed.train.batch_size * placed.data.seq_len,
+      'remat': placed.model.remat,
+      **_compile(placed, target),
+      'versions': {name: common.version(name) for name in _PACKAGES},
+    }
 
 
 def on_chips(config: ConfigDict, chips: int, sequences: int) -> ConfigDict:
   """The config on so many chips: its mesh by the rule above, and its batch."""
   placed = config.copy_and_resolve_references()
   fsdp = math.gcd(min(math.isqrt(chips), _MOST_FSDP), chips)
-  expert = math.gcd(placed.moe.num_experts, chips // fsdp)
+  expert = math.gcd(placed.moe.num_experts or 1, chips // fsdp)
   placed.mesh.update(
     expert=expert, fsdp=fsdp, data=chips // expert // fsdp, tensor=1
   )
@@ -131,16 +130,19 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   except compiled.DoesNotFitError as refused:
     return {'fits': False, 'needed_bytes': refused.needed}
   tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
-  kept = ('memory_bytes', 'estimated_seconds', 'compile_seconds')
-  return (
-    {'fits': True}
-    | {name: told[name] for name in kept}
-    | {
-      'sent_bytes_per_token': told['sent_bytes'] / tokens,
-      'sent_bytes_per_token_most': told['sent_bytes_most'] / tokens,
-      'collectives': _summed(told['collectives']),
-    }
+  kept = (
+    'memory_bytes',
+    'estimated_seconds',
+    'compile_seconds',
+    'compile_cpu_seconds',
   )
+  return {
+    'fits': True,
+    **{name: told[name] for name in kept},
+    'sent_bytes_per_token': told['sent_bytes'] / tokens,
+    'sent_bytes_per_token_most': told['sent_bytes_most'] / tokens,
+    'collectives': _summed(told['collectives']),
+  }
 
 
 def _summed(collectives: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,6 +15,7 @@ project uses one legend of letters:
   J  groups of experts             O  outputs, where a layer has several kinds
   W  positions that a token sees   Q  queries computed together
      before it (`model.span`)
+  U  devices that share the experts
 
 A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Expert-parallel
 code adds a prime in words: `local_NDF` holds the N / devices experts kept here.

@@ -208,7 +208,7 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
 
 def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
   """Experts lie on the expert axis, the same number on every device."""
-  moe, expert, tensor = config.moe, mesh['expert'], mesh['tensor']
+  moe, expert = config.moe, mesh['expert']
   if moe.dispatch == 'capacity' and moe.exchange == 'ragged':
     raise UserError(
       "moe.exchange = 'ragged' is only for moe.dispatch = 'dropless'; with"
@@ -220,9 +220,9 @@ def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
   if expert % moe.num_experts == 0:
     rest = expert // moe.num_experts
     raise UserError(
-      f'{wrong} = {moe.num_experts}, and an expert lies on one device or is'
-      f' split by its width: mesh.expert = {moe.num_experts} with mesh.tensor'
-      f' = {tensor * rest} would be right, or with {rest} times the mesh.data'
+      f'{wrong} = {moe.num_experts}; mesh.expert = {moe.num_experts} would be'
+      f' right with mesh.tensor = {mesh["tensor"] * rest}, which splits the'
+      f' width of every expert, or with mesh.data = {mesh["data"] * rest}'
     )
   fitting = [
     n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0

@@ -46,7 +46,7 @@ ROOMS = {
   'distributed.mesh': Room(
     'config errors distributed.slices', 'jax ml_collections'
   ),
-  'distributed.hosts': Room('errors', 'jax numpy'),
+  'distributed.hosts': Room('errors', 'jax numpy orbax'),
   'distributed.replicas': Room('', 'jax numpy'),
   'distributed.launchers': Room('', 'jax'),
   'distributed.processes': Room('errors distributed.launchers', 'jax'),
@@ -81,7 +81,7 @@ ROOMS = {
   'interop.programs': Room(
     f'{_CONFIG} interop interop.workdirs', 'jax ml_collections numpy'
   ),
-  'interop.command_line': Room('errors interop interop.programs'),
+  'interop.command_line': Room('errors interop interop.programs libtpu'),
   'interop.hf': Room('interop interop.command_line'),
   'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
   'analysis': Room('errors', 'matplotlib numpy'),

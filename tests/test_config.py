@@ -141,6 +141,18 @@ BAD = {
     {'mesh__expert': 4, 'moe__num_experts': 6},
     ['moe.num_experts = 6', 'mesh.expert = 4', '1, 2, 3, 6 would'],
   ),
+  'more devices than experts': (
+    {'mesh__expert': 8, 'moe__num_experts': 4},
+    [
+      'mesh.expert = 8 does not divide moe.num_experts = 4',
+      'mesh.expert = 4 would be right with mesh.tensor = 2',
+      'or with mesh.data = 2',
+    ],
+  ),
+  'exchange of another dispatch': (
+    {'moe__exchange': 'ragged', 'moe__dispatch': 'capacity'},
+    ["moe.exchange = 'ragged'", "moe.dispatch = 'capacity'", 'all_to_all'],
+  ),
   'width on devices': (
     {'mesh__tensor': 4, 'moe__expert_width': 514},
     ['moe.expert_width = 514', 'mesh.tensor = 1 x 4 = 4'],

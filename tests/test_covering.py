@@ -38,6 +38,8 @@ SIZES = {
   'optimizer.learning_rate': 1e-2,
   # Room for every token wherever it goes: dropping depends on the devices.
   'moe.capacity_factor': 4.0,
+  # For less than every token: the others take the slower way.
+  'moe.buffer_factor': 0.8,
 }
 
 SPAN = {
@@ -94,6 +96,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
   'dispatch': {
     name: {'moe.dispatch': name} for name in 'dropless capacity'.split()
   },
+  'exchange': {
+    name: {'moe.exchange': name} for name in 'gather all_to_all ragged'.split()
+  },
   'scope': {
     name: {'loss.balance_scope': name}
     for name in 'micro_batch sequence global_batch'.split()
@@ -107,6 +112,7 @@ REFUSED = [
   ({'score': ['hash']}, {'residual': ['residual', 'residual detached']}),
   ({'score': ['random', 'hash']}, {'bias': ['bias']}),
   ({'choice': ['top_p']}, {'dispatch': ['capacity']}),
+  ({'exchange': ['ragged']}, {'dispatch': ['capacity']}),
   (
     {'recurrent': ['none']},
     {'projector': ['shared'], 'passing': ['detached', 'none']},

@@ -1,6 +1,7 @@
 """Plans: what they tell, as a table and as JSON, and bytes of the state."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,41 @@ def test_program_prints_one_json_object() -> None:
     'idle',
   }
   assert told['strategy']['mesh']['data'] == 2
+
+
+@pytest.mark.slow
+def test_program_compiles_for_tpus_that_are_not_here() -> None:
+  """On stdout one JSON object, on stderr nothing: libtpu is quiet."""
+  sizes = {
+    'model.num_layers': 1,
+    'model.hidden_size': 32,
+    'model.ffn_width': 48,
+    'moe.expert_width': 24,
+    'data.seq_len': 16,
+    'mesh.expert': 2,
+  }
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(('TPU_', 'JAX_', 'ALLOW_MULTIPLE_LIBTPU'))
+  }
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'moe_jax.plan',
+      '--config=configs/base.py',
+      *(f'--config.{key}={value}' for key, value in sizes.items()),
+      '--compile',
+      '--topology=v5e:2x2',
+      '--json',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+    env=environment,
+  )
+  told = json.loads(done.stdout)
+  assert told['strategy']['platform'] == 'tpu' and not done.stderr
+  assert told['compiled']['fits'] and told['compiled']['num_devices'] == 4

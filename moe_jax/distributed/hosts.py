@@ -4,6 +4,7 @@ Each has rows of its own, of which arrays over all devices are made; and what
 one finds on its disk, all have to know.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -11,10 +12,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from orbax.checkpoint import multihost
 
 from moe_jax.errors import UserError
 
 T = TypeVar('T')
+
+_A_DAY_MS = 24 * 3600 * 1000
+_barriers = itertools.count()  # all processes come to the same ones, in order
 
 
 class Rows:
@@ -78,6 +83,7 @@ def all_or_none(make: Callable[[], T]) -> T:
     made = make()
   except Exception as caught:
     error = caught
+  _wait_for_all()
   failed = multihost_utils.process_allgather(np.array(error is not None))
   if error is not None:
     raise error
@@ -120,3 +126,13 @@ def same(value: int, what: str) -> int:
       f' {other}; all hosts have to share that file system'
     )
   return value
+
+
+def _wait_for_all() -> None:
+  """Waits until all processes are here, however long one of them takes.
+
+  jax's coordinator is asked, and no device: on CPU a collective gives up after
+  half a minute, and a data set may take hours to prepare.
+  """
+  wait = multihost.get_barrier_sync_fn()
+  wait(key=f'moe_jax {next(_barriers)}', timeout_ms=_A_DAY_MS)

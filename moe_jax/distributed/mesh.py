@@ -81,6 +81,20 @@ def make_mesh(
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """What XLA is told of programs for this mesh.
+
+  On TPUs slots are exchanged while something else is computed, which is not
+  libtpu's default.
+  """
+  if next(iter(mesh.devices.flat)).platform != 'tpu':
+    return {}
+  return {
+    'xla_tpu_enable_async_all_to_all': 'true',
+    'xla_tpu_enable_async_ragged_all_to_all': 'true',
+  }
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays whose leading axis is the batch or its tokens."""
   return NamedSharding(mesh, P(TOKEN_AXES))

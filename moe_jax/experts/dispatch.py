@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.rows import move_rows, rows_of_slots
+from moe_jax.experts.rows import combine_rows, rows_of_slots
 from moe_jax.routing.selection import Routing
 
 
@@ -90,8 +90,7 @@ def in_order(
   rows_MD = rows_of_slots(x_TD, order.slot_M, order.place_TK)
   seeds_M = _seeds(routing, order.slot_M)
   out_MD = experts.grouped(rows_MD, order.sizes_N, seeds_M)
-  out_TKD = move_rows(out_MD, order.place_TK, order.slot_M)
-  return _combine(out_TKD, routing.weights_TK)
+  return combine_rows(out_MD, routing.weights_TK, order.place_TK, order.slot_M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,9 @@ class Capacity:
     rows_MD = rows_of_slots(x_TD, slot_M, place_TK)
     rows_NCD = rows_MD.reshape(*slot_NC.shape, -1)
     out_NCD = experts.batched(rows_NCD, _seeds(routing, slot_NC))
-    out_TKD = move_rows(out_NCD.reshape(rows_MD.shape), place_TK, slot_M)
-    y_TD = _combine(out_TKD, jnp.where(kept_TK, routing.weights_TK, 0.0))
+    y_TD = combine_rows(
+      out_NCD.reshape(rows_MD.shape), routing.weights_TK, place_TK, slot_M
+    )
     dropped = order.sizes_N.sum() - kept_TK.sum(dtype=jnp.int32)
     return Dispatched(y_TD, dropped)
 
@@ -187,14 +187,6 @@ def _seeds(routing: Routing, slots: jax.Array) -> jax.Array | None:
     return None
   # A slot past the end is nobody's: any seed will do.
   return routing.seeds_TK.reshape(-1).at[slots].get(mode='clip')
-
-
-def _combine(out_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
-  """Weighted sum over a token's slots, accumulated in float32."""
-  y_TD = jnp.einsum(
-    'TKD,TK->TD', out_TKD, weights_TK, preferred_element_type=jnp.float32
-  )
-  return y_TD.astype(out_TKD.dtype)
 
 
 PRIORITIES = {'position': by_position, 'probability': by_probability}

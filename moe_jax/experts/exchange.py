@@ -30,8 +30,8 @@ from moe_jax.experts.dispatch import (
 )
 from moe_jax.experts.exchange_size import Exchanged
 from moe_jax.experts.rarely import plus_rarely
-from moe_jax.experts.rows import move_rows
-from moe_jax.experts.trip import Plan, Trip, regroup
+from moe_jax.experts.remote import QueuesToAll, RowsToAll
+from moe_jax.experts.trip import Plan
 from moe_jax.routing.selection import Routing
 
 
@@ -109,7 +109,7 @@ class Queues:
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Bank
   ) -> Dispatched:
-    return self.inner(x_TD, routing, _AllQueues(experts, self.axis))
+    return self.inner(x_TD, routing, QueuesToAll(experts, self.axis))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _travelling(moving: Any, fixed: Any) -> jax.Array:
   x_TD, weights_TK, experts = moving
   routing, order, trip = fixed
   routing = dataclasses.replace(routing, weights_TK=weights_TK)
-  return in_order(order, x_TD, routing, _AtTheEnd(experts, trip))
+  return in_order(order, x_TD, routing, RowsToAll(experts, trip))
 
 
 @jax.tree_util.register_dataclass
@@ -190,57 +190,3 @@ class _Slots:
       indices_TK=jnp.where(here_TK, local_TK, experts.num_experts),
       seeds_TK=self.seeds_TK,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _AllQueues:
-  """The experts of all devices, for queues of the same length.
-
-  Attributes:
-    bank: those that live here.
-    axis: of the devices.
-  """
-
-  bank: Bank
-  axis: str
-
-  @property
-  def num_experts(self) -> int:
-    return self.bank.num_experts * lax.axis_size(self.axis)
-
-  def batched(
-    self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
-  ) -> jax.Array:
-    # [N, C, ...] of this device <-> [N / U, U C, ...] of all.
-    rows_NCD, seeds_NC = jax.tree.map(
-      lambda a: lax.all_to_all(a, self.axis, 0, 1, tiled=True),
-      (rows_NCD, seeds_NC),
-    )
-    out_NCD = self.bank.batched(rows_NCD, seeds_NC)
-    return lax.all_to_all(out_NCD, self.axis, 1, 0, tiled=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _AtTheEnd:
-  """The experts of all devices, at the end of a trip.
-
-  Attributes:
-    bank: those that live here.
-    trip: for the rows that will be given.
-  """
-
-  bank: Bank
-  trip: Trip
-
-  def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
-  ) -> jax.Array:
-    del sizes_N  # the trip knows
-    trip, arriving_UX = self.trip, self.trip.arriving_UX
-    arrived_MD = trip.there(rows_MD)
-    order_M, place_M = regroup(arriving_UX, len(arrived_MD))
-    if seeds_M is not None:
-      seeds_M = trip.there(seeds_M[:, None])[order_M, 0]
-    sorted_MD = move_rows(arrived_MD, order_M, place_M)
-    out_MD = self.bank.grouped(sorted_MD, arriving_UX[:, :-1].sum(0), seeds_M)
-    return trip.back(move_rows(out_MD, place_M, order_M))

@@ -6,6 +6,7 @@ densely, so there the rows are cut into blocks that lie inside one group each;
 elsewhere it is `lax.ragged_dot`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 128  # rows: large enough for the matmul, small enough to waste little
+from moe_jax.experts import row_blocks
 
 
 def grouped_matmul(
@@ -73,54 +74,16 @@ def _ragged_backward(
   return vjp(grad_MF)
 
 
-def _block_table(
-  num_rows: int, sizes_N: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Cuts groups into blocks, none of which spans two groups.
-
-  Returns:
-    The number of blocks in use; and for each of the most there can be, its
-    group, its first row and the row where its group ends.
-  """
-  num_groups = len(sizes_N)
-  blocks_N = -(-sizes_N // _BLOCK)
-  last_N = jnp.cumsum(blocks_N)
-  ids = jnp.arange(-(-num_rows // _BLOCK) + num_groups)
-  group = jnp.searchsorted(last_N, ids, side='right')
-  group = jnp.minimum(group, num_groups - 1)
-  end_N = jnp.cumsum(sizes_N)
-  nth_in_group = ids - (last_N - blocks_N)[group]
-  first = (end_N - sizes_N)[group] + nth_in_group * _BLOCK
-  return last_N[-1], group, first, end_N[group]
-
-
-def _pad_rows(rows_MD: jax.Array) -> jax.Array:
-  return jnp.pad(rows_MD, ((0, _BLOCK), (0, 0)))
+def _rungs(rows: jax.Array, bank_NDF: jax.Array) -> row_blocks.Ladder:
+  num_groups, *weight = bank_NDF.shape
+  return row_blocks.ladder(len(rows), num_groups, math.prod(weight))
 
 
 def _blocks(
-  rows_MD: jax.Array,
-  bank_NDF: jax.Array,
-  sizes_N: jax.Array,
-  contract: int = 1,
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  """Block by block; `contract` is the bank's axis that meets the rows'."""
-  num_rows = len(rows_MD)
-  num_blocks, group, first, _ = _block_table(num_rows, sizes_N)
-  padded_MD = _pad_rows(rows_MD)
-
-  def block(i: jax.Array, out_MF: jax.Array) -> jax.Array:
-    weight = lax.dynamic_index_in_dim(bank_NDF, group[i], keepdims=False)
-    rows = lax.dynamic_slice_in_dim(padded_MD, first[i], _BLOCK)
-    product = lax.dot_general(rows, weight, (((1,), (contract - 1,)), ((), ())))
-    # A group's last block spills over into the next group's rows; that group's
-    # own blocks come later and overwrite them.
-    return lax.dynamic_update_slice_in_dim(out_MF, product, first[i], 0)
-
-  width = bank_NDF.shape[3 - contract]
-  out_MF = jnp.zeros_like(padded_MD, shape=(num_rows + _BLOCK, width))
-  out_MF = lax.fori_loop(0, num_blocks, block, out_MF)[:num_rows]
-  return jnp.where((jnp.arange(num_rows) < sizes_N.sum())[:, None], out_MF, 0)
+  rungs = _rungs(rows_MD, bank_NDF)
+  return row_blocks.multiply(rows_MD, bank_NDF, sizes_N, rungs=rungs)
 
 
 def _blocks_backward(
@@ -129,29 +92,15 @@ def _blocks_backward(
   sizes_N: jax.Array,
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  grad_rows_MD = _blocks(grad_MF, bank_NDF, sizes_N, contract=2)
-  num_blocks, group, first, end = _block_table(len(rows_MD), sizes_N)
-  padded_MD, padded_MF = _pad_rows(rows_MD), _pad_rows(grad_MF)
-
-  def block(i: jax.Array, out_NDF: jax.Array) -> jax.Array:
-    rows = lax.dynamic_slice_in_dim(padded_MD, first[i], _BLOCK)
-    grad = lax.dynamic_slice_in_dim(padded_MF, first[i], _BLOCK)
-    inside = first[i] + jnp.arange(_BLOCK) < end[i]
-    product = lax.dot_general(
-      rows,
-      jnp.where(inside[:, None], grad, 0),
-      (((0,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-    total = lax.dynamic_index_in_dim(out_NDF, group[i], keepdims=False)
-    return lax.dynamic_update_index_in_dim(
-      out_NDF, total + product, group[i], 0
-    )
-
+  rungs = _rungs(rows_MD, bank_NDF)
+  rows_grad_MD = row_blocks.multiply(
+    grad_MF, bank_NDF, sizes_N, rungs=rungs, transposed=True
+  )
   # Summed over blocks in float32, whatever the operands are in.
-  grad_NDF = jnp.zeros_like(bank_NDF, dtype=jnp.float32)
-  grad_NDF = lax.fori_loop(0, num_blocks, block, grad_NDF)
-  return grad_rows_MD, grad_NDF.astype(bank_NDF.dtype)
+  bank_grad_NDF = row_blocks.bank_gradient(
+    rows_MD, grad_MF, sizes_N, rungs=rungs
+  )
+  return rows_grad_MD, bank_grad_NDF.astype(bank_NDF.dtype)
 
 
 BLOCKS = Implementation(_blocks, _blocks_backward)

@@ -68,6 +68,51 @@ move_rows.defvjp(
 )
 
 
+@jax.custom_vjp
+def combine_rows(
+  rows_MD: jax.Array,
+  weights_TK: jax.Array,
+  place_TK: jax.Array,
+  slot_M: jax.Array,
+) -> jax.Array:
+  """`sum_k weights_TK[t, k] rows_MD[place_TK[t, k]]`, summed in float32.
+
+  Nothing as large as the slots' rows is kept in between, in either direction.
+
+  Args:
+    rows_MD: any rows.
+    weights_TK: float32.
+    place_TK, slot_M: as in `rows_of_slots`.
+
+  Returns:
+    [T, D] in the dtype of the rows.
+  """
+  terms = (
+    weights_K[:, None] * _take(rows_MD, place_K).astype(jnp.float32)
+    for weights_K, place_K in zip(weights_TK.T, place_TK.T, strict=True)
+  )
+  return sum(terms).astype(rows_MD.dtype)
+
+
+def _combine_rows_backward(
+  saved: tuple[jax.Array, ...], grad_TD: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+  rows_MD, weights_TK, place_TK, slot_M = saved
+  weight_M = weights_TK.reshape(-1).at[slot_M].get(mode='fill', fill_value=0)
+  grad_MD = _take(grad_TD, slot_M // place_TK.shape[1]).astype(jnp.float32)
+  rows_grad_MD = (weight_M[:, None] * grad_MD).astype(rows_MD.dtype)
+  # Of every row on its own, in the order of rows: no second gather of them.
+  dot_M = (rows_MD.astype(jnp.float32) * grad_MD).sum(1)
+  weights_grad_TK = dot_M.at[place_TK].get(mode='fill', fill_value=0)
+  return rows_grad_MD, weights_grad_TK.astype(weights_TK.dtype), None, None
+
+
+combine_rows.defvjp(
+  lambda *operands: (combine_rows(*operands), operands),
+  _combine_rows_backward,
+)
+
+
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
   return rows.at[index].get(mode='fill', fill_value=0)
 

@@ -91,7 +91,9 @@ def collectives(
     return [each for found in called for each in found]
 
   found = inside(program.entry)
-  return sorted(found, key=lambda each: -each.total_bytes)
+  # Not those among the one device of a group.
+  sending = [each for each in found if each.sent_bytes]
+  return sorted(sending, key=lambda each: -each.total_bytes)
 
 
 def total_bytes(found: Iterable[Collective]) -> int:

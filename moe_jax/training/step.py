@@ -75,6 +75,7 @@ def make_train_step(
     in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
     out_shardings=(shardings, mesh_lib.replicated(setup.mesh)),
     donate_argnums=0,
+    compiler_options=mesh_lib.compiler_options(setup.mesh),
   )
 
 

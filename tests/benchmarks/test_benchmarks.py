@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import common, compile_depth, router_cost, train_step
+from benchmarks import (
+  common,
+  compile_depth,
+  expert_parallel,
+  router_cost,
+  train_step,
+)
 from moe_jax.errors import UserError
 from moe_jax.training import state as state_lib
 
@@ -79,11 +85,38 @@ def test_the_linear_router_has_no_cost_over_itself() -> None:
     router_cost.measure(tiny.config(), steps=1, warmup=0)
 
 
+@pytest.mark.slow
+def test_expert_parallel_measures_every_exchange_and_routing() -> None:
+  config = tiny.config()
+  rows = expert_parallel.measure(config, steps=1, warmup=0)
+  cases = {(row['exchange'], row['routing']): row for row in rows}
+  exchanges = ('gather', 'all_to_all', 'ragged')
+  assert cases.keys() == {
+    (name, routing) for name in exchanges for routing in ('balanced', 'skewed')
+  }
+  for (name, routing), row in cases.items():
+    assert row['seconds'] > 0 and row['dropped'] == 0
+    # Half of the tokens to one expert: too much for twice the balanced share.
+    expected = name != 'gather' and routing == 'skewed'
+    assert (row['overflowed'] > 0) == expected
+    if not row['emulated']:
+      assert row['forward_bytes'] == pytest.approx(
+        row['estimated_bytes'], rel=0.02
+      )
+  gather, blocks = cases['gather', 'balanced'], cases['all_to_all', 'balanced']
+  assert blocks['forward_bytes'] < gather['forward_bytes']
+  assert blocks['rare_bytes'] > 0 == gather['rare_bytes']
+  assert config.mesh.expert == 1  # untouched
+  json.dumps(rows)
+
+
 def test_numbers_of_steps_are_checked() -> None:
   with pytest.raises(UserError, match='--steps = 0'):
     train_step.measure(tiny.config(), steps=0, warmup=1)
   with pytest.raises(UserError, match='--repeats = 0'):
     compile_depth.measure(tiny.config(), depths=(2, 4), repeats=0)
+  with pytest.raises(UserError, match='--steps = 0'):
+    expert_parallel.measure(tiny.config(), steps=0, warmup=0)
   with pytest.raises(UserError, match='--warmup = -1'):
     router_cost.measure(tiny.config(), steps=1, warmup=-1)
 

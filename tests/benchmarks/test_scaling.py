@@ -42,14 +42,14 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
     'fits': True,
     'memory_bytes': {'total': 3 << 30},
     'sent_bytes_per_token': 2048.0,
-    'compile_seconds': 61.4,
+    'compile_cpu_seconds': 61.4,
     'estimated_seconds': 0.0123,
   }
   return made | changes
 
 
 def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
-  scaling_results.keep(row('a', 4, compile_seconds=1.0), tmp_path)
+  scaling_results.keep(row('a', 4, compile_cpu_seconds=1.0), tmp_path)
   scaling_results.keep(row('a', 16), tmp_path)
   scaling_results.keep(row('b', 4, fits=False, needed_bytes=20 << 30), tmp_path)
   scaling_results.keep(row('a', 4), tmp_path)  # in place of the first

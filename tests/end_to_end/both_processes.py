@@ -62,14 +62,14 @@ def message(function: object) -> str:
   raise AssertionError('no error')
 
 
-def check_agreement(folder: Path) -> None:
+def check_agreement(folder: Path, patience: float) -> None:
   """Order, failure and findings are those of all."""
   first = jax.process_index() == 0
   path = folder / 'made'
 
   def make() -> bool:
     if first:
-      time.sleep(0.5)
+      time.sleep(patience)
       assert not path.exists()
       path.touch()
     return path.exists()
@@ -111,7 +111,7 @@ def check_copies() -> None:
 
 
 if __name__ == '__main__':
-  folder, *flags = sys.argv[1:]
+  folder, patience, *flags = sys.argv[1:]
   values = dict(flag.removeprefix('--').split('=') for flag in flags)
   processes.start(
     values['coordinator'],
@@ -119,5 +119,5 @@ if __name__ == '__main__':
     int(values['process_id']),
   )
   check_rows()
-  check_agreement(Path(folder))
+  check_agreement(Path(folder), float(patience))
   check_copies()

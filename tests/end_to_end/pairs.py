@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -71,9 +72,13 @@ class Pair:
     self._files.close()
 
   def printed(self, i: int) -> str:
-    """What process `i` has written to stdout, gloo's own lines left out."""
+    """What process `i` has written to stdout, without what gloo does.
+
+    Gloo's threads write at once and in pieces, so their lines may be mixed.
+    """
     lines = _read(self._out[i]).splitlines(keepends=True)
-    return ''.join(line for line in lines if '[Gloo]' not in line)
+    gloos = re.compile(r'.*(Gloo|connected|ranks|peer)|[\s\d.:]*$')
+    return ''.join(line for line in lines if not gloos.match(line))
 
   def errors(self, i: int) -> str:
     """What process `i` has written to stderr."""

@@ -99,7 +99,15 @@ MISTAKES = {
   ),
   'mesh does not divide the experts': (
     ['--config.mesh.expert=8', '--config.moe.num_experts=12'],
-    ['moe.num_experts = 12', 'mesh.expert = 8', '8 or 16'],
+    ['moe.num_experts = 12', 'mesh.expert = 8', '6, 12 would'],
+  ),
+  'slices along a mesh axis that has not so many devices': (
+    ['--config.mesh.dcn.expert=2'],
+    ['mesh.dcn.expert', '= 2', 'slices'],
+  ),
+  'a place without a coordinator': (
+    ['--num_processes=2', '--process_id=1'],
+    ['--num_processes = 2', '--coordinator=HOST:PORT'],
   ),
   'batch not divisible by the mesh': (
     ['--config.train.batch_size=12'],

@@ -63,29 +63,52 @@ def assert_same_losses(workdir: Path, expected: Path) -> None:
   )
 
 
-def test_two_processes_train_like_one_which_goes_on_from_their_checkpoint(
-  config: ConfigDict, alone: Path, tmp_path: Path
-) -> None:
-  with Pair('train.py', flags(config, tmp_path)) as pair:
+@pytest.fixture(scope='module')
+def together(
+  config: ConfigDict, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+  """The directory of a run of two processes, and what each has printed."""
+  workdir = tmp_path_factory.mktemp('together')
+  with Pair('train.py', flags(config, workdir)) as pair:
     assert pair.wait() == [0, 0], pair.report()
-    printed = [pair.printed(i) for i in (0, 1)]
+    return workdir, [pair.printed(i) for i in (0, 1)]
+
+
+def test_two_processes_train_like_one(
+  alone: Path, together: tuple[Path, list[str]]
+) -> None:
+  workdir, printed = together
   assert f'step {STEPS}/{STEPS}' in printed[0] and not printed[1]
   assert 'expert 2 x tensor 1), 2 processes\n' in printed[0]
-  assert runs.checkpoints(tmp_path) == [HALF, STEPS]
-  assert_same_losses(tmp_path, alone)
+  assert runs.checkpoints(workdir) == [HALF, STEPS]
+  assert_same_losses(workdir, alone)
 
-  shutil.rmtree(tmp_path / 'checkpoints' / str(STEPS))
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+  config: ConfigDict,
+  alone: Path,
+  together: tuple[Path, list[str]],
+  tmp_path: Path,
+) -> None:
+  workdir = tmp_path / 'halfway'
+  shutil.copytree(together[0], workdir)
+  shutil.rmtree(workdir / 'checkpoints' / str(STEPS))
   mesh = {'data': 2, 'fsdp': 2, 'expert': 2}
-  assert runs.call('train.py', flags(config, tmp_path, **mesh)) == 0
-  assert runs.checkpoints(tmp_path) == [HALF, STEPS]
-  assert_same_losses(tmp_path, alone)
+  assert runs.call('train.py', flags(config, workdir, **mesh)) == 0
+  assert runs.checkpoints(workdir) == [HALF, STEPS]
+  assert_same_losses(workdir, alone)
 
 
-def test_what_processes_do_together(tmp_path: Path) -> None:
+# On CPU a collective gives up after 30 seconds.
+@pytest.mark.parametrize(
+  'patience', ['0.5', pytest.param('35', marks=pytest.mark.slow)]
+)
+def test_what_processes_do_together(patience: str, tmp_path: Path) -> None:
   """The assertions are in the program that both run."""
   path = os.pathsep.join(map(str, (pairs.ROOT, pairs.ROOT / 'tests')))
   program = 'tests/end_to_end/both_processes.py'
-  pairs.finish(program, [str(tmp_path)], PYTHONPATH=path)
+  pairs.finish(program, [str(tmp_path), patience], PYTHONPATH=path)
 
 
 MODELS = {

@@ -18,9 +18,9 @@ from moe_jax.routing.selection import Routing
 RATE = 0.4
 # The bias of the output has to be in one part of the width only.
 MESH = {'fsdp': 2, 'expert': 2, 'tensor': 2}
+ALONE = ('dropless', 'capacity')
 EVERYWHERE = {
-  'dropless': lambda: DISPATCHES['dropless'],
-  'capacity': lambda: DISPATCHES['capacity'],
+  **{name: lambda name=name: DISPATCHES[name] for name in ALONE},
   'gather': lambda: across(MESH, 'gather'),
   'all_to_all': lambda: across(MESH, 'all_to_all', buffer_factor=0.8),
   'ragged': lambda: across(MESH, 'ragged', buffer_factor=0.8),
@@ -95,10 +95,11 @@ def expected(with_dropout: bool) -> Any:
   'name, with_dropout',
   [
     *((name, True) for name in EVERYWHERE),
-    *((name, False) for name in DISPATCHES),
+    *((name, False) for name in ALONE),
     *(
       pytest.param(name, False, marks=pytest.mark.slow)
-      for name in EVERYWHERE.keys() - DISPATCHES.keys()
+      for name in EVERYWHERE
+      if name not in ALONE
     ),
   ],
 )

@@ -36,7 +36,12 @@ LARGER = {
   'overrides, axes',
   [
     ({'router.recurrent': 'gru', 'model.remat': 'full'}, {}),
-    pytest.param({}, {'expert': 4}, marks=pytest.mark.slow),
+    *(
+      pytest.param(
+        {'moe.exchange': name}, {'expert': 4}, marks=pytest.mark.slow
+      )
+      for name in ('gather', 'all_to_all')
+    ),
     pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
     pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
     pytest.param(SPAN, {'data': 2, 'expert': 2}, marks=pytest.mark.slow),
@@ -52,8 +57,13 @@ LARGER = {
       marks=pytest.mark.slow,
     ),
     pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
-    pytest.param(
-      {'moe.dispatch': 'capacity'}, {'expert': 4}, marks=pytest.mark.slow
+    *(
+      pytest.param(
+        {'moe.dispatch': 'capacity', 'moe.exchange': name},
+        {'expert': 4},
+        marks=pytest.mark.slow,
+      )
+      for name in ('gather', 'all_to_all')
     ),
     pytest.param(
       {'moe.factors': 2, 'model.remat': 'dots'}, {}, marks=pytest.mark.slow
@@ -128,11 +138,15 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   chunk = cross_entropy.CHUNK['cpu']
   assert one.logits == 2 * 4 * chunk * BYTES
   assert parts.logits == 2 * 4 * 4 * 64 * BYTES
-  # Data parallelism splits all of it; along the expert axis every device holds
-  # the rows of its group.
-  split = of({'expert': 4})
+  # Data parallelism splits all of it. Along the expert axis, if tokens are
+  # gathered, every device holds the rows of its group; if slots travel through
+  # buffers, twice its own.
+  split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
-  assert split.dispatch == pytest.approx(one.dispatch, rel=0.02)
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.03)
+  for exchange in ('all_to_all', 'ragged'):
+    bounded = of({'expert': 4}, moe__exchange=exchange)
+    assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
   full = of(model__remat='full')
   assert full.activations < one.activations / 2
   # All layers' dispatch and the working set's; without it the latter alone.

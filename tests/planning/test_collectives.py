@@ -70,6 +70,11 @@ def test_bytes_of_each_kind(line: str, kind: str, sent: int) -> None:
   assert collectives(made) == [Collective(kind, sent, FOUR, 1)]
 
 
+def test_groups_of_one_device_send_nothing() -> None:
+  line = '%x = f32[16,8] all-reduce(%p), replica_groups=[8,1]<=[8]'
+  assert not collectives(program(line))
+
+
 def test_permutations_send_their_operand_to_one_neighbour() -> None:
   line = (
     '%x = (f32[16,8], f32[16,8], u32[], u32[]) collective-permute-start(%p),'

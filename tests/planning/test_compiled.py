@@ -16,11 +16,11 @@ SLICE = 'v5e:2x2'
 
 def test_data_parallelism_sends_every_gradient_once_around() -> None:
   """And little else: the norm, the metrics."""
-  config = tiny.config(moe__num_experts=0, mesh__data=8)
+  config = tiny.config(model__num_layers=1, moe__num_experts=0, mesh__data=8)
   told = compiled.plan(config, topologies.here())
   parameters = plan.make(config, 8)['parameters']['total']
   gradients = 2 * 7 / 8 * 4 * parameters
-  assert gradients <= told['sent_bytes'] <= 1.01 * gradients
+  assert gradients <= told['sent_bytes'] <= 1.02 * gradients
   assert told['sent_bytes_most'] == told['sent_bytes']
   assert {tuple(each['axes']) for each in told['collectives']} == {('data',)}
   kinds = dict(told['memory_bytes'])

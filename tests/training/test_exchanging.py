@@ -1,6 +1,7 @@
 """A training step is the same by every exchange: losses, gradients, metrics."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -101,41 +102,40 @@ def test_a_bounded_exchange_changes_no_metric(skew: float) -> None:
   assert (counted['exchange_overflows'] > 0).all()
 
 
+EXCHANGES = [
+  {'moe.exchange': 'gather'},
+  {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 8.0},
+  {'moe.exchange': 'ragged', 'moe.buffer_factor': 0.6},
+  {
+    'moe.exchange': 'all_to_all',
+    'moe.dispatch': 'capacity',
+    'moe.capacity_factor': 8.0,  # nothing is dropped
+  },
+]
+WITH_OTHERS = [
+  {'moe.dispatch': 'capacity', 'moe.capacity_factor': 8.0}
+  | {'moe.exchange': 'gather'},
+  {'router.selection': 'top_p', 'moe.renormalize': False}
+  | {'moe.exchange': 'ragged'},
+  {'moe.exchange': 'all_to_all', 'model.dropout': 0.2},
+  {'moe.exchange': 'all_to_all', 'model.remat': 'full'},
+  {'moe.exchange': 'ragged', 'model.remat': 'dots'},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('skew', SKEWS)
 @pytest.mark.parametrize(
-  'axes',
-  [{'expert': 8}, {'data': 2, 'expert': 4}, EVERY_AXIS],
-  ids=str,
-)
-@pytest.mark.parametrize(
-  'changes',
+  'changes, axes',
   [
-    {'moe.exchange': 'gather'},
-    {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 0.6},
-    {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 8.0},
-    {'moe.exchange': 'ragged', 'moe.buffer_factor': 0.6},
-    {'moe.exchange': 'ragged', 'moe.buffer_factor': 8.0},
-    {
-      'moe.exchange': 'gather',
-      'moe.dispatch': 'capacity',
-      'moe.capacity_factor': 8.0,
-    },
-    {
-      'moe.exchange': 'all_to_all',
-      'moe.dispatch': 'capacity',
-      'moe.capacity_factor': 8.0,
-    },
-    {'router.selection': 'top_p', 'moe.renormalize': False},
-    {'moe.exchange': 'all_to_all', 'model.dropout': 0.2},
-    {'moe.exchange': 'all_to_all', 'model.remat': 'full'},
-    {'moe.exchange': 'ragged', 'model.remat': 'dots', 'train.accumulation': 1},
+    *itertools.product(EXCHANGES, [{'expert': 8}, {'data': 2, 'expert': 4}]),
+    *((changes, EVERY_AXIS) for changes in WITH_OTHERS),
   ],
   ids=str,
 )
 def test_every_exchange_changes_no_metric(
-  changes: dict[str, Any], axes: dict[str, int], skew: float
+  changes: dict[str, Any], axes: dict[str, int]
 ) -> None:
-  counted = check(BALANCED | changes, axes, skew)
-  if changes.get('moe.buffer_factor') == 8.0:
-    np.testing.assert_array_equal(counted['exchange_overflows'], 0)
+  for skew in SKEWS:
+    counted = check(BALANCED | changes, axes, skew)
+    if changes.get('moe.buffer_factor') == 8.0:
+      np.testing.assert_array_equal(counted['exchange_overflows'], 0)

@@ -1,0 +1,197 @@
+"""The grouped matmul on CPU: blocks of rows, each inside one group.
+
+XLA's CPU backend multiplies matrices of known shapes only, and every product
+pays once for bringing in its weight. So a group should be one block, and the
+block hardly larger than the group: every size of block has its own loop, and a
+group goes to the smallest that holds it. Groups far above the mean are cut into
+large blocks first, so that cost follows the rows in use, not the most of them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_STEPS = (8, 10, 12, 14, 16, 18, 20, 24, 32)  # sixteenths of the mean group
+_GRAIN = 16  # rows that sizes are multiples of
+_SMALLEST = 32  # rows: below, a block costs what its weight costs
+_LARGE = 8  # the largest blocks, in the largest of the steps
+_LIGHT = 1 << 14  # elements of a weight with which waste is cheap ...
+_ONLY = 128  # ... and compiling is not: rows of all blocks
+
+
+class Ladder(NamedTuple):
+  """Sizes of blocks, in rows.
+
+  Attributes:
+    whole: falling; a group is cut into these while it is larger.
+    last: rising; for what is then left of every group. If there is none, the
+      last of `whole` takes that too.
+  """
+
+  whole: tuple[int, ...]
+  last: tuple[int, ...]
+
+
+def ladder(num_rows: int, num_groups: int, weight_elements: int) -> Ladder:
+  """Sizes for groups of about `num_rows / num_groups`, or of fewer rows."""
+  if weight_elements <= _LIGHT:
+    return Ladder((min(_ONLY, num_rows),), ())
+  mean = -(-num_rows // num_groups)
+  sizes = {-(-mean * step // (16 * _GRAIN)) * _GRAIN for step in _STEPS}
+  smaller = min(sizes) // 2
+  while smaller >= _SMALLEST:
+    sizes.add(-(-smaller // _GRAIN) * _GRAIN)
+    smaller //= 2
+  last = sorted({min(size, num_rows) for size in sizes})
+  large = min(_LARGE * last[-1], num_rows)
+  return Ladder(tuple(sorted({large, last[-1]}, reverse=True)), tuple(last))
+
+
+class _Loop(NamedTuple):
+  """Blocks of one size: entries from `begin` to `end` of the tables.
+
+  The tables have an entry that nobody uses. What a loop computes from a table
+  of one entry XLA would move out of it, and compute though it never runs.
+
+  Attributes:
+    size: rows of each.
+    opens: whether every block is the first of its group that is computed.
+    group_J, first_J, stop_J: of every block its group, the row it begins at,
+      and the row its group ends at.
+  """
+
+  size: int
+  opens: bool
+  begin: jax.Array | int
+  end: jax.Array
+  group_J: jax.Array
+  first_J: jax.Array
+  stop_J: jax.Array
+
+
+def _loops(num_rows: int, sizes_N: jax.Array, rungs: Ladder) -> list[_Loop]:
+  """All blocks; the loops that open groups come before the others."""
+  num_groups = len(sizes_N)
+  stop_N = jnp.cumsum(sizes_N)
+  first_N, left_N = stop_N - sizes_N, sizes_N
+  whole = []
+  for size in rungs.whole:
+    keep = 1 if rungs.last or size != rungs.whole[-1] else 1 - size
+    blocks_N = jnp.maximum(left_N - keep, 0) // size
+    ends_N = jnp.cumsum(blocks_N)
+    most = -(-num_rows // size) + (0 if rungs.last else num_groups)
+    nth_J = jnp.arange(most + 1)
+    group_J = jnp.searchsorted(
+      ends_N, nth_J, side='right', method='scan_unrolled'
+    )
+    group_J = jnp.minimum(group_J, num_groups - 1)
+    nth_J -= (ends_N - blocks_N)[group_J]
+    first_J = first_N[group_J] + nth_J * size
+    whole.append(
+      _Loop(size, False, 0, ends_N[-1], group_J, first_J, stop_N[group_J])
+    )
+    first_N = first_N + blocks_N * size
+    left_N = left_N - blocks_N * size
+  return _last_blocks(left_N, first_N, stop_N, rungs.last) + whole
+
+
+def _last_blocks(
+  left_N: jax.Array, first_N: jax.Array, stop_N: jax.Array, sizes: tuple
+) -> list[_Loop]:
+  """One block of every group that has rows, the smallest that holds them."""
+  if not sizes:
+    return []
+  rung_N = (left_N[:, None] > jnp.array(sizes)).sum(1)
+  rung_N = jnp.where(left_N > 0, rung_N, len(sizes))
+  group_J = jnp.append(jnp.argsort(rung_N), 0)
+  tables = group_J, first_N[group_J], stop_N[group_J]
+  count = (rung_N[:, None] == jnp.arange(len(sizes))).sum(0, dtype=jnp.int32)
+  end = jnp.cumsum(count)
+  return [
+    _Loop(size, True, end[i] - count[i], end[i], *tables)
+    for i, size in enumerate(sizes)
+  ]
+
+
+def _window(
+  loop: _Loop, i: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+  """First row of block i, and which of its rows are the block's, [size, 1]."""
+  # A block that would end behind the last row begins earlier instead.
+  first = jnp.minimum(loop.first_J[i], num_rows - loop.size)
+  row = first + jnp.arange(loop.size)
+  inside = (row >= loop.first_J[i]) & (row < loop.stop_J[i])
+  return first, inside[:, None]
+
+
+def multiply(
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  *,
+  rungs: Ladder,
+  transposed: bool = False,
+) -> jax.Array:
+  """Every row times its group's matrix, or that matrix transposed.
+
+  Returns:
+    [M, F], or of rows [M, F] and `transposed` [M, D]; 0 outside of all groups.
+  """
+  num_rows = len(rows_MD)
+  contracted = 1 if transposed else 0
+
+  def block(loop: _Loop, i: jax.Array, out_MF: jax.Array) -> jax.Array:
+    first, inside = _window(loop, i, num_rows)
+    rows = lax.dynamic_slice_in_dim(rows_MD, first, loop.size)
+    weight = lax.dynamic_index_in_dim(bank_NDF, loop.group_J[i], keepdims=False)
+    product = lax.dot_general(rows, weight, (((1,), (contracted,)), ((), ())))
+    others = lax.dynamic_slice_in_dim(out_MF, first, loop.size)
+    mine = jnp.where(inside, product, others)
+    return lax.dynamic_update_slice_in_dim(out_MF, mine, first, 0)
+
+  width = bank_NDF.shape[2 - contracted]
+  out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
+  for loop in _loops(num_rows, sizes_N, rungs):
+    step = functools.partial(block, loop)
+    out_MF = lax.fori_loop(loop.begin, loop.end, step, out_MF)
+  return out_MF
+
+
+def bank_gradient(
+  rows_MD: jax.Array,
+  grad_MF: jax.Array,
+  sizes_N: jax.Array,
+  *,
+  rungs: Ladder,
+) -> jax.Array:
+  """`rows^T grad` of every group [N, D, F], float32; 0 for empty ones."""
+  num_rows = len(rows_MD)
+
+  def block(loop: _Loop, i: jax.Array, out_NDF: jax.Array) -> jax.Array:
+    first, inside = _window(loop, i, num_rows)
+    rows = lax.dynamic_slice_in_dim(rows_MD, first, loop.size)
+    grad = lax.dynamic_slice_in_dim(grad_MF, first, loop.size)
+    if rows.shape[1] < grad.shape[1]:  # the narrower one is enough
+      rows = jnp.where(inside, rows, 0)
+    else:
+      grad = jnp.where(inside, grad, 0)
+    product = lax.dot_general(
+      rows,
+      grad,
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    group = loop.group_J[i]
+    if not loop.opens:  # reading the sum so far costs as much as writing it
+      product += lax.dynamic_index_in_dim(out_NDF, group, keepdims=False)
+    return lax.dynamic_update_index_in_dim(out_NDF, product, group, 0)
+
+  shape = len(sizes_N), rows_MD.shape[1], grad_MF.shape[1]
+  out_NDF = jnp.zeros_like(rows_MD, shape=shape, dtype=jnp.float32)
+  for loop in _loops(num_rows, sizes_N, rungs):
+    step = functools.partial(block, loop)
+    out_NDF = lax.fori_loop(loop.begin, loop.end, step, out_NDF)
+  return out_NDF
