@@ -58,10 +58,17 @@ def attend(
   model = config.model
   if model.positions == 'span':
     return SpanAttend(model.dropout)
-  devices = jax.devices() if mesh is None else mesh.devices.flat
-  case = Case(next(iter(devices)), mesh, dtype, head_dim(config))
+  case = case_of(config, mesh, dtype)
   chosen = IMPLEMENTATIONS[name(model.attention, case)]
   return RotaryAttend(model.rope_theta, model.dropout, chosen.make(case))
+
+
+def case_of(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+) -> Case:
+  """What `attend` chooses by."""
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return Case(next(iter(devices)), mesh, dtype, head_dim(config))
 
 
 def name(asked: str, case: Case) -> str:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import MoELayer
-from moe_jax.model import build_exchange
+from moe_jax.model import build_attention, build_exchange, causal, cross_entropy
 from moe_jax.model.build import build, compute_dtype, repetition
 from moe_jax.model.span import BLOCK
 
@@ -35,7 +35,7 @@ class Temporaries(NamedTuple):
       leaves it, and the working set of one period of layers.
     dispatch: the part of both that brings tokens to experts and back: rows of
       tokens, what experts compute of them, and their order.
-    logits: of the vocabulary, and their gradient.
+    logits: of the tokens whose loss is computed together, and their gradient.
     weight_copies: in the dtype of the arithmetic that backward keeps.
   """
 
@@ -49,8 +49,6 @@ def temporaries(
   config: ConfigDict, vocab_size: int, mesh: dict[str, int]
 ) -> Temporaries:
   """Estimates them; the compiler may share, fuse or copy buffers besides.
-
-  Attention counts as XLA computes it, with the whole square of positions.
 
   Args:
     config: validated.
@@ -72,25 +70,33 @@ def temporaries(
   working = whole * len(period) // config.model.num_layers
   held += period.count('moe')
   split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
+  tokens = rows * config.data.seq_len
+  together = min(tokens, cross_entropy.chunk_of(jax.devices()[0].platform))
   return Temporaries(
-    activations=rows * (kept + working + _span_scores(one)),
+    activations=rows * (kept + working + _scores(one)),
     dispatch=rows * held * dispatch,
-    logits=rows * 2 * 4 * config.data.seq_len * vocab_size // split,
+    logits=2 * 4 * together * vocab_size // split,
     weight_copies=copies // (mesh['fsdp'] * mesh['expert']),
   )
 
 
-def _span_scores(config: ConfigDict) -> int:
-  """Bytes per sequence that backward works with in one span attention.
+def _scores(config: ConfigDict) -> int:
+  """Bytes per sequence that backward works with in one attention.
 
-  Four float32 arrays of the scores of the queries computed together, their
-  gradients, shifted and not; and where blocks of queries are recomputed one at
-  a time, so that none is among what is kept, as many again. The fours are what
-  compiled programs come to.
+  Float32 arrays of the scores of the queries computed together: with a span
+  four, their gradients, shifted and not; and where blocks of queries are
+  recomputed one at a time, so that none is among what is kept, as many again.
+  The fours are what compiled programs come to. Of rotary attention in blocks
+  scores, weights and the gradients of both; of others nothing that is not
+  among what is kept.
   """
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
-    return 0
+    dtype = compute_dtype(config, None)
+    case = build_attention.case_of(config, None, dtype)
+    if build_attention.name(model.attention, case) != 'blocks':
+      return 0
+    return 4 * 4 * model.num_heads * min(length, causal.BLOCK) * length
   queries, arrays = (length, 4) if length <= BLOCK else (BLOCK, 8)
   return arrays * 4 * model.num_heads * queries * (model.span + queries)
 

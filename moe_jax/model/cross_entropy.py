@@ -24,7 +24,7 @@ from moe_jax.model.decoder import Head
 # head is read and written once for each such chunk, so the faster a device
 # computes compared to its memory, the larger they have to be.
 CHUNK = {'cpu': 512}
-CHUNK_OF_ACCELERATORS = 4096
+_CHUNK_OF_ACCELERATORS = 4096
 
 _FSDP, _TENSOR = 'fsdp', 'tensor'
 _SUMMED = tuple(axis for axis in mesh_lib.TOKEN_AXES if axis != _FSDP)
@@ -84,6 +84,11 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
+def chunk_of(platform: str) -> int:
+  """Tokens of a device whose logits are in memory together."""
+  return CHUNK.get(platform, _CHUNK_OF_ACCELERATORS)
+
+
 def _computed(
   mesh: Mesh,
   x_BLD: jax.Array,
@@ -92,8 +97,7 @@ def _computed(
   *,
   with_gradient: bool,
 ) -> tuple[jax.Array, _Gradients | None]:
-  platform = mesh.devices.flat[0].platform
-  chunk = CHUNK.get(platform, CHUNK_OF_ACCELERATORS)
+  chunk = chunk_of(mesh.devices.flat[0].platform)
   local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model import cross_entropy as module
+from moe_jax.model.cross_entropy import Targets, cross_entropy
 from moe_jax.model.decoder import Head
-from moe_jax.training import cross_entropy as module
-from moe_jax.training.cross_entropy import Targets, cross_entropy
 
 MESHES = {
   'one device': {},
