@@ -51,6 +51,8 @@ NEUTRAL = {
     'capacity_factor': 1.0,
     'priority': 'position',
     'grouped_matmul': 'auto',
+    'exchange': 'auto',
+    'buffer_factor': 2.0,
     'bias': False,
     'shared': {
       'width': 0,
@@ -90,8 +92,8 @@ NEUTRAL = {
 # How it is trained or computed, not what: free in every comparison.
 _FREE = """model.attention model.dropout model.init_std model.dtype model.remat
 model.unroll model.idle_parameters moe.dispatch moe.capacity_factor moe.priority
-moe.grouped_matmul moe.every moe.offset moe.first_dense router.residual_detached
-router.jitter""".split()
+moe.grouped_matmul moe.exchange moe.buffer_factor moe.every moe.offset
+moe.first_dense router.residual_detached router.jitter""".split()
 
 
 def config_of(**sections: dict[str, Any]) -> ConfigDict:

@@ -135,8 +135,11 @@ def _gradient(
   )
   whole = None
   if config.loss.balance_scope == 'global_batch':
-    model = nnx.merge(setup.graphdef, params)
-    whole, _ = _sum(lambda part: (_run(model, part).watched, None), parts)
+
+    def watched(part: _Reads) -> tuple[Load | None, None]:
+      return _run(nnx.merge(setup.graphdef, params), part).watched, None
+
+    whole, _ = _sum(watched, parts)
 
   def of_part(part: _Reads) -> tuple[Any, jax.Array | None]:
     grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)

@@ -6,20 +6,20 @@ import tiny
 from ml_collections import ConfigDict
 
 from configs import cartesian_moe, rmoe
-from moe_jax import plan
 from moe_jax.model import sizes
+from moe_jax.planning import setups
 
 BYTES = 257  # V of the byte tokenizer
 
 
 def count(config: ConfigDict) -> sizes.Parameters:
-  params = plan.shapes(config).abstract['params']
+  params = setups.shapes(config).abstract['params']
   return sizes.count_parameters(config, params)
 
 
 def flops(config: ConfigDict) -> tuple[int, int]:
   """Of a token forward, and in training."""
-  params = plan.shapes(config).abstract['params']
+  params = setups.shapes(config).abstract['params']
   forward = sizes.flops_per_token_forward(config, params)
   return forward, sizes.flops_per_token(config, params)
 
