@@ -74,6 +74,7 @@ def together(
     return workdir, [pair.printed(i) for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(
   alone: Path, together: tuple[Path, list[str]]
 ) -> None:

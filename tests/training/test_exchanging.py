@@ -95,6 +95,7 @@ def check(
   return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('skew', SKEWS)
 def test_a_bounded_exchange_changes_no_metric(skew: float) -> None:
   counted = check(BOUNDED, EVERY_AXIS, skew)
