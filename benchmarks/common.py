@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
 from moe_jax.planning import compiled, setups
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch
@@ -27,6 +28,18 @@ def set_up(config: ConfigDict) -> Setup:
 
 # The program and the seconds, without JAX's cache of compiled programs.
 compile_train_step = compiled.train_step
+
+
+def check_steps(steps: int, warmup: int) -> None:
+  """Refuses numbers of steps that nothing can be measured with.
+
+  Raises:
+    UserError: names both flags.
+  """
+  if steps < 1 or warmup < 0:
+    raise UserError(
+      f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
+    )
 
 
 def random_batches(made: Setup, count: int) -> list[Batch]:

@@ -75,10 +75,7 @@ def measure(
 
   from benchmarks import common, exchanges
 
-  if steps < 1 or warmup < 0:
-    raise UserError(
-      f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
-    )
+  common.check_steps(steps, warmup)
   layer = exchanges.Layer(config)
   programs = {name: layer.compiled(name) for name in layer.exchanges}
   cases = [(name, routing) for name in programs for routing in ROUTINGS]

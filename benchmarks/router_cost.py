@@ -51,10 +51,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
 
   from benchmarks import common
 
-  if steps < 1 or warmup < 0:
-    raise UserError(
-      f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
-    )
+  common.check_steps(steps, warmup)
   if config.router.recurrent == 'none':
     raise UserError(
       "router.recurrent = 'none' is what the cost is measured against;"

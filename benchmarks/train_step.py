@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli
-from moe_jax.errors import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -57,10 +56,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   from moe_jax.model.build import compute_dtype
   from moe_jax.training import peaks
 
-  if steps < 1 or warmup < 0:
-    raise UserError(
-      f'--steps = {steps} must be at least 1, --warmup = {warmup} at least 0'
-    )
+  common.check_steps(steps, warmup)
   made = common.set_up(config)
   compiled, compile_seconds = common.compile_train_step(made)
   batches = common.random_batches(made, warmup + steps)

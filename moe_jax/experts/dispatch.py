@@ -160,6 +160,15 @@ def sort(
   return Order(slot_M, place_TK, jnp.diff(edges), edges[:-1])
 
 
+def queued(order: Order, routing: Routing) -> tuple[jax.Array, jax.Array]:
+  """The expert of every slot, and how many of its slots come before.
+
+  Both int32 [T, K]; of an unused slot the last expert, and any number.
+  """
+  expert_TK = jnp.minimum(routing.indices_TK, len(order.sizes_N) - 1)
+  return expert_TK, order.place_TK - order.starts_N[expert_TK]
+
+
 def _queues(
   order: Order, routing: Routing, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -174,8 +183,7 @@ def _queues(
   row_NC = jnp.minimum(order.starts_N[:, None] + nth_C, slots - 1)
   used_NC = nth_C < order.sizes_N[:, None]
   slot_NC = jnp.where(used_NC, order.slot_M[row_NC], slots)
-  expert_TK = jnp.minimum(routing.indices_TK, num_experts - 1)
-  nth_TK = order.place_TK - order.starts_N[expert_TK]
+  expert_TK, nth_TK = queued(order, routing)
   kept_TK = (routing.indices_TK < num_experts) & (nth_TK < capacity)
   place_TK = expert_TK * capacity + nth_TK
   return slot_NC, jnp.where(kept_TK, place_TK, slot_NC.size)

@@ -26,6 +26,7 @@ from moe_jax.experts.dispatch import (
   Dispatched,
   dropless,
   in_order,
+  queued,
   sort,
 )
 from moe_jax.experts.exchange_size import Exchanged
@@ -150,8 +151,7 @@ class Bounded:
     """Of the slots for which the trip has no room."""
     x_TD, weights_TK, experts = moving
     routing, order, trip = fixed
-    expert_TK = jnp.minimum(routing.indices_TK, routing.num_experts - 1)
-    nth_TK = order.place_TK - order.starts_N[expert_TK]
+    expert_TK, nth_TK = queued(order, routing)
     stays_TK = nth_TK >= trip.kept_UN.reshape(-1)[expert_TK]
     routing = dataclasses.replace(routing, weights_TK=weights_TK)
     slow = OneByOne(dropless, self.axis)
