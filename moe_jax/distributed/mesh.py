@@ -32,7 +32,7 @@ RULES = (
   (r'up_NDF', P('expert', 'fsdp', 'tensor')),
   (r'down_NFD', P('expert', 'tensor', 'fsdp')),
   (r'up_bias_NF', P('expert', 'tensor')),
-  (r'down_bias_ND', P('expert', None)),
+  (r'down_bias_ND', P('expert', 'fsdp')),
   # Small, and read by every token: a copy on every device.
   (r'projector_DR|coefficient_D2', P(None, None)),
   (r'(input|hidden)_[XR]R|(input|hidden)_bias_[34]R', P(None, None)),
@@ -116,13 +116,6 @@ def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
     return x
   spec = P(*(None,) * axis, TOKEN_AXES)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """A copy of the whole array on every device of the mesh, if any."""
-  if mesh is None or mesh.size == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

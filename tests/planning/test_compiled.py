@@ -51,6 +51,45 @@ def test_a_tpu_program() -> None:
   assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
 
 
+@pytest.mark.parametrize(
+  'topology, dtype',
+  [
+    (None, 'float32'),
+    pytest.param('v5e:2x4', 'bfloat16', marks=pytest.mark.slow),
+  ],
+)
+def test_gradients_along_fsdp_are_scattered(
+  topology: str | None, dtype: str
+) -> None:
+  """Those of the experts and of both embeddings: no device has them whole."""
+  config = tiny.config(
+    model__num_layers=1,
+    model__dtype=dtype,
+    model__vocab_size=2048,
+    model__hidden_size=128,
+    moe__expert_width=512,
+    moe__dispatch='capacity',
+    mesh__data=1,
+    mesh__fsdp=4,
+    mesh__expert=2,
+  )
+  target = topologies.target(topology) if topology else topologies.here()
+  told = compiled.plan(config, target)
+  sent = dict.fromkeys(('reduce-scatter', 'all-reduce'), 0)
+  for each in told['collectives']:
+    if 'fsdp' in each['axes'] and each['kind'] in sent:
+      sent[each['kind']] += each['total_bytes']
+  embedding, bank = 2048 * 128, 8 // 2 * 3 * 128 * 512
+  bytes_ = jnp.dtype(dtype).itemsize
+  scattered = bytes_ * (embedding + bank) + 4 * embedding
+  # A compiler may scatter what it sums of its own accord, too.
+  assert sent['reduce-scatter'] >= 3 / 4 * scattered
+  parameters = plan.make(config, 8)['parameters']['total']
+  others = parameters - 2 * embedding - 2 * bank
+  # Around all eight devices at most, and some metrics.
+  assert sent['all-reduce'] <= 2 * 7 / 8 * 4 * others + 4096
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'overrides, slices',
