@@ -92,9 +92,18 @@ class ExpertParallel:
     if self.width_axis in axes:
       first = lax.axis_index(self.width_axis) == 0
       param = jnp.where(first, param, jnp.zeros_like(param))
+    if self.stored_axis not in spec:
+      return param
     # Last, so that backward scatters the gradient first and sums up parts of
     # it. Left to the partitioner, some gradients would be summed up whole.
-    dimension = tuple(spec).index(self.stored_axis)
+    return self._gathered(param, tuple(spec).index(self.stored_axis))
+
+  def _gathered(self, param: jax.Array, dimension: int) -> jax.Array:
+    if param.ndim > 3:
+      # [N, D, 2, F] as [N, D, 2F], which the matmuls read: where the axis
+      # before the last is as small as 2, TPUs do not scatter.
+      joined = self._gathered(param.reshape(*param.shape[:2], -1), dimension)
+      return joined.reshape(*joined.shape[:2], *param.shape[2:])
     return lax.all_gather(param, self.stored_axis, axis=dimension, tiled=True)
 
   def _total(self, dropped: jax.Array) -> jax.Array:
