@@ -17,6 +17,7 @@ DIR/scaling.png and writes DIR/README.md, a table, of all rows in there.
 """
 
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from moe_jax.errors import UserError
 TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16')
 _MOST_FSDP = 4
 _PACKAGES = ('jax', 'libtpu', 'moe_jax')
+# Flags that do not change a row; all but the first have a value.
+_BESIDE = ('json', 'topologies', 'label', 'results')
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -65,12 +68,25 @@ def run(
   from benchmarks import common, scaling_results
 
   jax.config.update('jax_enable_compilation_cache', False)
+  given = arguments(sys.argv[1:])
   for row in measure(config, topologies, sequences):
-    named = {'label': label} | row
+    named = {'label': label, 'arguments': given} | row
     common.show(named, json)
     sys.stdout.flush()
     if results:
       scaling_results.keep(named, Path(results))
+
+
+def arguments(argv: list[str]) -> str:
+  """The arguments of a command that a row depends on, for a shell."""
+  words, kept = iter(argv), []
+  for word in words:
+    name, joined, _ = word.lstrip('-').partition('=')
+    if name not in _BESIDE:
+      kept.append(word)
+    elif name != 'json' and not joined:
+      next(words)
+  return shlex.join(kept)
 
 
 def measure(

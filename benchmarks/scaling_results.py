@@ -1,15 +1,23 @@
 """Keeps the rows of `benchmarks.scaling`, as a table and as a picture."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 _GIB = 1 << 30
 _HEAD = """# Training steps compiled for slices of TPUs
 
-`python -m benchmarks.scaling` wrote this, from the rows in `scaling.jsonl`. No
-TPU was there: the figures are its compiler's, and nothing was timed but the
-compilation.
+No TPU was there: the figures are its compiler's, and nothing was timed but the
+compilation. From a checkout, these commands make `scaling.jsonl`, its table
+below and its picture, `scaling.png`:
+
+"""
+_ABOUT = """
+The batch grows with the chips. Memory is what the program needs; bytes are sent
+by all chips together, where every slot finds room in the buffers of its
+exchange; fusions are the computation without kernels and copies, as the
+compiler expects it.
 
 """
 _COLUMNS = (
@@ -36,8 +44,18 @@ def keep(row: dict[str, Any], folder: Path) -> None:
   kept = [rows[case] for case in sorted(rows)]
   lines = [json.dumps(each) + '\n' for each in kept]
   path.write_text(''.join(lines), 'utf-8')
-  (folder / 'README.md').write_text(_HEAD + table(kept), 'utf-8')
+  (folder / 'README.md').write_text(readme(kept), 'utf-8')
   draw(kept, folder / 'scaling.png')
+
+
+def readme(rows: list[dict[str, Any]]) -> str:
+  """What the rows are, in Markdown: the commands that made them, the table."""
+  commands = dict.fromkeys(
+    f'    python -m benchmarks.scaling {row["arguments"]} \\\n'
+    f'      --label={shlex.quote(row["label"])} --results=DIR\n'
+    for row in rows
+  )
+  return _HEAD + ''.join(commands) + _ABOUT + table(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
