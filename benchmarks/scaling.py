@@ -95,10 +95,10 @@ def measure(
   """Compiles the training step of a config for every topology.
 
   Yields:
-    `num_devices`, `mesh`, `tokens_per_step`; of a program that `fits`, also
-    `memory_bytes` of one device by kind, `sent_bytes_per_token` and
-    `_most` (where every conditional sends as much as it can) of all devices
-    together, `collectives`: bytes per device by kind and axes,
+    `num_devices`, `mesh`, `tokens_per_step`, `available_bytes` of a device; of
+    a program that `fits`, also `memory_bytes` by kind, `sent_bytes_per_token`
+    and `_most` (where every conditional sends as much as it can) of all
+    devices together, `collectives`: bytes per device by kind and axes,
     `estimated_seconds` (of fusions alone, and where the clock is published),
     `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
     does not, `needed_bytes`, at least.
@@ -144,10 +144,15 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   try:
     told = compiled.plan(config, target)
   except compiled.DoesNotFitError as refused:
-    return {'fits': False, 'needed_bytes': refused.needed}
+    return {
+      'fits': False,
+      'needed_bytes': refused.needed,
+      'available_bytes': refused.available,
+    }
   tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
   kept = (
     'memory_bytes',
+    'available_bytes',
     'estimated_seconds',
     'compile_seconds',
     'compile_cpu_seconds',

@@ -76,7 +76,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     'sent per token, KiB': lambda row: row['sent_bytes_per_token'] / 1024,
     'compile, seconds of CPU': lambda row: row['compile_cpu_seconds'],
   }
-  figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.6))
+  below = {'loc': 'outside lower center', 'ncols': 4}
+  figure, axes = pyplot.subplots(
+    1, len(panels), figsize=(12, 3.6), layout='constrained'
+  )
+  _limit(axes[0], rows)
   fitting = [row for row in rows if row['fits']]
   for axis, (title, value) in zip(axes, panels.items(), strict=True):
     for label in dict.fromkeys(row['label'] for row in fitting):
@@ -92,10 +96,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-  axes[0].legend()
-  figure.tight_layout()
+  figure.legend(*axes[0].get_legend_handles_labels(), **below)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
+
+
+def _limit(axis: Any, rows: list[dict[str, Any]]) -> None:
+  """What a chip holds, and what would need more, in the panel of memory."""
+  refused = [row for row in rows if not row['fits']]
+  if refused:
+    chips = [row['num_devices'] for row in refused]
+    needed = [row['needed_bytes'] / _GIB for row in refused]
+    axis.plot(chips, needed, 'kx', label='does not fit, needs at least')
+  for available in {row['available_bytes'] for row in rows}:
+    axis.axhline(available / _GIB, color='gray', ls='--', label='of a chip')
 
 
 def _case(row: dict[str, Any]) -> tuple[str, int]:

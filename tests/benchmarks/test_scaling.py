@@ -42,6 +42,7 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
     'tokens_per_step': 4096,
     'fits': True,
     'memory_bytes': {'total': 3 << 30},
+    'available_bytes': 16 << 30,
     'sent_bytes_per_token': 2048.0,
     'compile_cpu_seconds': 61.4,
     'estimated_seconds': 0.0123,
