@@ -52,14 +52,14 @@ def test_a_tpu_program() -> None:
 
 
 @pytest.mark.parametrize(
-  'topology, dtype',
+  'topology, dtype, dispatch',
   [
-    (None, 'float32'),
-    pytest.param('v5e:2x4', 'bfloat16', marks=pytest.mark.slow),
+    (None, 'float32', 'capacity'),
+    pytest.param('v5e:2x4', 'bfloat16', 'dropless', marks=pytest.mark.slow),
   ],
 )
 def test_gradients_along_fsdp_are_scattered(
-  topology: str | None, dtype: str
+  topology: str | None, dtype: str, dispatch: str
 ) -> None:
   """Those of the experts and of both embeddings: no device has them whole."""
   config = tiny.config(
@@ -68,7 +68,7 @@ def test_gradients_along_fsdp_are_scattered(
     model__vocab_size=2048,
     model__hidden_size=128,
     moe__expert_width=512,
-    moe__dispatch='capacity',
+    moe__dispatch=dispatch,
     mesh__data=1,
     mesh__fsdp=4,
     mesh__expert=2,
