@@ -53,6 +53,9 @@ RULES = (
   (r'count|step', P()),
 )
 
+# TPU v5e, beyond so many chips.
+_LIMITED_KIND, _LIMITED_BEYOND = 'TPU v5 lite', 16
+
 
 def from_config(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
   """The mesh that `mesh.*` makes of the devices: `make_mesh` of its sizes.
@@ -85,14 +88,24 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
   """What XLA is told of programs for this mesh.
 
   On TPUs slots are exchanged while something else is computed, which is not
-  libtpu's default.
+  libtpu's default, where that compiles.
   """
-  if next(iter(mesh.devices.flat)).platform != 'tpu':
+  device = next(iter(mesh.devices.flat))
+  if device.platform != 'tpu' or limited_routing(device, mesh.size):
     return {}
   return {
     'xla_tpu_enable_async_all_to_all': 'true',
     'xla_tpu_enable_async_ragged_all_to_all': 'true',
   }
+
+
+def limited_routing(device: jax.Device, count: int) -> bool:
+  """Whether so many of a device are a slice with "limited ICI routing".
+
+  For these libtpu 0.0.42 compiles no ragged all-to-all, and no other one that
+  goes on beside computation. Several smaller slices count as one.
+  """
+  return device.device_kind == _LIMITED_KIND and count > _LIMITED_BEYOND
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
