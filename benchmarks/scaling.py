@@ -17,6 +17,7 @@ DIR/scaling.png and writes DIR/README.md, a table, of all rows in there.
 """
 
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from moe_jax.errors import UserError
 TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16')
 _MOST_FSDP = 4
 _PACKAGES = ('jax', 'libtpu', 'moe_jax')
+# Flags that do not change a row; all but the first have a value.
+_BESIDE = ('json', 'topologies', 'label', 'results')
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -65,12 +68,25 @@ def run(
   from benchmarks import common, scaling_results
 
   jax.config.update('jax_enable_compilation_cache', False)
+  given = arguments(sys.argv[1:])
   for row in measure(config, topologies, sequences):
-    named = {'label': label} | row
+    named = {'label': label, 'arguments': given} | row
     common.show(named, json)
     sys.stdout.flush()
     if results:
       scaling_results.keep(named, Path(results))
+
+
+def arguments(argv: list[str]) -> str:
+  """The arguments of a command that a row depends on, for a shell."""
+  words, kept = iter(argv), []
+  for word in words:
+    name, joined, _ = word.lstrip('-').partition('=')
+    if name not in _BESIDE:
+      kept.append(word)
+    elif name != 'json' and not joined:
+      next(words)
+  return shlex.join(kept)
 
 
 def measure(
@@ -79,10 +95,10 @@ def measure(
   """Compiles the training step of a config for every topology.
 
   Yields:
-    `num_devices`, `mesh`, `tokens_per_step`; of a program that `fits`, also
-    `memory_bytes` of one device by kind, `sent_bytes_per_token` and
-    `_most` (where every conditional sends as much as it can) of all devices
-    together, `collectives`: bytes per device by kind and axes,
+    `num_devices`, `mesh`, `tokens_per_step`, `available_bytes` of a device; of
+    a program that `fits`, also `memory_bytes` by kind, `sent_bytes_per_token`
+    and `_most` (where every conditional sends as much as it can) of all
+    devices together, `collectives`: bytes per device by kind and axes,
     `estimated_seconds` (of fusions alone, and where the clock is published),
     `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
     does not, `needed_bytes`, at least.
@@ -128,10 +144,15 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   try:
     told = compiled.plan(config, target)
   except compiled.DoesNotFitError as refused:
-    return {'fits': False, 'needed_bytes': refused.needed}
+    return {
+      'fits': False,
+      'needed_bytes': refused.needed,
+      'available_bytes': refused.available,
+    }
   tokens = config.train.batch_size * config.data.seq_len / told['num_devices']
   kept = (
     'memory_bytes',
+    'available_bytes',
     'estimated_seconds',
     'compile_seconds',
     'compile_cpu_seconds',

@@ -1,15 +1,23 @@
 """Keeps the rows of `benchmarks.scaling`, as a table and as a picture."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 _GIB = 1 << 30
 _HEAD = """# Training steps compiled for slices of TPUs
 
-`python -m benchmarks.scaling` wrote this, from the rows in `scaling.jsonl`. No
-TPU was there: the figures are its compiler's, and nothing was timed but the
-compilation.
+No TPU was there: the figures are its compiler's, and nothing was timed but the
+compilation. From a checkout, these commands make `scaling.jsonl`, its table
+below and its picture, `scaling.png`:
+
+"""
+_ABOUT = """
+The batch grows with the chips. Memory is what the program needs; bytes are sent
+by all chips together, where every slot finds room in the buffers of its
+exchange; fusions are the computation without kernels and copies, as the
+compiler expects it.
 
 """
 _COLUMNS = (
@@ -36,8 +44,18 @@ def keep(row: dict[str, Any], folder: Path) -> None:
   kept = [rows[case] for case in sorted(rows)]
   lines = [json.dumps(each) + '\n' for each in kept]
   path.write_text(''.join(lines), 'utf-8')
-  (folder / 'README.md').write_text(_HEAD + table(kept), 'utf-8')
+  (folder / 'README.md').write_text(readme(kept), 'utf-8')
   draw(kept, folder / 'scaling.png')
+
+
+def readme(rows: list[dict[str, Any]]) -> str:
+  """What the rows are, in Markdown: the commands that made them, the table."""
+  commands = dict.fromkeys(
+    f'    python -m benchmarks.scaling {row["arguments"]} \\\n'
+    f'      --label={shlex.quote(row["label"])} --results=DIR\n'
+    for row in rows
+  )
+  return _HEAD + ''.join(commands) + _ABOUT + table(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -58,7 +76,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     'sent per token, KiB': lambda row: row['sent_bytes_per_token'] / 1024,
     'compile, seconds of CPU': lambda row: row['compile_cpu_seconds'],
   }
-  figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.6))
+  below = {'loc': 'outside lower center', 'ncols': 4}
+  figure, axes = pyplot.subplots(
+    1, len(panels), figsize=(12, 3.6), layout='constrained'
+  )
+  _limit(axes[0], rows)
   fitting = [row for row in rows if row['fits']]
   for axis, (title, value) in zip(axes, panels.items(), strict=True):
     for label in dict.fromkeys(row['label'] for row in fitting):
@@ -74,10 +96,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-  axes[0].legend()
-  figure.tight_layout()
+  figure.legend(*axes[0].get_legend_handles_labels(), **below)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)
+
+
+def _limit(axis: Any, rows: list[dict[str, Any]]) -> None:
+  """What a chip holds, and what would need more, in the panel of memory."""
+  refused = [row for row in rows if not row['fits']]
+  if refused:
+    chips = [row['num_devices'] for row in refused]
+    needed = [row['needed_bytes'] / _GIB for row in refused]
+    axis.plot(chips, needed, 'kx', label='does not fit, needs at least')
+  for available in {row['available_bytes'] for row in rows}:
+    axis.axhline(available / _GIB, color='gray', ls='--', label='of a chip')
 
 
 def _case(row: dict[str, Any]) -> tuple[str, int]:

@@ -33,7 +33,7 @@ RULES = (
   (r'up_NDF', P('expert', 'fsdp', 'tensor')),
   (r'down_NFD', P('expert', 'tensor', 'fsdp')),
   (r'up_bias_NF', P('expert', 'tensor')),
-  (r'down_bias_ND', P('expert', None)),
+  (r'down_bias_ND', P('expert', 'fsdp')),
   # Small, and read by every token: a copy on every device.
   (r'projector_DR|coefficient_D2', P(None, None)),
   (r'(input|hidden)_[XR]R|(input|hidden)_bias_[34]R', P(None, None)),
@@ -53,6 +53,9 @@ RULES = (
   (r'key', P(None)),
   (r'count|step', P()),
 )
+
+# TPU v5e, beyond so many chips.
+_LIMITED_KIND, _LIMITED_BEYOND = 'TPU v5 lite', 16
 
 
 def from_config(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
@@ -95,14 +98,24 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
   """What XLA is told of programs for this mesh.
 
   On TPUs slots are exchanged while something else is computed, which is not
-  libtpu's default.
+  libtpu's default, where that compiles.
   """
-  if next(iter(mesh.devices.flat)).platform != 'tpu':
+  device = next(iter(mesh.devices.flat))
+  if device.platform != 'tpu' or limited_routing(device, mesh.size):
     return {}
   return {
     'xla_tpu_enable_async_all_to_all': 'true',
     'xla_tpu_enable_async_ragged_all_to_all': 'true',
   }
+
+
+def limited_routing(device: jax.Device, count: int) -> bool:
+  """Whether so many of a device are a slice with "limited ICI routing".
+
+  For these libtpu 0.0.42 compiles no ragged all-to-all, and no other one that
+  goes on beside computation. Several smaller slices count as one.
+  """
+  return device.device_kind == _LIMITED_KIND and count > _LIMITED_BEYOND
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -126,13 +139,6 @@ def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
     return x
   spec = P(*(None,) * axis, TOKEN_AXES)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def replicate(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """A copy of the whole array on every device of the mesh, if any."""
-  if mesh is None or mesh.size == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -25,6 +25,8 @@ class ExpertParallel:
     token_axes: the mesh axes that split tokens, `expert_axis` among them.
     expert_axis: splits the experts.
     width_axis: splits the width of every expert.
+    stored_axis: splits the hidden size of the parameters where they are kept;
+      here they are gathered along it, and their gradients scattered.
   """
 
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -32,6 +34,7 @@ class ExpertParallel:
   token_axes: tuple[str, ...]
   expert_axis: str = 'expert'
   width_axis: str = 'tensor'
+  stored_axis: str = 'fsdp'
 
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: ExpertBank
@@ -51,7 +54,7 @@ class ExpertParallel:
       x_TD, routing = jax.tree.map(
         lambda a: lax.pcast(a, self.width_axis, to='varying'), (x_TD, routing)
       )
-      params = jax.tree.map(self._repeat, params, param_specs)
+      params = jax.tree.map(self._whole, params, param_specs)
       bank = _Shard(params, graphdef, self.width_axis)
       y_TD, *counts = self.inner(x_TD, routing, bank)
       y_TD = lax.psum(y_TD, self.width_axis)
@@ -66,16 +69,20 @@ class ExpertParallel:
     )(x_TD, _slim(routing), params)
 
   def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
-    """Split the axes N and F, which the parameter's name ends with."""
+    """Split the axes N, D and F, which the parameter's name ends with."""
     names = [str(getattr(k, 'key', '')) for k in path]
     name = next(name for name in reversed(names) if '_' in name)
     letters = name.rpartition('_')[2]
     assert len(letters) == param.ndim, name
-    axes = {'N': self.expert_axis, 'F': self.width_axis}
+    axes = {
+      'N': self.expert_axis,
+      'D': self.stored_axis,
+      'F': self.width_axis,
+    }
     return P(*map(axes.get, letters))
 
-  def _repeat(self, param: jax.Array, spec: P) -> jax.Array:
-    """The experts of this device, repeated along the other axes.
+  def _whole(self, param: jax.Array, spec: P) -> jax.Array:
+    """The experts of this device, gathered; repeated along the other axes.
 
     Along the widths the partial sums are added up, and what is not split there,
     the bias of the output, has to be in one of them only.
@@ -85,7 +92,19 @@ class ExpertParallel:
     if self.width_axis in axes:
       first = lax.axis_index(self.width_axis) == 0
       param = jnp.where(first, param, jnp.zeros_like(param))
-    return param
+    if self.stored_axis not in spec:
+      return param
+    # Last, so that backward scatters the gradient first and sums up parts of
+    # it. Left to the partitioner, some gradients would be summed up whole.
+    return self._gathered(param, tuple(spec).index(self.stored_axis))
+
+  def _gathered(self, param: jax.Array, dimension: int) -> jax.Array:
+    if param.ndim > 3:
+      # [N, D, 2, F] as [N, D, 2F], which the matmuls read: where the axis
+      # before the last is as small as 2, TPUs do not scatter.
+      joined = self._gathered(param.reshape(*param.shape[:2], -1), dimension)
+      return joined.reshape(*joined.shape[:2], *param.shape[2:])
+    return lax.all_gather(param, self.stored_axis, axis=dimension, tiled=True)
 
   def _total(self, dropped: jax.Array) -> jax.Array:
     total = lax.psum(dropped, (*self.token_axes, self.width_axis))

@@ -20,6 +20,7 @@ from moe_jax.model import (
   build_exchange,
   build_matmul,
   build_router,
+  embedding,
 )
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
@@ -89,7 +90,7 @@ def build(
     remat=model.remat,
     unroll=model.unroll,
     shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
-    replicate=functools.partial(mesh_lib.replicate, mesh=mesh),
+    look_up=functools.partial(embedding.look_up, mesh=mesh),
   )
 
 

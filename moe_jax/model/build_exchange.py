@@ -66,8 +66,8 @@ def dispatch(
   name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
   if mesh is None or mesh.size == 1:
     return DISPATCHES[name](config.moe)
-  platform = next(iter(mesh.devices.flat)).platform
-  return across(config, mesh, resolve(config, mesh.shape, dtype, platform))
+  device = next(iter(mesh.devices.flat))
+  return across(config, mesh, resolve(config, mesh.shape, dtype, device))
 
 
 def across(
@@ -84,14 +84,18 @@ def across(
 
 
 def resolve(
-  config: ConfigDict, mesh: Mapping[str, int], dtype: jnp.dtype, platform: str
+  config: ConfigDict,
+  mesh: Mapping[str, int],
+  dtype: jnp.dtype,
+  device: jax.Device,
 ) -> str:
-  """`moe.exchange`; auto is what sends the fewest bytes on that platform."""
+  """`moe.exchange`; auto is what sends the fewest bytes on such devices."""
   known = EXCHANGES[config.moe.dispatch]
   if config.moe.exchange != 'auto':
     return choose('moe.exchange', config.moe.exchange, known)
   sent = exchange_bytes(config, mesh, dtype)
-  if platform not in _RAGGED_PLATFORMS:
+  limited = mesh_lib.limited_routing(device, math.prod(mesh.values()))
+  if device.platform not in _RAGGED_PLATFORMS or limited:
     sent.pop('ragged', None)
   return min(sent, key=sent.get)
 

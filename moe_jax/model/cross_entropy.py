@@ -130,9 +130,10 @@ def _of_device(
   loss = lax.psum(loss, mesh_lib.TOKEN_AXES)
   if gradients is None:
     return loss, None
-  weight_DV, bias_V = lax.psum(gradients.head, _SUMMED)
+  weight_DV, bias_V = gradients.head
   weight_DV = lax.psum_scatter(weight_DV, _FSDP, tiled=True)
-  bias_V = None if bias_V is None else lax.psum(bias_V, _FSDP)
+  weight_DV = lax.psum(weight_DV, _SUMMED)
+  bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.TOKEN_AXES)
   return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))
 
 

@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     remat: str,
     unroll: int,
     shard_tokens: Callable[..., jax.Array],
-    replicate: Callable[[jax.Array], jax.Array],
+    look_up: Callable[[jax.Array, jax.Array], jax.Array],
   ):
     """Puts the parts together; see `moe_jax.model.build`.
 
@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
       unroll: periods per step of the scan.
       shard_tokens: constrains an array's axis of B or T to the mesh; it is the
         leading one, or `axis`.
-      replicate: gives every device the whole array.
+      look_up: `embed_VD[ids_BL]`, wherever they are.
     """
     self.embed_VD = embed_VD
     self.cell = cell
@@ -141,7 +141,7 @@ class Decoder(nnx.Module):
     self.remat = remat
     self.unroll = unroll
     self.shard_tokens = shard_tokens
-    self.replicate = replicate
+    self.look_up = look_up
 
   def __call__(
     self,
@@ -175,10 +175,7 @@ class Decoder(nnx.Module):
         for a model with a span.
       key: of the random numbers of training; None, as in evaluation, for none.
     """
-    # Looked up whole: the partitioner turns a look-up in a table split by D
-    # into a copy of the activations on every device.
-    embed_VD = self.replicate(self.embed_VD[...].astype(self.dtype))
-    x_BLD = embed_VD[ids_BL]
+    x_BLD = self.look_up(self.embed_VD[...].astype(self.dtype), ids_BL)
     tokens = Tokens(ids_BL, real_BL)
     prefix_key, periods_key = split(key, 2)
     state = start(self.cell, ids_BL.size, self.num_residual_logits)

@@ -217,8 +217,8 @@ def _moe_layer(config: ConfigDict) -> MoELayer:
 def _across(config: ConfigDict, devices: int, dtype: jnp.dtype) -> Dispatch:
   """The dispatch on so many devices of this platform, real or not."""
   mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
-  platform = jax.devices()[0].platform
-  exchange = build_exchange.resolve(config, mesh, dtype, platform)
+  device = jax.devices()[0]
+  exchange = build_exchange.resolve(config, mesh, dtype, device)
   abstract = mesh_lib.abstract_mesh(mesh)
   return build_exchange.across(config, abstract, exchange)
 

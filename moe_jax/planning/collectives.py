@@ -124,10 +124,8 @@ def _read(
   is_fused: bool,
 ) -> Collective:
   kind = instruction.opcode.removesuffix('-start')
-  users = hlo.users(instruction, computation)
   # How TPUs scatter a sum: in one fusion each device keeps a slice of it.
-  sliced = is_fused and all(user.opcode == 'dynamic-slice' for user in users)
-  if kind == 'all-reduce' and sliced:
+  if kind == 'all-reduce' and is_fused and _sliced(instruction, computation):
     kind = 'reduce-scatter'
   group = groups(instruction.attributes, program.num_devices)[0]
   names = instruction.operands
@@ -135,6 +133,18 @@ def _read(
     names = names[:1]  # then the output, offsets and sizes
   size = sum(hlo.num_bytes(computation[name].type) for name in names)
   return Collective(kind, round(_SENT[kind](len(group)) * size), group, 1)
+
+
+def _sliced(
+  instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
+) -> bool:
+  """Whether slices are all that is read of a result, or of a tuple's parts."""
+  users = hlo.users(instruction, computation)
+  return all(
+    user.opcode == 'dynamic-slice'
+    or (user.opcode == 'get-tuple-element' and _sliced(user, computation))
+    for user in users
+  )
 
 
 def _repeated(each: Collective, times: int | None) -> Collective:

@@ -50,9 +50,9 @@ def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
   """
   config = copy.deepcopy(setup.config)
   dtype = compute_dtype(config, setup.mesh)
-  platform = setup.mesh.devices.flat[0].platform
+  device = setup.mesh.devices.flat[0]
   config.model.dtype = str(dtype)
-  config.moe.exchange = build_exchange.resolve(config, mesh, dtype, platform)
+  config.moe.exchange = build_exchange.resolve(config, mesh, dtype, device)
   return config
 
 

@@ -1,4 +1,17 @@
-"""What devices can do at most, to say how much of it training achieves."""
+"""What devices can do at most, to say how much of it training achieves.
+
+The figures are the vendors', for dense operands (NVIDIA prints those "with
+sparsity", which are twice as high):
+
+  TPU    https://cloud.google.com/tpu/docs/v4, and .../v5e, .../v5p, .../v6e,
+         .../tpu7x; per chip, of which a TPU7x shows as two devices
+  A100   https://www.nvidia.com/en-us/data-center/a100
+  H100   https://www.nvidia.com/en-us/data-center/h100
+  H200   https://www.nvidia.com/en-us/data-center/h200
+  GH200  NVIDIA GH200 Grace Hopper Superchip datasheet
+  B200   NVIDIA Blackwell datasheet, HGX B200 and GB200 (per GPU):
+         https://nvdam.widen.net/s/wwnsxrhm2w/blackwell-datasheet-3384703
+"""
 
 import re
 from typing import NamedTuple
@@ -21,24 +34,19 @@ class _Peak(NamedTuple):
   float32: float = 0.0
 
 
-# The vendors' datasheets; NVIDIA's figures "with sparsity" are halved. The
-# first that matches counts.
+# The first that matches counts; an H100 that says no other form is SXM.
 _PEAKS = (
-  # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; per chip, of which a
-  # TPU7x shows as two devices.
   _Peak(r'TPU v4', 275),
   _Peak(r'TPU v5( lite|e)', 197),
   _Peak(r'TPU v5p?', 459),
   _Peak(r'TPU v6( lite|e)', 918),
   _Peak(r'TPU ?(v7|7x).*', 2307 / 2),
-  # NVIDIA A100 Tensor Core GPU datasheet.
   _Peak(r'NVIDIA A100.*', 312, 156),
-  # NVIDIA H100 and H200 Tensor Core GPU datasheets; SXM where no other form.
   _Peak(r'NVIDIA H100 PCIe.*', 756, 378),
-  _Peak(r'NVIDIA H100 NVL.*', 835.5, 417.5),
+  _Peak(r'NVIDIA (H100|H200) NVL.*', 835.5, 417.5),
   _Peak(r'NVIDIA (H100|H200|GH200).*', 989.5, 494.5),
-  # NVIDIA Blackwell datasheet (HGX B200, one of eight).
   _Peak(r'NVIDIA B200.*', 2250, 1100),
+  _Peak(r'NVIDIA GB200.*', 2500, 1250),
 )
 
 

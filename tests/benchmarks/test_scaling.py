@@ -35,12 +35,14 @@ def test_meshes_follow_from_the_chips(
 def row(label: str, chips: int, **changes: object) -> dict[str, object]:
   made = {
     'label': label,
+    'arguments': '--config=x.py',
     'topology': f'v5e:{chips}',
     'num_devices': chips,
     'mesh': {'data': 1, 'fsdp': 2, 'expert': chips // 2, 'tensor': 1},
     'tokens_per_step': 4096,
     'fits': True,
     'memory_bytes': {'total': 3 << 30},
+    'available_bytes': 16 << 30,
     'sent_bytes_per_token': 2048.0,
     'compile_cpu_seconds': 61.4,
     'estimated_seconds': 0.0123,
@@ -58,7 +60,15 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   table = (tmp_path / 'README.md').read_text()
   assert '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 |' in table
   assert 'does not fit: 20.00' in table and '| 1 |' not in table
+  assert table.count('benchmarks.scaling --config=x.py') == 2  # a and b
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_arguments_of_a_row() -> None:
+  argv = ['--config=a.py:b', '--json', '--label=a b', '--sequences', '2']
+  argv += ['--results', 'c d', '--topologies=v5e:2x2', '--config.seed=3']
+  kept = '--config=a.py:b --sequences 2 --config.seed=3'
+  assert scaling.arguments(argv) == kept
 
 
 def test_sequences_are_counted() -> None:

@@ -217,6 +217,29 @@ def test_a_fused_sum_of_which_a_slice_is_kept_is_a_reduce_scatter() -> None:
   assert collectives(called)[0].kind == 'all-reduce'
 
 
+@pytest.mark.parametrize(
+  'second, kind, sent',
+  [('dynamic-slice', 'reduce-scatter', 768), ('negate', 'all-reduce', 1536)],
+)
+def test_a_fused_sum_of_two_of_which_slices_are_kept(
+  second: str, kind: str, sent: int
+) -> None:
+  before = (
+    '%scatter (q: f32[16,8], r: f32[16,8]) -> (f32[4,8], f32[4,8]) {\n'
+    '  %q = f32[16,8] parameter(0)\n'
+    '  %r = f32[16,8] parameter(1)\n'
+    f'  %g = (f32[16,8], f32[16,8]) all-reduce(%q, %r), {GROUPS}\n'
+    '  %g0 = f32[16,8] get-tuple-element(%g), index=0\n'
+    '  %g1 = f32[16,8] get-tuple-element(%g), index=1\n'
+    '  %s0 = f32[4,8] dynamic-slice(%g0), dynamic_slice_sizes={4,8}\n'
+    f'  %s1 = f32[4,8] {second}(%g1), dynamic_slice_sizes={{4,8}}\n'
+    '  ROOT %t = (f32[4,8], f32[4,8]) tuple(%s0, %s1)\n}\n\n'
+  )
+  line = '%s = (f32[4,8], f32[4,8]) fusion(%p, %p), calls=%scatter'
+  made = program(line, before=before)
+  assert collectives(made) == [Collective(kind, sent, FOUR, 1)]
+
+
 def test_text_that_is_no_program() -> None:
   with pytest.raises(ValueError, match='no ENTRY'):
     collectives('HloModule empty')

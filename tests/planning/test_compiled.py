@@ -51,6 +51,46 @@ def test_a_tpu_program() -> None:
   assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
 
 
+@pytest.mark.parametrize(
+  'topology, dtype, dispatch',
+  [
+    (None, 'float32', 'capacity'),
+    pytest.param('v5e:2x4', 'bfloat16', 'dropless', marks=pytest.mark.slow),
+  ],
+)
+def test_gradients_along_fsdp_are_scattered(
+  topology: str | None, dtype: str, dispatch: str
+) -> None:
+  """Those of the experts and of both embeddings: no device has them whole."""
+  config = tiny.config(
+    model__num_layers=1,
+    model__dtype=dtype,
+    model__vocab_size=2048,
+    model__hidden_size=512,
+    model__head_dim=16,
+    moe__expert_width=256,
+    moe__dispatch=dispatch,
+    mesh__data=1,
+    mesh__fsdp=2,
+    mesh__expert=4,
+  )
+  target = topologies.target(topology) if topology else topologies.here()
+  told = compiled.plan(config, target)
+  sent = dict.fromkeys(('reduce-scatter', 'all-reduce'), 0)
+  for each in told['collectives']:
+    if 'fsdp' in each['axes'] and each['kind'] in sent:
+      sent[each['kind']] += each['total_bytes']
+  embedding, bank = 2048 * 512, 8 // 4 * 3 * 512 * 256
+  bytes_ = jnp.dtype(dtype).itemsize
+  scattered = bytes_ * (embedding + bank) + 4 * embedding
+  # A compiler may scatter what it sums of its own accord, too.
+  assert sent['reduce-scatter'] >= 1 / 2 * scattered
+  parameters = plan.make(config, 8)['parameters']['total']
+  others = parameters - 2 * embedding - 4 * bank
+  # Around all eight devices at most, and some metrics.
+  assert sent['all-reduce'] <= 2 * 7 / 8 * 4 * others + 4096
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'overrides, slices',
@@ -75,6 +115,59 @@ def test_tpu_programs_of_all_kinds(
   told = compiled.plan(config, topologies.target(SLICE, slices))
   assert told['fits'] and told['num_devices'] == 4 * slices
   assert all(each['axes'] for each in told['collectives'])
+
+
+@pytest.mark.parametrize(
+  'topology, ragged', [('v5e:4x4', True), ('v5e:4x8', False), ('v6e:4x8', True)]
+)
+def test_ragged_exchanges_where_they_compile(
+  topology: str, ragged: bool
+) -> None:
+  """By choice of the plan; and in fact, by the compiler's refusal."""
+  devices = topologies.target(topology).devices
+  # One slot per token sends fewer bytes ragged than by any other exchange.
+  config = tiny.config(
+    moe__top_k=1, mesh__data=-1, mesh__expert=4, train__batch_size=32
+  )
+  strategy = plan.make(config, len(devices), devices[0])['strategy']
+  assert (strategy['expert_parallelism'] == 'ragged') == ragged
+
+  mesh = Mesh(devices, 'x')
+  counts = NamedSharding(mesh, P())
+  rows = jax.ShapeDtypeStruct(
+    (32 * len(devices), 128), jnp.float32, sharding=NamedSharding(mesh, P('x'))
+  )
+  ones = jax.ShapeDtypeStruct((len(devices),), jnp.int32, sharding=counts)
+  exchange = jax.shard_map(
+    lambda x, n: jax.lax.ragged_all_to_all(x, x, n, n, n, n, axis_name='x'),
+    mesh=mesh,
+    in_specs=(P('x'), P()),
+    out_specs=P('x'),
+    check_vma=False,
+  )
+  lowered = jax.jit(exchange).lower(rows, ones)
+  if ragged:
+    lowered.compile()
+  else:
+    with pytest.raises(jax.errors.JaxRuntimeError, match='limited ICI'):
+      lowered.compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['gather', 'all_to_all'])
+def test_programs_for_slices_with_limited_routing(exchange: str) -> None:
+  """No option asks for what their compiler does not do."""
+  config = tiny.config(
+    model__num_layers=1,
+    model__dtype='auto',
+    moe__exchange=exchange,
+    mesh__data=8,
+    mesh__expert=4,
+    train__batch_size=32,
+  )
+  told = compiled.plan(config, topologies.target('v5e:4x8'))
+  kind = {'gather': 'all-gather', 'all_to_all': 'all-to-all'}[exchange]
+  assert kind in {each['kind'] for each in told['collectives']}
 
 
 def test_memory_of_a_chip_is_what_its_compiler_says() -> None:

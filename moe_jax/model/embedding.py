@@ -1,0 +1,43 @@
+"""Looking tokens up in a table that several devices share."""
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.distributed import mesh as mesh_lib
+
+_FSDP = 'fsdp'
+_REPEATED = tuple(axis for axis in mesh_lib.TOKEN_AXES if axis != _FSDP)
+
+
+def look_up(
+  table_VD: jax.Array, ids_BL: jax.Array, *, mesh: Mesh | None
+) -> jax.Array:
+  """`table_VD[ids_BL]`, [B, L, D]: every device looks up its own tokens.
+
+  It needs the whole table for that; the gradient is scattered over `fsdp` while
+  it is summed. The partitioner would look up parts of D of all tokens, or, told
+  to gather the table, sum its gradient up whole on every device.
+
+  Args:
+    table_VD: split by D over `fsdp`.
+    ids_BL: int32 indices, split by B over the token axes.
+    mesh: where the arrays are; None for one device.
+  """
+  if mesh is None or mesh.size == 1:
+    return table_VD[ids_BL]
+
+  def local(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    table_VD = lax.pcast(table_VD, _REPEATED, to='varying')
+    table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
+    return table_VD[ids_BL]
+
+  tokens = P(mesh_lib.TOKEN_AXES)
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(P(None, _FSDP), tokens),
+    out_specs=tokens,
+    check_vma=True,
+  )(table_VD, ids_BL)
