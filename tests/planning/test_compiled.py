@@ -184,7 +184,7 @@ def test_memory_of_a_chip_is_what_its_compiler_says() -> None:
     refused = compiled.too_large(str(error.value), arguments=1 << 40)
     # Told to two digits; versions of libtpu keep some MiB more or less.
     known = target.chip.memory_bytes
-    assert refused.available == pytest.approx(known, rel=2e-4)
+    assert refused.available == pytest.approx(known, rel=5e-4)
     assert refused.needed == 3 << 40
 
 
