@@ -24,9 +24,9 @@ def _gate_backward(
   operands: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   gate, up = operands
-  open_share = jax.nn.sigmoid(gate)
-  slope = open_share * (1 + gate * (1 - open_share))
-  return grad * up * slope, grad * gate * open_share
+  sigmoid = jax.nn.sigmoid(gate)
+  slope = sigmoid * (1 + gate * (1 - sigmoid))
+  return grad * up * slope, grad * gate * sigmoid
 
 
 _gate.defvjp(lambda *operands: (_gate(*operands), operands), _gate_backward)
