@@ -12,15 +12,16 @@ besides goes to stderr.
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import resident
 from moe_jax.errors import UserError
 
+_READY = 'peak_bytes_when_ready'
 _PAUSE = 0.1  # seconds: threads of the one before have stopped spinning
 
 
@@ -30,12 +31,15 @@ class Measured(NamedTuple):
   Attributes:
     facts: of the worker, as it gave them to `serve`.
     seconds: of every step after the warm-up.
-    peak_bytes: the most memory the process has held (its resident set).
+    peak_bytes: the most memory that the process has held (its resident set).
+    steps_peak_bytes: the same from when it was ready on, without what it needed
+      to get there, such as a compiler's; None where the system cannot tell.
   """
 
   facts: dict[str, Any]
   seconds: list[float]
   peak_bytes: int
+  steps_peak_bytes: int | None
 
 
 def run(
@@ -68,7 +72,7 @@ def run(
         time.sleep(_PAUSE)
         seconds[name].append(worker.step())
     return {
-      name: Measured(worker.facts, seconds[name][warmup:], worker.peak_bytes)
+      name: Measured(worker.facts, seconds[name][warmup:], *worker.peaks())
       for name, worker in workers.items()
     }
 
@@ -82,12 +86,14 @@ def serve(step: Callable[[], None], facts: Mapping[str, Any]) -> None:
   """
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # whatever a library prints is no answer
-  _say(answers, dict(facts))
+  before = resident.peak_bytes()
+  anew = resident.start_anew()
+  _say(answers, dict(facts) | {_READY: before if anew else None})
   for _ in sys.stdin:
     began = time.perf_counter()
     step()
     seconds = time.perf_counter() - began
-    _say(answers, {'seconds': seconds, 'peak_bytes': _peak_bytes()})
+    _say(answers, {'seconds': seconds, 'peak_bytes': resident.peak_bytes()})
 
 
 class _Worker:
@@ -105,9 +111,11 @@ class _Worker:
     if hasattr(os, 'sched_setaffinity'):  # XLA starts a thread for each core
       cores = sorted(os.sched_getaffinity(0))[:threads]
       os.sched_setaffinity(self._process.pid, cores)
-    self.peak_bytes = 0
+    self._peak_bytes = 0
     try:
       self.facts = self._answer()
+      # None where the peak of the steps holds what was before them too.
+      self._ready_bytes = self.facts.pop(_READY)
     except BaseException:
       self.__exit__()
       raise
@@ -118,8 +126,14 @@ class _Worker:
       self._process.stdin.write('\n')
       self._process.stdin.flush()
     answer = self._answer()
-    self.peak_bytes = answer['peak_bytes']
+    self._peak_bytes = answer['peak_bytes']
     return answer['seconds']
+
+  def peaks(self) -> tuple[int, int | None]:
+    """The most bytes that the process has held, in all and in its steps."""
+    if self._ready_bytes is None:
+      return self._peak_bytes, None
+    return max(self._ready_bytes, self._peak_bytes), self._peak_bytes
 
   def _answer(self) -> dict[str, Any]:
     line = self._process.stdout.readline()
@@ -148,9 +162,3 @@ class _Worker:
 def _say(file: Any, answer: dict[str, Any]) -> None:
   file.write(json.dumps(answer) + '\n')
   file.flush()
-
-
-def _peak_bytes() -> int:
-  """The high-water mark of this process's resident set."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -92,7 +92,7 @@ def measure(
   from benchmarks import common, timing
   from moe_jax.errors import choose
   from moe_jax.experts.grouped_matmul import case, grouped_matmul
-  from moe_jax.model.build_matmul import Case, available
+  from moe_jax.model.build_matmul import available
 
   chosen = timing.choices(
     choose('--kinds', kind, timing.KINDS), rows, 1, groups
@@ -121,7 +121,7 @@ def measure(
   device = jax.devices()[0]
   names = [
     name
-    for name in available(Case(device, 1))
+    for name in available(device)
     if slow or device.platform != 'cpu' or name not in _SLOW_ON_CPU
   ]
   operands = rows_MD, bank_NDF[0], grad_MF

@@ -155,7 +155,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
   from benchmarks import timing
   from moe_jax.experts import dispatch
   from moe_jax.experts.feed_forward import ExpertBank
-  from moe_jax.model.build_matmul import Case, chosen
+  from moe_jax.model.build_matmul import chosen
   from moe_jax.routing.selection import Routing
 
   chosen_TK = jnp.asarray(_choices(sizes, kind))
@@ -166,7 +166,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
     sizes['width'],
     init_std=0.02,
     rngs=nnx.Rngs(params=0),
-    multiply=chosen('auto', Case(jax.devices()[0], 1)),
+    multiply=chosen('auto', jax.devices()[0]),
   )
   graphdef, params = nnx.split(bank)
   params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)

@@ -52,8 +52,9 @@ def measure(
 
   Returns:
     By side: `tokens_per_second` at the median step; `step_seconds`, its time;
-    `peak_resident_bytes`, the most memory that the process has held, whose
-    interpreter and libraries are part of it; `speedup`, the median over the
+    `peak_resident_bytes`, the most memory that the process has held, with its
+    interpreter, its libraries and the compiler; `steps_peak_resident_bytes`,
+    the most in its steps, without the compiler; `speedup`, the median over the
     rounds of the side's time over ours; and the `facts` it told. And
     `fastest_peer`, its `speedup_over_fastest_peer`, and the sizes.
 
@@ -98,6 +99,9 @@ def measure(
     'peak_resident_bytes': {
       name: side.peak_bytes for name, side in measured.items()
     },
+    'steps_peak_resident_bytes': {
+      name: side.steps_peak_bytes for name, side in measured.items()
+    },
     'parameters': counts[OURS],
     'rounds': rounds,
     'threads': threads,
@@ -122,8 +126,13 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
     return
   print(f'{row["model"]}, {row["parameters"]:,} parameters')
   for name, speed in row['tokens_per_second'].items():
-    peak = row['peak_resident_bytes'][name] / 2**20
-    print(f'  {name:28}{speed:8.0f} tokens/s{peak:8.0f} MiB', flush=True)
+    peak = row['peak_resident_bytes'][name]
+    steps = row['steps_peak_resident_bytes'][name] or peak
+    print(
+      f'  {name:28}{speed:8.0f} tokens/s{steps / 2**20:8.0f} MiB in steps,'
+      f'{peak / 2**20:8.0f} MiB in all',
+      flush=True,
+    )
   print(
     f'  {row["speedup_over_fastest_peer"]:.2f} times the fastest peer,'
     f' {row["fastest_peer"]}'

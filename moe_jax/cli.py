@@ -5,7 +5,10 @@ error keeps its traceback. Nothing here imports jax: the allocator has to be
 set before it, and a mistake should be told at once.
 """
 
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -37,12 +40,26 @@ def main(
     allocator.tune()
     libtpu.quiet()
     run(config, **values)
+    sys.stdout.flush()
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:
+    if not _unread():
+      raise
+    # Python flushes once more at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
   sys.exit(0)
+
+
+def _unread() -> bool:
+  """Whether the reader of stdout has gone, as `head` does."""
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)  # for errors alone
+  return bool(poll.poll(0))
 
 
 def define_process_flags(values: flags.FlagValues) -> None:

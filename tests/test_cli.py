@@ -1,6 +1,7 @@
 """The command line: what is accepted, and each mistake in one line."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,45 @@ def test_exit_status_of_what_run_raises(
   assert capsys.readouterr() == ('', '')
   assert run_main(refuse, monkeypatch) == 2
   assert capsys.readouterr() == ('', 'error: x is no good\n')
+
+
+PRINTS = """
+import sys
+from moe_jax import cli
+
+def run(config, workdir):
+  print('x' * {length})
+
+cli.main(run)
+"""
+
+
+@pytest.mark.parametrize('length', [10, 100_000])
+def test_output_that_nobody_reads_to_its_end(length: int) -> None:
+  """As before `head`: that which fits the buffer, and that which does not."""
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(
+    [sys.executable, '-c', PRINTS.format(length=length), BASE, '--workdir=x'],
+    cwd=ROOT,
+    stdout=write,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(write)
+  assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, '')
+
+
+def test_another_pipe_that_breaks_is_an_error(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  def fail(config: ConfigDict, workdir: str) -> None:
+    raise BrokenPipeError
+
+  monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
+  monkeypatch.setenv(allocator.SWITCH, '0')
+  with pytest.raises(BrokenPipeError):
+    cli.main(fail)
 
 
 def test_a_programming_error_keeps_its_traceback(

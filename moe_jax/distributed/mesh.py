@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -16,6 +16,7 @@ from moe_jax.errors import UserError
 
 AXES = MESH_AXES
 TOKEN_AXES = BATCH_AXES
+_TYPES = (AxisType.Auto,) * len(AXES)  # the default differs by JAX's version
 
 # (pattern of a parameter's name, its spec). The first match counts; a name
 # that matches none is an error. Stacked parameters get a leading None, and the
@@ -81,7 +82,16 @@ def make_mesh(
   """
   sizes = {axis: shape[axis] for axis in AXES}
   placed = slices.arrange(sizes, dcn or dict.fromkeys(AXES, 1), devices)
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(placed, AXES, axis_types=_TYPES)
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+  """The same of devices that need not be anywhere, for shapes alone.
+
+  Args:
+    sizes: devices along every axis.
+  """
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=_TYPES)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -14,8 +14,22 @@ from moe_jax.routing.router import State, Tokens
 _BY_PLATFORM = Chosen()  # needs no package
 
 
+@jax.custom_vjp
 def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """`silu(gate) * up`, of which nothing but the operands is kept."""
   return jax.nn.silu(gate) * up
+
+
+def _gate_backward(
+  operands: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  gate, up = operands
+  open_share = jax.nn.sigmoid(gate)
+  slope = open_share * (1 + gate * (1 - open_share))
+  return grad * up * slope, grad * gate * open_share
+
+
+_gate.defvjp(lambda *operands: (_gate(*operands), operands), _gate_backward)
 
 
 class FeedForward(nnx.Module):

@@ -149,12 +149,19 @@ def _blocks_backward(
   return rows_grad_MD, bank_grad_NDF.astype(bank_NDF.dtype)
 
 
+def _tokamax(kernel: str) -> Implementation:
+  return Implementation(
+    functools.partial(tokamax_kernels.multiply, kernel=kernel),
+    functools.partial(tokamax_kernels.gradients, kernel=kernel),
+  )
+
+
 IMPLEMENTATIONS = {
   'blocks': Implementation(_blocks, _blocks_backward),
   'ragged_dot': _derived(_ragged),
   'padded': Implementation(padded_rounds.multiply, padded_rounds.gradients),
-  'triton': tokamax_kernels.traced(_derived(tokamax_kernels.triton)),
-  'mosaic': tokamax_kernels.traced(_derived(tokamax_kernels.mosaic)),
+  'triton': _tokamax('triton'),
+  'mosaic': _tokamax('mosaic'),
 }
 
 

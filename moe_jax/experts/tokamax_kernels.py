@@ -7,9 +7,31 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def _product(
+  contracting: tuple[int, int], group_dimensions: list[int]
+) -> lax.RaggedDotDimensionNumbers:
+  """Of rows, sorted by group, with a second operand."""
+  one, other = contracting
+  return lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(([one], [other]), ([], [])),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=group_dimensions,
+  )
+
+
+_TILE = 128  # of rows and columns; Mosaic's kernels want no less
+
+# The three that the kernels have; the letters are those of the operands.
+_MD_NDF = _product((1, 1), [0])
+_MF_NDF = _product((1, 2), [0])
+_MD_MF = _product((0, 0), [])
 
 
 def installed() -> bool:
@@ -17,37 +39,115 @@ def installed() -> bool:
   return importlib.util.find_spec('tokamax') is not None
 
 
-def triton(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+@functools.cache
+def missing(kernel: str) -> str | None:
+  """What tokamax, if installed, says of a kernel it does not have here.
+
+  Its versions differ in their kernels, and in the packages these need. Mosaic's
+  depend on the default device too.
+  """
+  rows = jax.ShapeDtypeStruct((_TILE, _TILE), jnp.bfloat16)
+  bank = jax.ShapeDtypeStruct((1, _TILE, _TILE), jnp.bfloat16)
+  sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
+  try:
+    jax.eval_shape(
+      functools.partial(multiply, kernel=kernel), rows, bank, sizes
+    )
+    jax.eval_shape(
+      functools.partial(gradients, kernel=kernel), rows, bank, sizes, rows
+    )
+  except (ImportError, NotImplementedError, ValueError) as error:
+    return str(error)
+  return None
+
+
+def multiply(
+  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
 ) -> jax.Array:
-  """By Triton, for NVIDIA GPUs from compute capability 8.0."""
-  return _ragged_dot('triton', rows_MD, bank_NDF, sizes_N)
+  """[M, F]; 0 outside of all groups.
+
+  Args:
+    rows_MD: as those of `grouped_matmul`, as are the others.
+    bank_NDF: one matrix per group.
+    sizes_N: of the groups.
+    kernel: 'triton', for NVIDIA GPUs from compute capability 8.0; 'mosaic',
+      for those of 9.0 and TPUs from generation 5; 'xla', which is
+      `lax.ragged_dot`.
+  """
+  out_MF = _run(kernel, _MD_NDF, rows_MD, bank_NDF, sizes_N)
+  return _in_groups(out_MF, sizes_N)
 
 
-def mosaic(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+def gradients(
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  grad_MF: jax.Array,
+  *,
+  kernel: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Of the rows and of the bank; see `multiply`."""
+  rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, bank_NDF, sizes_N)
+  bank_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
+  # tokamax's issue 887: of an empty group Triton's kernel multiplies the rows
+  # before it, which may be anything.
+  empty_N = (sizes_N == 0)[:, None, None]
+  return (
+    _in_groups(rows_grad_MD, sizes_N),
+    jnp.where(empty_N, 0, bank_grad_NDF),
+  )
+
+
+def _in_groups(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
+  used_M = jnp.arange(len(rows)) < sizes_N.sum()
+  return jnp.where(used_M[:, None], rows, 0)
+
+
+def _run(
+  kernel: str,
+  dimensions: lax.RaggedDotDimensionNumbers,
+  rows: jax.Array,
+  other: jax.Array,
+  sizes_N: jax.Array,
 ) -> jax.Array:
-  """By Mosaic, for TPUs from generation 5 and NVIDIA GPUs from 9.0."""
-  return _ragged_dot('mosaic', rows_MD, bank_NDF, sizes_N)
-
-
-def _ragged_dot(kernel: str, *operands: jax.Array) -> jax.Array:
   import tokamax
 
-  # A list of one: with None tokamax would try others without a word.
-  return tokamax.ragged_dot(*operands, implementation=[kernel])
+  def dot(rows: jax.Array, other: jax.Array, sizes_N: jax.Array) -> jax.Array:
+    return tokamax.ragged_dot_general(
+      rows,
+      other,
+      tokamax.RaggedDotGroupSizes(sizes_N, len(rows)),
+      dimensions,
+      preferred_element_type=rows.dtype,
+      # A list of one: with None tokamax would try others without a word.
+      implementation=[kernel],
+    )
+
+  with _settings():
+    return _unchecked(dot)(rows, other, sizes_N)
 
 
-def traced(implementation: Any) -> Any:
-  """A named tuple of functions, each traced in tokamax's settings."""
-  return type(implementation)(*map(_traced, implementation))
+def _unchecked(
+  kernel: Callable[..., jax.Array],
+) -> Callable[..., jax.Array]:
+  """The same where a `shard_map` checks along which axes values vary.
 
+  tokamax's kernels do not say it of their results, and so are refused. But a
+  `shard_map` within, over the axes that are manual already, adds nothing to
+  the program and need not check. What comes out of it varies as what went in.
+  """
 
-def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
-  @functools.wraps(function)
-  def wrapped(*operands: jax.Array) -> Any:
-    with _settings():
-      return function(*operands)
+  @functools.wraps(kernel)
+  def wrapped(*operands: jax.Array) -> jax.Array:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if not axes:
+      return kernel(*operands)
+    within = jax.shard_map(
+      kernel, in_specs=P(), out_specs=P(), axis_names={*axes}, check_vma=False
+    )
+    out = jax.jit(within)(*operands)  # not jitted, JAX does not nest them
+    varying = jax.typeof(operands[0]).manual_axis_type.varying
+    return lax.pcast(out, tuple(sorted(varying)), to='varying')
 
   return wrapped
 

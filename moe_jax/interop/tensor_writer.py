@@ -1,11 +1,13 @@
 """Writes tensors as a released checkpoint keeps them: safetensors files."""
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from moe_jax.errors import UserError, choose
@@ -53,6 +55,7 @@ def write(
 
   Raises:
     UserError: `max_shard_bytes` is negative.
+    OSError: the disk is full, or refuses a file.
   """
   if max_shard_bytes < 0:
     raise UserError(
@@ -61,17 +64,24 @@ def write(
     )
   shards = _shards(tensors, max_shard_bytes)
   if len(shards) == 1:
-    save_file(shards[0], directory / SINGLE, metadata=_METADATA)
+    _save(shards[0], directory / SINGLE)
     return
   places = {}
   for number, shard in enumerate(shards, start=1):
     name = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
-    save_file(shard, directory / name, metadata=_METADATA)
+    _save(shard, directory / name)
     places |= dict.fromkeys(shard, name)
   total = sum(tensor.nbytes for tensor in tensors.values())
   index = {'metadata': {'total_size': total}, 'weight_map': places}
   text = json.dumps(index, indent=2, sort_keys=True)
   (directory / INDEX).write_text(text + '\n', 'utf-8')
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+  try:
+    save_file(tensors, path, metadata=_METADATA)
+  except SafetensorError as error:  # which is no OSError, as the disk's are
+    raise OSError(errno.EIO, str(error)) from error
 
 
 def _shards(

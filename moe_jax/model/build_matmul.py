@@ -1,8 +1,8 @@
 """Which grouped matmul the experts run: what is asked for, or the best."""
 
+import importlib.metadata
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -15,18 +15,6 @@ from moe_jax.model import tuned
 _LOG = logging.getLogger(__name__)
 
 
-class Case(NamedTuple):
-  """What decides which implementations are possible.
-
-  Attributes:
-    device: of the kind that the program is for; it need not be here.
-    num_devices: that the program is for.
-  """
-
-  device: jax.Device
-  num_devices: int
-
-
 def matmul(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Chosen:
   """The grouped matmul of a validated config.
 
@@ -37,72 +25,81 @@ def matmul(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Chosen:
   Raises:
     UserError: `moe.grouped_matmul` names what cannot run there.
   """
-  devices = jax.devices()[:1] if mesh is None else [*mesh.devices.flat]
-  return chosen(config.moe.grouped_matmul, Case(devices[0], len(devices)))
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return chosen(config.moe.grouped_matmul, next(iter(devices)))
 
 
-def chosen(asked: str, where: Case) -> Chosen:
-  """What a value of `moe.grouped_matmul` means; see `matmul`."""
+def chosen(asked: str, device: jax.Device) -> Chosen:
+  """What a value of `moe.grouped_matmul` means; see `matmul`.
+
+  Args:
+    asked: the value.
+    device: of the kind that the program is for; it need not be here.
+
+  Raises:
+    UserError: the value names what cannot run there.
+  """
   if asked == 'auto':
-    possible = available(where)
-    preferred = _PREFERRED.get(where.device.platform, _ELSEWHERE)
+    possible = available(device)
+    preferred = _PREFERRED.get(device.platform, _ELSEWHERE)
     name = next(n for n in preferred if n in possible)
     if name != preferred[0]:
-      why = OBSTACLES[preferred[0]](where)
+      why = OBSTACLES[preferred[0]](device)
       _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
-    measured = tuned.best(where.device, possible)
+    measured = tuned.best(device, possible)
     return Chosen(name, tuple(sorted(measured.items())))
-  obstacle = OBSTACLES[choose('moe.grouped_matmul', asked, OBSTACLES)](where)
+  obstacle = OBSTACLES[choose('moe.grouped_matmul', asked, OBSTACLES)](device)
   if obstacle:
     raise UserError(
       f'moe.grouped_matmul = {asked!r} {obstacle}; here it can be auto,'
-      f' {", ".join(available(where))}'
+      f' {", ".join(available(device))}'
     )
   return Chosen(asked)
 
 
-def available(where: Case) -> list[str]:
+def available(device: jax.Device) -> list[str]:
   """The implementations that can run there."""
-  return [name for name in IMPLEMENTATIONS if not OBSTACLES[name](where)]
+  return [name for name in IMPLEMENTATIONS if not OBSTACLES[name](device)]
 
 
-def _triton_obstacle(where: Case) -> str | None:
-  return _gpu_obstacle(where, (8, 0)) or _tokamax_obstacle(where, 'cuda')
+def _triton_obstacle(device: jax.Device) -> str | None:
+  return _gpu_obstacle(device, (8, 0)) or _tokamax_obstacle('triton', 'cuda')
 
 
-def _mosaic_obstacle(where: Case) -> str | None:
-  if where.device.platform == 'tpu':
-    if where.device not in jax.devices():
-      return 'is compiled only where a TPU is'
-    return _tokamax_obstacle(where, 'tpu')
-  return _gpu_obstacle(where, (9, 0)) or _tokamax_obstacle(where, 'cuda')
+def _mosaic_obstacle(device: jax.Device) -> str | None:
+  on_tpu = device.platform == 'tpu'
+  if not on_tpu and (obstacle := _gpu_obstacle(device, (9, 0))):
+    return obstacle
+  if device not in jax.devices():
+    return 'is compiled only where such a device is'
+  return _tokamax_obstacle('mosaic', 'tpu' if on_tpu else 'cuda')
 
 
-def _gpu_obstacle(where: Case, least: tuple[int, int]) -> str | None:
-  platform = where.device.platform
-  if platform != 'gpu':
-    return f'does not run on {platform}'
-  capability = getattr(where.device, 'compute_capability', '0.0')
+def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
+  if device.platform != 'gpu':
+    return f'does not run on {device.platform}'
+  capability = getattr(device, 'compute_capability', '0.0')
   if tuple(map(int, capability.split('.'))) < least:
     needed = '.'.join(map(str, least))
     return f'needs compute capability {needed}, and this is {capability}'
   return None
 
 
-def _tokamax_obstacle(where: Case, extra: str) -> str | None:
+def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
   if not tokamax_kernels.installed():
     return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
-  if where.num_devices > 1:
-    return "runs on one device: JAX's checks of shard_map do not take it"
+  if said := tokamax_kernels.missing(kernel):
+    version = importlib.metadata.version('tokamax')
+    return f'is not in tokamax {version}, which says {said!r}'
   return None
 
 
-def _none(where: Case) -> None:
-  del where
+def _none(device: jax.Device) -> None:
+  del device
 
 
 # Of each implementation, why it cannot run somewhere, or None.
-OBSTACLES: dict[str, Callable[[Case], str | None]] = {
+OBSTACLES: dict[str, Callable[[jax.Device], str | None]] = {
   'blocks': _none,
   'ragged_dot': _none,
   'padded': _none,

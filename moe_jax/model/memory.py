@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
+from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import MoELayer
 from moe_jax.model import build_attention, build_exchange, causal, cross_entropy
@@ -219,7 +219,7 @@ def _across(config: ConfigDict, devices: int, dtype: jnp.dtype) -> Dispatch:
   mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
   device = jax.devices()[0]
   exchange = build_exchange.resolve(config, mesh, dtype, device)
-  abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+  abstract = mesh_lib.abstract_mesh(mesh)
   return build_exchange.across(config, abstract, exchange)
 
 

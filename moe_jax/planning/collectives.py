@@ -139,8 +139,8 @@ def _sliced(
   instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
 ) -> bool:
   """Whether slices are all that is read of a result, or of a tuple's parts."""
-  users = hlo.users(instruction, computation)
-  return all(
+  users = hlo.users(instruction, computation)  # none of a fusion's own result
+  return bool(users) and all(
     user.opcode == 'dynamic-slice'
     or (user.opcode == 'get-tuple-element' and _sliced(user, computation))
     for user in users

@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import memory
@@ -37,7 +36,7 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
     setup: on devices of the mesh's platform, whatever their number.
     mesh: devices along every axis.
   """
-  abstract_mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+  abstract_mesh = mesh_lib.abstract_mesh(mesh)
 
   def on_device(part: Any) -> int:
     bytes_ = jax.tree.map(

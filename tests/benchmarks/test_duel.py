@@ -48,6 +48,16 @@ def test_workers_take_turns_and_are_measured(tmp_path: Path) -> None:
   json.dumps(measured)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux forgets peaks')
+def test_what_was_needed_to_get_ready_is_not_of_the_steps() -> None:
+  ready = 'bytearray(256 << 20)'  # freed at once
+  command = worker('None', {})
+  command[-1] = command[-1].replace('import sys, time', f'import sys; {ready}')
+  measured = duel.run({'it': command}, rounds=1, warmup=0, threads=1)['it']
+  assert measured.peak_bytes > 256 << 20
+  assert 1 << 20 < measured.steps_peak_bytes < 128 << 20
+
+
 @pytest.mark.parametrize('step', ['1 / 0', 'sys.exit(3)'])
 def test_a_worker_that_fails_is_named(step: str) -> None:
   with pytest.raises(UserError, match='worker broken ended with status'):

@@ -1,5 +1,6 @@
 """What commands refuse before they read a model, and what they say of it."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ def test_a_negative_size_of_shards(tmp_path: Path) -> None:
   with pytest.raises(UserError, match='--max-shard-bytes = -5 must be'):
     tensor_writer.write(tmp_path, {'a': np.zeros(2, 'f4')}, -5)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('shards', [0, 8000])
+def test_a_full_disk_is_one_line(shards: int, tmp_path: Path) -> None:
+  """safetensors has an error of its own for it."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  tensors = {name: np.zeros(2000, 'f4') for name in 'ab'}
+  with pytest.raises(UserError, match='out cannot be written: .*too large'):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+      with targets.writing(tmp_path / 'out'):
+        tensor_writer.write(tmp_path, tensors, shards)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_export_that_the_release_cannot_run_says_so(

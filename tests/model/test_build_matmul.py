@@ -12,7 +12,7 @@ from moe_jax.errors import UserError
 from moe_jax.experts import tokamax_kernels
 from moe_jax.experts.grouped_matmul import case
 from moe_jax.model import tuned
-from moe_jax.model.build_matmul import Case, available, chosen
+from moe_jax.model.build_matmul import available, chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Device:
   compute_capability: str = '9.0'
 
 
-def on(platform: str, capability: str = '9.0', num_devices: int = 1) -> Case:
-  device = Device(platform, compute_capability=capability)
-  return Case(device, num_devices)
+def on(platform: str, capability: str = '9.0') -> Device:
+  return Device(platform, compute_capability=capability)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +39,6 @@ def test_auto_is_what_suits_the_platform() -> None:
   assert chosen('auto', on('cpu')).name == 'blocks'
   assert chosen('auto', on('gpu')).name == 'triton'
   assert chosen('auto', on('gpu', '7.5')).name == 'padded'
-  assert chosen('auto', on('gpu', num_devices=8)).name == 'padded'
   assert chosen('auto', on('tpu')).name == 'ragged_dot'
   assert chosen('auto', on('rocm')).name == 'ragged_dot'
 
@@ -56,18 +54,29 @@ def test_without_tokamax_auto_falls_back_and_says_so(
     chosen('triton', on('gpu'))
 
 
+def test_a_tokamax_without_the_kernel_is_no_choice(
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  monkeypatch.setattr(tokamax_kernels, 'missing', lambda name: f'no {name}')
+  with caplog.at_level(logging.WARNING):
+    assert chosen('auto', on('gpu')).name == 'padded'
+  assert "says 'no triton'" in caplog.text
+  with pytest.raises(UserError, match=r'is not in tokamax [0-9.]+, which says'):
+    chosen('triton', on('gpu'))
+
+
 @pytest.mark.parametrize(
   ('asked', 'where', 'message'),
   [
     ('triton', on('cpu'), "'triton' does not run on cpu; here it can be auto,"),
     ('mosaic', on('gpu', '8.0'), 'needs compute capability 9.0, and this is 8'),
-    ('mosaic', on('tpu'), 'is compiled only where a TPU is'),
-    ('triton', on('gpu', num_devices=2), 'runs on one device'),
+    ('mosaic', on('tpu'), 'is compiled only where such a device is'),
+    ('mosaic', on('gpu', '9.0'), 'is compiled only where such a device is'),
     ('blcks', on('cpu'), "did you mean 'blocks'"),
   ],
 )
 def test_what_cannot_run_is_one_clear_line(
-  asked: str, where: Case, message: str
+  asked: str, where: Device, message: str
 ) -> None:
   with pytest.raises(UserError, match=message) as error:
     chosen(asked, where)
@@ -79,11 +88,11 @@ def test_auto_takes_what_was_measured_on_this_device() -> None:
   device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
   tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0, 'triton': 0.1}})
   tuned.store(device, {'others': {'blocks': 1.0}})
-  assert dict(chosen('auto', Case(device, 1)).measured) == {
+  assert dict(chosen('auto', device).measured) == {
     shapes: 'padded',  # triton cannot run here
     'others': 'blocks',
   }
-  assert not chosen('padded', Case(device, 1)).measured
+  assert not chosen('padded', device).measured
   assert not chosen('auto', on('cpu')).measured  # of another kind
 
 
@@ -96,7 +105,7 @@ def test_a_broken_file_is_ignored_and_named(
   cache.parent.mkdir()
   cache.write_text(text)
   device = jax.devices()[0]
-  assert chosen('auto', Case(device, 1)).name == 'blocks'
+  assert chosen('auto', device).name == 'blocks'
   assert f'ignored {cache}' in caplog.text
   tuned.store(device, {'c': {'blocks': 1.0}})
   assert json.loads(cache.read_text()) == {
@@ -111,5 +120,4 @@ def test_available_lists_what_has_no_obstacle() -> None:
     'ragged_dot',
     'padded',
     'triton',
-    'mosaic',
   ]

@@ -240,6 +240,16 @@ def test_a_fused_sum_of_two_of_which_slices_are_kept(
   assert collectives(made) == [Collective(kind, sent, FOUR, 1)]
 
 
+def test_a_fused_sum_that_is_the_result_is_whole() -> None:
+  before = (
+    '%sum (q: f32[16,8]) -> f32[16,8] {\n'
+    '  %q = f32[16,8] parameter(0)\n'
+    f'  ROOT %g = f32[16,8] all-reduce(%q), {GROUPS}\n}}\n\n'
+  )
+  made = program('%s = f32[16,8] fusion(%p), calls=%sum', before=before)
+  assert collectives(made) == [Collective('all-reduce', 768, FOUR, 1)]
+
+
 def test_text_that_is_no_program() -> None:
   with pytest.raises(ValueError, match='no ENTRY'):
     collectives('HloModule empty')

@@ -1,0 +1,74 @@
+"""The training step on several devices with experts by tokamax's kernels."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_step import batch, setup
+
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.experts import grouped_matmul, tokamax_kernels
+from moe_jax.model import build_matmul
+from moe_jax.planning.compiled import abstract_batch
+from moe_jax.training.step import make_train_step
+
+EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
+WAYS = [('gather', 'none'), ('all_to_all', 'none'), ('gather', 'dots')]
+
+
+def config(exchange: str, remat: str, matmul: str) -> Any:
+  keys = {
+    'model.num_layers': 1,
+    'model.remat': remat,
+    'moe.factors': 2,
+    'moe.exchange': exchange,
+    'moe.grouped_matmul': matmul,
+  }
+  return tiny.config(**keys)
+
+
+@pytest.mark.parametrize(('exchange', 'remat'), WAYS)
+def test_triton_lowers_for_many_gpus(
+  exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Per sub-layer two grouped matmuls with two gradients each, at least."""
+  monkeypatch.setitem(
+    build_matmul.OBSTACLES, 'triton', build_matmul.OBSTACLES['blocks']
+  )
+  made = setup(config(exchange, remat, 'triton'), **EVERY_AXIS)
+  traced = make_train_step(made).trace(made.abstract, abstract_batch(made))
+  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('custom_call @__gpu$xla.gpu.triton') >= 12
+  assert 'ragged_dot' not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('exchange', 'remat'), WAYS)
+def test_a_step_is_that_of_one_device(
+  exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """By what runs on CPU of tokamax, to `blocks` without a mesh."""
+  implementation = grouped_matmul.Implementation(
+    functools.partial(tokamax_kernels.multiply, kernel='xla'),
+    functools.partial(tokamax_kernels.gradients, kernel='xla'),
+  )
+  # Under the name of one that a config may ask for on CPU.
+  monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, 'padded', implementation)
+  loss, moments = step(config(exchange, remat, 'padded'), EVERY_AXIS)
+  expected_loss, expected = step(config(exchange, remat, 'blocks'), {})
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+  for ours, theirs in zip(moments, expected, strict=True):
+    atol = 1e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
+def step(made_of: Any, axes: dict[str, int]) -> tuple[Any, list[np.ndarray]]:
+  """The loss of one step, and Adam's moments after it."""
+  made = setup(made_of, **axes)
+  data = jax.device_put(batch(made_of), mesh_lib.batch_sharding(made.mesh))
+  state, metrics = make_train_step(made)(made.init(), data)
+  moments = jax.tree.map(np.asarray, jax.tree.leaves(state['opt_state']))
+  return metrics['loss'], moments
