@@ -17,6 +17,7 @@ from test_grouped_matmul import (
   both_ways,
   dense_gradients,
   dense_loop,
+  of_gpus,
 )
 
 from moe_jax.experts import grouped_matmul, tokamax_kernels
@@ -41,9 +42,12 @@ def test_triton_interpreted(sizes: list[int]) -> None:
   both_ways('triton', jnp.float32)(sizes, (ROWS, D, F), 1e-5)
 
 
-def on_eight_devices(kernel: str, check: bool) -> Any:
+def eight_devices() -> jax.sharding.Mesh:
+  return jax.make_mesh((2, 4), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+
+
+def on_mesh(mesh: Any, kernel: str, check: bool = True) -> Any:
   """Each has its rows and their sizes; of every four, each its two groups."""
-  mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
   tokens = P(('a', 'b'))
 
   def local(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
@@ -103,14 +107,16 @@ def test_inside_of_shard_map(
     functools.partial(tokamax_kernels.gradients, kernel='xla'),
   )
   monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, 'xla', implementation)
-  run = on_eight_devices('xla', check)
+  run = on_mesh(eight_devices(), 'xla', check)
   check_on_eight_devices(jax.jit(run) if jit else run, 64)
 
 
 def test_triton_lowers_inside_of_shard_map() -> None:
   """Three kernels, and no computation that is manual but the outer one."""
-  traced = jax.jit(on_eight_devices('triton', True)).trace(*operands(128))
-  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  mesh = of_gpus(a=2, b=4)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(on_mesh(mesh, 'triton')).trace(*operands(128))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert text.count('custom_call @__gpu$xla.gpu.triton') == 3, text
   assert text.count('sdy.manual_computation') == 1
 

@@ -76,7 +76,10 @@ LARGER = {
 def test_memory_of_a_step_is_what_the_compiler_says(
   overrides: dict[str, object], axes: dict[str, int]
 ) -> None:
-  """Within a fifth: the compiler shares and copies buffers as it likes."""
+  """Within a fifth: the compiler shares and copies buffers as it likes.
+
+  The one that comes with jax 0.12 needs less for the same than that of 0.10.
+  """
   config = tiny.config(**(LARGER | overrides))
   shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
   config.mesh.update(shape)
@@ -86,9 +89,8 @@ def test_memory_of_a_step_is_what_the_compiler_says(
 
   parts = plan.make(config, num_devices)['memory_parts_per_device']
   kept = sum(map(parts.pop, ('parameters', 'optimizer', 'segments')))
-  assert sum(parts.values()) == pytest.approx(
-    compiled.temp_size_in_bytes, rel=0.2
-  )
+  needed = sum(parts.values()) / compiled.temp_size_in_bytes
+  assert 0.8 < needed < (1.2 if jax.__version_info__ < (0, 12) else 1.3)
   batch = 3 * 4 * config.train.batch_size * config.data.seq_len  # at most
   assert 0 <= compiled.argument_size_in_bytes - kept <= batch + 64
 
@@ -143,7 +145,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   # buffers, twice its own.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
-  assert split.dispatch == pytest.approx(one.dispatch, rel=0.03)
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.04)
   for exchange in ('all_to_all', 'ragged'):
     bounded = of({'expert': 4}, moe__exchange=exchange)
     assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)

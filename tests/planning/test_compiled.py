@@ -182,9 +182,9 @@ def test_memory_of_a_chip_is_what_its_compiler_says() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
       lowered.compile()
     refused = compiled.too_large(str(error.value), arguments=1 << 40)
-    # Told to two digits.
+    # Told to two digits; versions of libtpu keep some MiB more or less.
     known = target.chip.memory_bytes
-    assert refused.available == pytest.approx(known, abs=1 << 20)
+    assert refused.available == pytest.approx(known, rel=5e-4)
     assert refused.needed == 3 << 40
 
 

@@ -31,7 +31,7 @@ def config(exchange: str, remat: str, matmul: str) -> Any:
 
 
 @pytest.mark.parametrize(('exchange', 'remat'), WAYS)
-def test_triton_lowers_for_many_gpus(
+def test_triton_is_traced_for_many_devices(
   exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """Per sub-layer two grouped matmuls with two gradients each, at least."""
@@ -40,9 +40,9 @@ def test_triton_lowers_for_many_gpus(
   )
   made = setup(config(exchange, remat, 'triton'), **EVERY_AXIS)
   traced = make_train_step(made).trace(made.abstract, abstract_batch(made))
-  text = traced.lower(lowering_platforms=('cuda',)).as_text()
-  assert text.count('custom_call @__gpu$xla.gpu.triton') >= 12
-  assert 'ragged_dot' not in text
+  text = str(traced.jaxpr)
+  assert text.count('pallas_call[') >= 12
+  assert 'ragged_dot_general[' not in text
 
 
 @pytest.mark.slow
