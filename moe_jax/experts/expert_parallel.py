@@ -92,8 +92,8 @@ class ExpertParallel:
     if self.width_axis in axes:
       first = lax.axis_index(self.width_axis) == 0
       param = jnp.where(first, param, jnp.zeros_like(param))
-    if self.stored_axis not in spec:
-      return param
+    if self.stored_axis not in spec or self.mesh.shape[self.stored_axis] == 1:
+      return param  # whole; CPUs would copy its gradient to scatter it
     # Last, so that backward scatters the gradient first and sums up parts of
     # it. Left to the partitioner, some gradients would be summed up whole.
     return self._gathered(param, tuple(spec).index(self.stored_axis))

@@ -30,7 +30,8 @@ def look_up(
 
   def local(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
     table_VD = lax.pcast(table_VD, _REPEATED, to='varying')
-    table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
+    if mesh.shape[_FSDP] > 1:
+      table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
     return table_VD[ids_BL]
 
   tokens = P(mesh_lib.TOKEN_AXES)

@@ -15,7 +15,8 @@ from moe_jax.planning.replica_groups import Group, groups
 
 # Bytes that each of n devices sends, per byte of its operand, where the
 # exchange is as cheap as it can be (rings). Of ragged-all-to-all, whose sizes
-# are data, all rows of the operand, spread evenly.
+# are data, all rows of the operand or, where it is smaller, of the result: the
+# other is a buffer with room to spare. Spread evenly.
 _SENT: dict[str, Callable[[int], float]] = {
   'all-gather': lambda n: n - 1,
   'all-reduce': lambda n: 2 * (n - 1) / n,
@@ -128,10 +129,9 @@ def _read(
   if kind == 'all-reduce' and is_fused and _sliced(instruction, computation):
     kind = 'reduce-scatter'
   group = groups(instruction.attributes, program.num_devices)[0]
-  names = instruction.operands
-  if kind == 'ragged-all-to-all':
-    names = names[:1]  # then the output, offsets and sizes
-  size = sum(hlo.num_bytes(computation[name].type) for name in names)
+  sizes = [hlo.num_bytes(computation[x].type) for x in instruction.operands]
+  # Of a ragged one the operand, the output, then offsets and counts.
+  size = min(sizes[:2]) if kind == 'ragged-all-to-all' else sum(sizes)
   return Collective(kind, round(_SENT[kind](len(group)) * size), group, 1)
 
 

@@ -101,10 +101,7 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
   except jax.errors.JaxRuntimeError as error:
     if refused := too_large(str(error), _argument_bytes(setup)):
       raise refused from error
-    said = ' '.join(str(error).split())[:300]
-    raise UserError(
-      f'the compiler fails on the training step: {said}'
-    ) from error
+    raise UserError(failure(str(error))) from error
   return compiled, time.perf_counter() - began
 
 
@@ -209,6 +206,19 @@ def too_large(said: str, arguments: int) -> DoesNotFitError | None:
     return None
   needed, available = map(_number, found.groups())
   return DoesNotFitError(needed + (0 if in_all else arguments), available)
+
+
+def failure(said: str) -> str:
+  """A compiler's complaint as one line, with a remedy where one is known."""
+  line = f'the compiler fails on the training step: {" ".join(said.split())}'
+  if 'ScopedVmemOom' not in said:
+    return line[:300]
+  # libtpu 0.0.42 tiles some grouped matmuls too large for its own default.
+  return (
+    f'{line[:300]}; LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768 in'
+    ' the environment gives its kernels more room, or take another'
+    ' train.batch_size'
+  )
 
 
 def _number(text: str) -> int:

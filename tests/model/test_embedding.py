@@ -15,6 +15,7 @@ from moe_jax.model import embedding
   'axes',
   [
     {'fsdp': 8},
+    {'expert': 8},
     {'data': 2, 'fsdp': 2, 'expert': 2},
     {'fsdp': 2, 'expert': 2, 'tensor': 2},
   ],

@@ -70,6 +70,19 @@ def test_bytes_of_each_kind(line: str, kind: str, sent: int) -> None:
   assert collectives(made) == [Collective(kind, sent, FOUR, 1)]
 
 
+@pytest.mark.parametrize('there', [True, False])
+def test_room_to_spare_is_not_sent(there: bool) -> None:
+  """Rows go to a buffer that is larger than they are, or come from it."""
+  pair = ('%p', '%b') if there else ('%b', '%p')
+  made = program(
+    '%i = s32[4] constant({1,2,3,4})',
+    '%b = f32[64,8] broadcast(%i)',
+    f'%x = f32[64,8] ragged-all-to-all({", ".join(pair)}, %i, %i, %i, %i),'
+    f' {GROUPS}',
+  )
+  assert collectives(made) == [Collective('ragged-all-to-all', 384, FOUR, 1)]
+
+
 def test_groups_of_one_device_send_nothing() -> None:
   line = '%x = f32[16,8] all-reduce(%p), replica_groups=[8,1]<=[8]'
   assert not collectives(program(line))

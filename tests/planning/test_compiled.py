@@ -214,6 +214,17 @@ def test_refusals_are_understood(
 
 def test_other_failures_are_no_refusals() -> None:
   assert compiled.too_large('INTERNAL: RET_CHECK failure', 0) is None
+  said = compiled.failure('INTERNAL:\n RET_CHECK failure ' + 300 * 'x')
+  assert 'INTERNAL: RET_CHECK failure x' in said and len(said) == 300
+
+
+def test_a_kernel_over_its_limit_has_a_remedy() -> None:
+  error = (
+    'RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in'
+    ' memory space vmem. Scoped allocation with size 21.50M and limit 16.00M'
+  )
+  assert compiled.too_large(error, 0) is None
+  assert 'scoped_vmem_limit_kib=32768' in compiled.failure(error)
 
 
 @pytest.mark.slow
