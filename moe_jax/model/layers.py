@@ -57,14 +57,14 @@ def rotate(x_BLHA: jax.Array, theta: float) -> jax.Array:
   """
   length, head_dim = x_BLHA.shape[1], x_BLHA.shape[-1]
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = jnp.arange(length)[:, None, None] * frequency  # [L, 1, A/2]
+  angle = jnp.arange(length)[:, None, None, None] * frequency  # [L, 1, 1, A/2]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   # Made once: fused into what follows they would be for every head and batch.
   cos, sin = jax.lax.optimization_barrier(
-    (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
+    (cos, jnp.concatenate([-sin, sin], 2))
   )
-  # (a cos - b sin, b cos + a sin) without cutting x in halves, which would keep
-  # the inner loops of CPUs from using vectors.
-  exact = x_BLHA.astype(jnp.float32)
-  rotated = exact * cos + jnp.roll(exact, head_dim // 2, axis=-1) * sin
-  return rotated.astype(x_BLHA.dtype)
+  pairs = x_BLHA.astype(jnp.float32).reshape(*x_BLHA.shape[:-1], 2, -1)
+  # (a cos - b sin, b cos + a sin); reversing keeps inner loops free of a
+  # concatenation's branch, backward too.
+  rotated = pairs * cos + pairs[..., ::-1, :] * sin
+  return rotated.reshape(x_BLHA.shape).astype(x_BLHA.dtype)
