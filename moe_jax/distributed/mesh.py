@@ -16,6 +16,8 @@ from moe_jax.errors import UserError
 
 AXES = MESH_AXES
 TOKEN_AXES = BATCH_AXES
+# Those along which parameters are repeated, not split.
+REPEATED_AXES = tuple(axis for axis in TOKEN_AXES if axis != 'fsdp')
 _TYPES = (AxisType.Auto,) * len(AXES)  # the default differs by JAX's version
 
 # (pattern of a parameter's name, its spec). The first match counts; a name

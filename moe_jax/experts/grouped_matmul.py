@@ -149,7 +149,8 @@ def _blocks_backward(
   return rows_grad_MD, bank_grad_NDF.astype(bank_NDF.dtype)
 
 
-def _tokamax(kernel: str) -> Implementation:
+def by_tokamax(kernel: str) -> Implementation:
+  """That of a kernel of `tokamax_kernels.multiply`."""
   return Implementation(
     functools.partial(tokamax_kernels.multiply, kernel=kernel),
     functools.partial(tokamax_kernels.gradients, kernel=kernel),
@@ -160,8 +161,8 @@ IMPLEMENTATIONS = {
   'blocks': Implementation(_blocks, _blocks_backward),
   'ragged_dot': _derived(_ragged),
   'padded': Implementation(padded_rounds.multiply, padded_rounds.gradients),
-  'triton': _tokamax('triton'),
-  'mosaic': _tokamax('mosaic'),
+  'triton': by_tokamax('triton'),
+  'mosaic': by_tokamax('mosaic'),
 }
 
 

@@ -27,7 +27,6 @@ CHUNK = {'cpu': 512}
 _CHUNK_OF_ACCELERATORS = 4096
 
 _FSDP, _TENSOR = 'fsdp', 'tensor'
-_SUMMED = tuple(axis for axis in mesh_lib.TOKEN_AXES if axis != _FSDP)
 
 
 class Targets(NamedTuple):
@@ -132,7 +131,7 @@ def _of_device(
     return loss, None
   weight_DV, bias_V = gradients.head
   weight_DV = lax.psum_scatter(weight_DV, _FSDP, tiled=True)
-  weight_DV = lax.psum(weight_DV, _SUMMED)
+  weight_DV = lax.psum(weight_DV, mesh_lib.REPEATED_AXES)
   bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.TOKEN_AXES)
   return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))
 

@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.distributed import mesh as mesh_lib
 
 _FSDP = 'fsdp'
-_REPEATED = tuple(axis for axis in mesh_lib.TOKEN_AXES if axis != _FSDP)
 
 
 def look_up(
@@ -29,7 +28,7 @@ def look_up(
     return table_VD[ids_BL]
 
   def local(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    table_VD = lax.pcast(table_VD, _REPEATED, to='varying')
+    table_VD = lax.pcast(table_VD, mesh_lib.REPEATED_AXES, to='varying')
     if mesh.shape[_FSDP] > 1:
       table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
     return table_VD[ids_BL]

@@ -102,10 +102,7 @@ def test_inside_of_shard_map(
   check: bool, jit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """By what runs on CPU, `lax.ragged_dot`, through the same code."""
-  implementation = grouped_matmul.Implementation(
-    functools.partial(tokamax_kernels.multiply, kernel='xla'),
-    functools.partial(tokamax_kernels.gradients, kernel='xla'),
-  )
+  implementation = grouped_matmul.by_tokamax('xla')
   monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, 'xla', implementation)
   run = on_mesh(eight_devices(), 'xla', check)
   check_on_eight_devices(jax.jit(run) if jit else run, 64)

@@ -182,9 +182,10 @@ def test_memory_of_a_chip_is_what_its_compiler_says() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
       lowered.compile()
     refused = compiled.too_large(str(error.value), arguments=1 << 40)
-    # Told to two digits; versions of libtpu keep some MiB more or less.
+    # Told to two digits; the libtpu of jax 0.12 keeps some MiB for itself.
     known = target.chip.memory_bytes
-    assert refused.available == pytest.approx(known, rel=5e-4)
+    close = 1 << 20 if jax.__version_info__ < (0, 12) else 5e-4 * known
+    assert refused.available == pytest.approx(known, abs=close)
     assert refused.needed == 3 << 40
 
 

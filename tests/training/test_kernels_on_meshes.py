@@ -1,6 +1,5 @@
 """The training step on several devices with experts by tokamax's kernels."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import tiny
 from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.experts import grouped_matmul, tokamax_kernels
+from moe_jax.experts import grouped_matmul
 from moe_jax.model import build_matmul
 from moe_jax.planning.compiled import abstract_batch
 from moe_jax.training.step import make_train_step
@@ -51,10 +50,7 @@ def test_a_step_is_that_of_one_device(
   exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """By what runs on CPU of tokamax, to `blocks` without a mesh."""
-  implementation = grouped_matmul.Implementation(
-    functools.partial(tokamax_kernels.multiply, kernel='xla'),
-    functools.partial(tokamax_kernels.gradients, kernel='xla'),
-  )
+  implementation = grouped_matmul.by_tokamax('xla')
   # Under the name of one that a config may ask for on CPU.
   monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, 'padded', implementation)
   loss, moments = step(config(exchange, remat, 'padded'), EVERY_AXIS)
