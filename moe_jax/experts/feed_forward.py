@@ -1,10 +1,12 @@
 """What experts compute: one SwiGLU network, or a bank of them."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dropout import dropout, dropout_rows, split
 from moe_jax.experts.grouped_matmul import Chosen, Multiply
@@ -13,23 +15,15 @@ from moe_jax.routing.router import State, Tokens
 
 _BY_PLATFORM = Chosen()  # needs no package
 
+# What a feed-forward computes of its input that backward keeps.
+HIDDEN = 'feed_forward_hidden'
 
-@jax.custom_vjp
-def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """`silu(gate) * up`, of which nothing but the operands is kept."""
-  return jax.nn.silu(gate) * up
-
-
-def _gate_backward(
-  operands: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  gate, up = operands
-  sigmoid = jax.nn.sigmoid(gate)
-  slope = sigmoid * (1 + gate * (1 - sigmoid))
-  return grad * up * slope, grad * gate * sigmoid
-
-
-_gate.defvjp(lambda *operands: (_gate(*operands), operands), _gate_backward)
+# Decorates a module's method: it keeps its operands, the parameters as they are
+# stored and `HIDDEN`. Parameters cast or joined, and hidden units once they are
+# activated, would be as large; they cost little to make again.
+keep_hidden = functools.partial(
+  nnx.remat, policy=jax.checkpoint_policies.save_only_these_names(HIDDEN)
+)
 
 
 class FeedForward(nnx.Module):
@@ -58,15 +52,16 @@ class FeedForward(nnx.Module):
     )
     self.dropout = dropout
 
+  @keep_hidden
   def __call__(
     self, x_TD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
     gate_up_D2F = self.gate_up_D2F[...].astype(x_TD.dtype)
     # One matmul each: joined, the product would be sliced, and the gradient of
     # a slice of activations costs more than the second matmul saves.
-    gate_TF = x_TD @ gate_up_D2F[:, 0]
-    up_TF = x_TD @ gate_up_D2F[:, 1]
-    hidden_TF = dropout(_gate(gate_TF, up_TF), self.dropout, key)
+    gate_TF = checkpoint_name(x_TD @ gate_up_D2F[:, 0], HIDDEN)
+    up_TF = checkpoint_name(x_TD @ gate_up_D2F[:, 1], HIDDEN)
+    hidden_TF = dropout(jax.nn.silu(gate_TF) * up_TF, self.dropout, key)
     return hidden_TF @ self.down_FD[...].astype(x_TD.dtype)
 
 
@@ -157,6 +152,7 @@ class ExpertBank(StackedExperts):
       init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
 
+  @keep_hidden
   def grouped(
     self,
     rows_MD: jax.Array,
@@ -175,13 +171,14 @@ class ExpertBank(StackedExperts):
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_MD.dtype)
     num_experts, hidden_size, _, width = gate_up_ND2F.shape
     flat_NDF = gate_up_ND2F.reshape(num_experts, hidden_size, 2 * width)
-    gate_MF, up_MF = jnp.split(
-      self.multiply(rows_MD, flat_NDF, sizes_N), 2, axis=-1
-    )
-    hidden_MF = self._drop(_gate(gate_MF, up_MF), seeds_M, first_unit)
+    gate_up_MF = self.multiply(rows_MD, flat_NDF, sizes_N)
+    gate_up_MF = checkpoint_name(gate_up_MF, HIDDEN)
+    gate_MF, up_MF = jnp.split(gate_up_MF, 2, axis=-1)
+    hidden_MF = self._drop(jax.nn.silu(gate_MF) * up_MF, seeds_M, first_unit)
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return self.multiply(hidden_MF, down_NFD, sizes_N)
 
+  @keep_hidden
   def batched(
     self,
     rows_NCD: jax.Array,
@@ -190,7 +187,10 @@ class ExpertBank(StackedExperts):
   ) -> jax.Array:
     """C rows for every expert, padded or not, as one batched matmul."""
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_NCD.dtype)
-    gate_NCF, up_NCF = jnp.einsum('NCD,NDgF->gNCF', rows_NCD, gate_up_ND2F)
-    hidden_NCF = self._drop(_gate(gate_NCF, up_NCF), seeds_NC, first_unit)
+    gate_up_2NCF = jnp.einsum('NCD,NDgF->gNCF', rows_NCD, gate_up_ND2F)
+    gate_NCF, up_NCF = checkpoint_name(gate_up_2NCF, HIDDEN)
+    hidden_NCF = self._drop(
+      jax.nn.silu(gate_NCF) * up_NCF, seeds_NC, first_unit
+    )
     down_NFD = self.down_NFD[...].astype(rows_NCD.dtype)
     return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)

@@ -9,9 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dropout import dropout
-from moe_jax.experts.feed_forward import StackedExperts
+from moe_jax.experts.feed_forward import (
+  HIDDEN,
+  StackedExperts,
+  keep_hidden,
+)
 from moe_jax.experts.grouped_matmul import Chosen, Multiply
 
 _BY_PLATFORM = Chosen()  # needs no package
@@ -50,6 +55,7 @@ class ReluFeedForward(nnx.Module):
     self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
     self.dropout = dropout
 
+  @keep_hidden
   def __call__(
     self, x_TD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
@@ -58,6 +64,7 @@ class ReluFeedForward(nnx.Module):
       for param in (self.up_DF, self.up_bias_F, self.down_FD, self.down_bias_D)
     )
     hidden_TF = jax.nn.relu(x_TD @ up_DF + up_bias_F)
+    hidden_TF = checkpoint_name(hidden_TF, HIDDEN)
     return dropout(hidden_TF, self.dropout, key) @ down_FD + down_bias_D
 
 
@@ -93,6 +100,7 @@ class ReluExpertBank(StackedExperts):
       jnp.zeros((num_experts, hidden_size), jnp.float32)
     )
 
+  @keep_hidden
   def grouped(
     self,
     rows_MD: jax.Array,
@@ -114,6 +122,7 @@ class ReluExpertBank(StackedExperts):
       first_unit,
     )
 
+  @keep_hidden
   def batched(
     self,
     rows_NCD: jax.Array,
@@ -147,5 +156,6 @@ class ReluExpertBank(StackedExperts):
       )
     )
     hidden = jax.nn.relu(multiply(x, up_NDF) + spread(up_bias_NF))
+    hidden = checkpoint_name(hidden, HIDDEN)
     hidden = self._drop(hidden, seeds, first_unit)
     return multiply(hidden, down_NFD) + spread(down_bias_ND)

@@ -16,6 +16,7 @@ from moe_jax.experts.exchange import Bounded, Gathered, Queues
 from moe_jax.experts.exchange_size import Exchanged
 from moe_jax.experts.expert_parallel import ExpertParallel
 from moe_jax.experts.ragged import Ragged
+from moe_jax.experts.shard import Layout
 from moe_jax.experts.trip import Blocks
 
 _EXPERT = 'expert'  # the mesh axis
@@ -80,7 +81,7 @@ def across(
   inner = DISPATCHES[moe.dispatch](moe)
   if mesh.shape[_EXPERT] > 1:
     inner = EXCHANGES[moe.dispatch][exchange](moe, inner)
-  return ExpertParallel(mesh, inner, mesh_lib.TOKEN_AXES)
+  return ExpertParallel(mesh, inner, Layout(mesh_lib.TOKEN_AXES))
 
 
 def resolve(

@@ -9,21 +9,24 @@ from flax import nnx
 
 from moe_jax.experts.cartesian import Norm
 from moe_jax.experts.dropout import split
+from moe_jax.experts.feed_forward import HIDDEN
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Passed, Past, Period
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import Tokens, start
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
-_KEEP_ROUTING = jax.checkpoint_policies.save_only_these_names('routing')
+_ROUTING = 'routing'
+_keep = jax.checkpoint_policies.save_only_these_names
 
-# What the backward pass recomputes of a period.
+# What the backward pass keeps of a period; the rest it computes again.
 REMAT_POLICIES = {
   'none': None,
   'dots': jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    _keep(_ROUTING, HIDDEN),
   ),
-  'full': _KEEP_ROUTING,
+  'full': _keep(_ROUTING),
 }
 
 

@@ -16,6 +16,7 @@ class RMSNorm(nnx.Module):
     self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
     self.epsilon = epsilon
 
+  @nnx.remat
   def __call__(self, x: jax.Array) -> jax.Array:
     exact = x.astype(jnp.float32)
     mean_square = jnp.square(exact).mean(-1, keepdims=True)
@@ -35,6 +36,7 @@ class LayerNorm(nnx.Module):
     self.shift_D = nnx.Param(jnp.zeros((size,), jnp.float32))
     self.epsilon = epsilon
 
+  @nnx.remat
   def __call__(self, x: jax.Array) -> jax.Array:
     exact = x.astype(jnp.float32)
     centred = exact - exact.mean(-1, keepdims=True)

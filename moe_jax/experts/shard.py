@@ -1,0 +1,134 @@
+"""A bank of experts of which a device holds a part, within `shard_map`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.experts.feed_forward import HIDDEN, ExpertBank
+from moe_jax.experts.trip import static
+
+_KEEP_HIDDEN = jax.checkpoint_policies.save_only_these_names(HIDDEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where on a mesh the parameters of a bank lie.
+
+  Attributes:
+    token_axes: the mesh axes that split tokens, `expert_axis` among them.
+    expert_axis: splits the experts.
+    width_axis: splits the width of every expert.
+    stored_axis: splits the hidden size of the parameters where they are kept;
+      where they are used they are gathered along it, and their gradients
+      scattered.
+  """
+
+  token_axes: tuple[str, ...]
+  expert_axis: str = 'expert'
+  width_axis: str = 'tensor'
+  stored_axis: str = 'fsdp'
+
+  def specs(self, params: nnx.State) -> nnx.State:
+    """How each parameter is split, as `shard_map` wants to know."""
+    return jax.tree_util.tree_map_with_path(self._spec, params)
+
+  def whole(self, params: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The experts of this device as its own tokens use them, in `dtype`."""
+
+    def whole(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+      # Cast before the weights travel: half the bytes in bfloat16.
+      return self._whole(param.astype(dtype), self._spec(path, param))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+  def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
+    """Split the axes N, D and F, which the parameter's name ends with."""
+    names = [str(getattr(k, 'key', '')) for k in path]
+    name = next(name for name in reversed(names) if '_' in name)
+    letters = name.rpartition('_')[2]
+    assert len(letters) == param.ndim, name
+    axes = {
+      'N': self.expert_axis,
+      'D': self.stored_axis,
+      'F': self.width_axis,
+    }
+    return P(*map(axes.get, letters))
+
+  def _whole(self, param: jax.Array, spec: P) -> jax.Array:
+    """A parameter, gathered; repeated along the axes that do not split it.
+
+    Along the widths the partial sums are added up, and what is not split there,
+    the bias of the output, has to be in one of them only.
+    """
+    axes = {*self.token_axes, self.width_axis} - {*spec}
+    param = lax.pcast(param, tuple(sorted(axes)), to='varying')
+    if self.width_axis in axes:
+      first = lax.axis_index(self.width_axis) == 0
+      param = jnp.where(first, param, jnp.zeros_like(param))
+    if self.stored_axis not in spec or lax.axis_size(self.stored_axis) == 1:
+      return param  # whole; CPUs would copy its gradient to scatter it
+    # Last, so that backward scatters the gradient first and sums up parts of
+    # it. Left to the partitioner, some gradients would be summed up whole.
+    return self._gathered(param, tuple(spec).index(self.stored_axis))
+
+  def _gathered(self, param: jax.Array, dimension: int) -> jax.Array:
+    if param.ndim > 3:
+      # [N, D, 2, F] as [N, D, 2F], which the matmuls read: where the axis
+      # before the last is as small as 2, TPUs do not scatter.
+      joined = self._gathered(param.reshape(*param.shape[:2], -1), dimension)
+      return joined.reshape(*joined.shape[:2], *param.shape[2:])
+    return lax.all_gather(param, self.stored_axis, axis=dimension, tiled=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A bank of which this device holds some experts and part of their widths.
+
+  For the backward pass it keeps its rows and `HIDDEN`. The weights in the dtype
+  of the rows and whole, which would be those of every layer at once, are made
+  again.
+
+  Attributes:
+    params: of the bank, those that are stored here.
+    graphdef: of the bank.
+    layout: of the parameters.
+  """
+
+  params: nnx.State
+  graphdef: nnx.GraphDef = static()
+  layout: Layout = static()
+
+  @property
+  def num_experts(self) -> int:
+    return nnx.merge(self.graphdef, self.params).num_experts
+
+  def grouped(
+    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+  ) -> jax.Array:
+    return self._compute(ExpertBank.grouped, rows_MD, sizes_N, seeds_M)
+
+  def batched(
+    self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
+  ) -> jax.Array:
+    return self._compute(ExpertBank.batched, rows_NCD, seeds_NC)
+
+  def _compute(
+    self, method: Callable[..., jax.Array], rows: jax.Array, *others: Any
+  ) -> jax.Array:
+    @functools.partial(jax.checkpoint, policy=_KEEP_HIDDEN)
+    def compute(params: nnx.State, rows: jax.Array, *others: Any) -> jax.Array:
+      whole = self.layout.whole(params, rows.dtype)
+      bank = nnx.merge(self.graphdef, whole)
+      width = bank.down_NFD.shape[1]
+      first_unit = lax.axis_index(self.layout.width_axis) * width
+      return method(bank, rows, *others, first_unit)
+
+    return compute(self.params, rows, *others)
