@@ -1,6 +1,5 @@
 """What experts compute: one SwiGLU network, or a bank of them."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dropout import dropout, dropout_rows, split
 from moe_jax.experts.grouped_matmul import Chosen, Multiply
+from moe_jax.experts.recomputed import recomputed
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
 
@@ -17,13 +17,6 @@ _BY_PLATFORM = Chosen()  # needs no package
 
 # What a feed-forward computes of its input that backward keeps.
 HIDDEN = 'feed_forward_hidden'
-
-# Decorates a module's method: it keeps its operands, the parameters as they are
-# stored and `HIDDEN`. Parameters cast or joined, and hidden units once they are
-# activated, would be as large; they cost little to make again.
-keep_hidden = functools.partial(
-  nnx.remat, policy=jax.checkpoint_policies.save_only_these_names(HIDDEN)
-)
 
 
 class FeedForward(nnx.Module):
@@ -52,7 +45,7 @@ class FeedForward(nnx.Module):
     )
     self.dropout = dropout
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def __call__(
     self, x_TD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
@@ -152,7 +145,7 @@ class ExpertBank(StackedExperts):
       init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def grouped(
     self,
     rows_MD: jax.Array,
@@ -178,7 +171,7 @@ class ExpertBank(StackedExperts):
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return self.multiply(hidden_MF, down_NFD, sizes_N)
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def batched(
     self,
     rows_NCD: jax.Array,

@@ -12,12 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dropout import dropout
-from moe_jax.experts.feed_forward import (
-  HIDDEN,
-  StackedExperts,
-  keep_hidden,
-)
+from moe_jax.experts.feed_forward import HIDDEN, StackedExperts
 from moe_jax.experts.grouped_matmul import Chosen, Multiply
+from moe_jax.experts.recomputed import recomputed
 
 _BY_PLATFORM = Chosen()  # needs no package
 
@@ -55,7 +52,7 @@ class ReluFeedForward(nnx.Module):
     self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
     self.dropout = dropout
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def __call__(
     self, x_TD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
@@ -100,7 +97,7 @@ class ReluExpertBank(StackedExperts):
       jnp.zeros((num_experts, hidden_size), jnp.float32)
     )
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def grouped(
     self,
     rows_MD: jax.Array,
@@ -122,7 +119,7 @@ class ReluExpertBank(StackedExperts):
       first_unit,
     )
 
-  @keep_hidden
+  @recomputed(HIDDEN)
   def batched(
     self,
     rows_NCD: jax.Array,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.feed_forward import HIDDEN, ExpertBank
+from moe_jax.experts.feed_forward import HIDDEN
 from moe_jax.experts.trip import static
 
 _KEEP_HIDDEN = jax.checkpoint_policies.save_only_these_names(HIDDEN)
@@ -113,22 +112,21 @@ class Shard:
   def grouped(
     self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
   ) -> jax.Array:
-    return self._compute(ExpertBank.grouped, rows_MD, sizes_N, seeds_M)
+    return self._compute('grouped', rows_MD, sizes_N, seeds_M)
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
   ) -> jax.Array:
-    return self._compute(ExpertBank.batched, rows_NCD, seeds_NC)
+    return self._compute('batched', rows_NCD, seeds_NC)
 
-  def _compute(
-    self, method: Callable[..., jax.Array], rows: jax.Array, *others: Any
-  ) -> jax.Array:
-    @functools.partial(jax.checkpoint, policy=_KEEP_HIDDEN)
+  def _compute(self, method: str, rows: jax.Array, *others: Any) -> jax.Array:
+    # As in `recomputed`.
+    @functools.partial(jax.checkpoint, policy=_KEEP_HIDDEN, prevent_cse=False)
     def compute(params: nnx.State, rows: jax.Array, *others: Any) -> jax.Array:
       whole = self.layout.whole(params, rows.dtype)
       bank = nnx.merge(self.graphdef, whole)
       width = bank.down_NFD.shape[1]
       first_unit = lax.axis_index(self.layout.width_axis) * width
-      return method(bank, rows, *others, first_unit)
+      return getattr(bank, method)(rows, *others, first_unit)
 
     return compute(self.params, rows, *others)

@@ -58,12 +58,14 @@ def after(eqns: list[Any], first: Any) -> set[int]:
 
 def products(eqns: list[Any]) -> list[tuple[int, ...]]:
   """Of matmuls of T rows, what these are multiplied by."""
-  return sorted(
-    tuple(eqn.invars[1].aval.shape)
-    for eqn in eqns
-    if eqn.primitive.name == 'dot_general'
-    and len(eqn.invars[0].aval.shape) == 2
-  )
+  shapes = []
+  for eqn in eqns:
+    if eqn.primitive.name == 'checkpoint':
+      shapes += products(eqn.params['jaxpr'].eqns)
+    elif eqn.primitive.name == 'dot_general':
+      rows, matrix = (var.aval.shape for var in eqn.invars)
+      shapes += [tuple(matrix)] if len(rows) == 2 else []
+  return sorted(shapes)
 
 
 def test_the_rest_of_the_layer_is_free_while_tokens_travel() -> None:

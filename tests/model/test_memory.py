@@ -145,7 +145,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   # buffers, twice its own.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
-  assert split.dispatch == pytest.approx(one.dispatch, rel=0.04)
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.05)
   for exchange in ('all_to_all', 'ragged'):
     bounded = of({'expert': 4}, moe__exchange=exchange)
     assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
