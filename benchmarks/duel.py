@@ -86,6 +86,7 @@ def serve(step: Callable[[], None], facts: Mapping[str, Any]) -> None:
   """
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)  # whatever a library prints is no answer
+  time.sleep(_PAUSE)  # a step's memory is freed a little after its results
   before = resident.peak_bytes()
   anew = resident.start_anew()
   _say(answers, dict(facts) | {_READY: before if anew else None})

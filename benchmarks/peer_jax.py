@@ -57,7 +57,6 @@ def _config(sizes: Sizes) -> ConfigDict:
   for section, names in values.items():
     for name in names.split():
       config[section][name] = getattr(sizes, name)
-  config.model.unroll = sizes.num_layers  # few: faster on CPU than a scan
   config.loss.balance_layers = 'joined'  # as transformers computes it
   return config
 

@@ -1,11 +1,12 @@
 """How much memory a process has held: the peak of its resident set."""
 
 import contextlib
-import ctypes
 import re
 import resource
 import sys
 from pathlib import Path
+
+from moe_jax import allocator
 
 _STATUS = Path('/proc/self/status')
 _CLEAR = Path('/proc/self/clear_refs')
@@ -27,8 +28,7 @@ def start_anew() -> bool:
   What the process has freed goes back to the system first. Only Linux forgets
   a peak, and only glibc gives back what lies between blocks in use.
   """
-  with contextlib.suppress(AttributeError, OSError, TypeError):
-    ctypes.CDLL(None).malloc_trim(0)
+  allocator.give_back()
   try:
     _CLEAR.write_text('5', 'utf-8')
   except OSError:

@@ -71,7 +71,7 @@ ROOMS = {
   ),
   # The one page that knows everyone.
   'training.loop': Room(
-    f'{_CONFIG} data distributed.hosts distributed.replicas training'
+    f'allocator {_CONFIG} data distributed.hosts distributed.replicas training'
     ' evaluation',
     'jax ml_collections',
   ),

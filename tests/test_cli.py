@@ -267,20 +267,40 @@ def test_the_allocator_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
   assert not allocator.tune()
 
 
-@pytest.mark.skipif(
-  not os.path.exists('/lib64/ld-linux-x86-64.so.2'), reason='needs glibc'
-)
-def test_glibc_accepts_the_settings() -> None:
-  # In a process of its own: the settings cannot be taken back.
-  done = subprocess.run(
+def tuned(code: str) -> str:
+  """What a process prints that sets the allocator, prints whether, and goes on.
+
+  One of its own: the settings cannot be taken back.
+  """
+  return subprocess.run(
     [
       sys.executable,
       '-c',
-      'from moe_jax import allocator as a; print(a.tune())',
+      f'from moe_jax import allocator as a; print(a.tune()){code}',
     ],
     cwd=ROOT,
     env=os.environ | {'JAX_PLATFORMS': 'cpu', allocator.SWITCH: '1'},
     capture_output=True,
     text=True,
-  )
-  assert done.stdout == 'True\n'
+  ).stdout
+
+
+@pytest.mark.skipif(
+  not os.path.exists('/lib64/ld-linux-x86-64.so.2'), reason='needs glibc'
+)
+def test_glibc_accepts_the_settings() -> None:
+  assert tuned('') == 'True\n'
+
+
+@pytest.mark.skipif(
+  not os.path.exists('/lib64/ld-linux-x86-64.so.2'), reason='needs glibc'
+)
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+  said = tuned("""
+def resident():
+  return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20
+bytearray(256 << 20)
+print(resident() > 256)
+a.give_back()
+print(resident() < 64)""")
+  assert said == 'True\n' * 3

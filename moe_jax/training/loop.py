@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from moe_jax import allocator
 from moe_jax.data.pipeline import Windows
 from moe_jax.distributed import hosts, replicas
 from moe_jax.evaluation import perplexity
@@ -109,6 +110,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
     journal.write()  # of the step before, now that this one runs
     if step == start + 1:
       journal.compiled(metrics)
+      allocator.give_back()  # what compiling took
 
     stopped = interrupt.stops(step)
     last = stopped or step == steps
@@ -149,6 +151,7 @@ def _evaluate(
     max_batches=config.eval.batches,
   )
   seconds = time.perf_counter() - began
+  allocator.give_back()  # the first time, evaluation is compiled
   name = config.eval.split + perplexity.suffix(result)
   journal.evaluation(step, name, result, seconds)
 

@@ -60,7 +60,7 @@ def products(eqns: list[Any]) -> list[tuple[int, ...]]:
   """Of matmuls of T rows, what these are multiplied by."""
   shapes = []
   for eqn in eqns:
-    if eqn.primitive.name == 'checkpoint':
+    if 'remat' in eqn.primitive.name:
       shapes += products(eqn.params['jaxpr'].eqns)
     elif eqn.primitive.name == 'dot_general':
       rows, matrix = (var.aval.shape for var in eqn.invars)

@@ -150,7 +150,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
     bounded = of({'expert': 4}, moe__exchange=exchange)
     assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
   full = of(model__remat='full')
-  assert full.activations < one.activations / 2
+  assert full.activations < one.activations * 0.6
   # All layers' dispatch and the working set's; without it the latter alone.
   assert full.dispatch * 5 == one.dispatch
   halves = of(model__dtype='bfloat16')
