@@ -1,4 +1,4 @@
-"""Methods of modules whose results the backward pass makes again."""
+"""What the backward pass makes again instead of keeping it."""
 
 import functools
 from collections.abc import Callable
@@ -8,31 +8,42 @@ import jax
 from flax import nnx
 
 
-def recomputed(*kept: str) -> Callable[[Callable], Callable]:
-  """Decorates a method: of what it computes, backward keeps `kept` alone.
+def recompute(function: Callable, *kept: str) -> Callable:
+  """`function`, of which backward keeps its operands and `kept` alone.
 
-  That is for what costs little to make again, and would be as large as what is
-  kept anyway. Parameters are kept as they are stored; that they are cast,
-  gathered or joined for their use is made again too.
+  For what costs little to make again, and would be as large as what is kept
+  anyway.
 
   Args:
-    *kept: names given by `jax.ad_checkpoint.checkpoint_name`.
+    function: of trees of arrays.
+    *kept: names given by `jax.ad_checkpoint.checkpoint_name` within.
   """
-  policy = jax.checkpoint_policies.save_only_these_names(*kept)
+  # A compiler that sees forward and backward in one piece may merge what is
+  # made twice. In a scan it does not; and where `model.remat` makes all this
+  # again, merging is what saves gathering parameters a third time.
+  return jax.checkpoint(
+    function,
+    policy=jax.checkpoint_policies.save_only_these_names(*kept),
+    prevent_cse=False,
+  )
+
+
+def recomputed(*kept: str) -> Callable[[Callable], Callable]:
+  """Decorates the method of a module as `recompute` does a function.
+
+  Parameters are kept as they are stored, not as what they are cast to or
+  joined to for their use.
+  """
 
   def decorate(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapped(self: nnx.Module, *operands: Any) -> Any:
       graphdef, params = nnx.split(self)
 
-      # Where a compiler sees forward and backward in one piece it may merge
-      # them again. It does not in a scan; and where `model.remat` makes all
-      # this again, merging is what saves gathering parameters a third time.
-      @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
       def compute(params: nnx.State, *operands: Any) -> Any:
         return method(nnx.merge(graphdef, params), *operands)
 
-      return compute(params, *operands)
+      return recompute(compute, *kept)(params, *operands)
 
     return wrapped
 

@@ -1,7 +1,6 @@
 """A bank of experts of which a device holds a part, within `shard_map`."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,9 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.experts.feed_forward import HIDDEN
+from moe_jax.experts.recomputed import recompute
 from moe_jax.experts.trip import static
-
-_KEEP_HIDDEN = jax.checkpoint_policies.save_only_these_names(HIDDEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +118,6 @@ class Shard:
     return self._compute('batched', rows_NCD, seeds_NC)
 
   def _compute(self, method: str, rows: jax.Array, *others: Any) -> jax.Array:
-    # As in `recomputed`.
-    @functools.partial(jax.checkpoint, policy=_KEEP_HIDDEN, prevent_cse=False)
     def compute(params: nnx.State, rows: jax.Array, *others: Any) -> jax.Array:
       whole = self.layout.whole(params, rows.dtype)
       bank = nnx.merge(self.graphdef, whole)
@@ -129,4 +125,4 @@ class Shard:
       first_unit = lax.axis_index(self.layout.width_axis) * width
       return getattr(bank, method)(rows, *others, first_unit)
 
-    return compute(self.params, rows, *others)
+    return recompute(compute, HIDDEN)(self.params, rows, *others)

@@ -1,0 +1,84 @@
+"""What the backward pass keeps of layers, beside the parameters themselves."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import nnx
+from ml_collections import ConfigDict
+
+from moe_jax.config import MESH_AXES
+from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.model.build import build
+
+
+def kept(
+  config: ConfigDict, axes: dict[str, int], rows: int = 8
+) -> Iterator[Any]:
+  """The residuals of a decoder, that are not parameters as they are stored."""
+  mesh = None
+  if axes:
+    shape = dict.fromkeys(MESH_AXES, 1) | axes
+    mesh = mesh_lib.make_mesh(shape, jax.devices())
+  model = build(config, tiny.VOCAB, mesh, rngs=nnx.Rngs(params=0))
+  graphdef, params = nnx.split(model)
+  ids_BL = jnp.zeros((rows, config.data.seq_len), jnp.int32)
+
+  def run(params: nnx.State) -> jax.Array:
+    return nnx.merge(graphdef, params).hidden(ids_BL, ids_BL == 0).x_BLD
+
+  residuals = jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
+  left = [(a.shape, a.dtype) for a in jax.tree.leaves(params)]
+  for array in jax.tree.leaves(residuals):
+    if (array.shape, array.dtype) in left:
+      left.remove((array.shape, array.dtype))
+    else:
+      yield array
+
+
+def elements(arrays: Iterator[Any]) -> int:
+  return sum(
+    array.size for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)
+  )
+
+
+# So large that a copy of their weights is larger than all else.
+LARGE = {'moe.expert_width': 512, 'moe.num_experts': 8, 'model.ffn_width': 512}
+
+
+@pytest.mark.parametrize('activation', ['swiglu', 'relu'])
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+@pytest.mark.parametrize('axes', [{}, {'fsdp': 2, 'expert': 4}])
+def test_no_weights_are_kept_but_as_they_are_stored(
+  axes: dict[str, int], dispatch: str, activation: str
+) -> None:
+  config = tiny.config(
+    **LARGE,
+    **{
+      'model.dtype': 'bfloat16',
+      'model.activation': activation,
+      'moe.dispatch': dispatch,
+      'moe.every': 2,
+    },
+  )
+  grows = elements(kept(config, axes, 16)) - elements(kept(config, axes, 8))
+  fixed = elements(kept(config, axes, 8)) - grows
+  bank = 2 * 8 * 512 * 32  # of the smaller kind of experts
+  assert fixed < bank / 4
+
+
+def test_of_a_layer_only_what_products_need_is_kept() -> None:
+  config = tiny.config(**{'model.num_layers': 1})
+  batch, width = 8, config.model.hidden_size
+  tokens = batch * config.data.seq_len
+  # What is as wide as a token is the rest of it: no scores or tables.
+  wide = [a.size for a in kept(config, {}, batch) if a.size >= tokens * width]
+  slots, hidden = config.moe.top_k, config.moe.expert_width
+  experts = slots * (2 * width + 2 * hidden)  # in, out, gate and up
+  attention = 4 * width  # queries, keys, values, and what they come to
+  norms = 2 * 2 * width  # in and out
+  last = width  # what the last norm reads
+  assert sum(wide) == tokens * (experts + attention + norms + last)
