@@ -211,12 +211,11 @@ def too_large(said: str, arguments: int) -> DoesNotFitError | None:
 def failure(said: str) -> str:
   """A compiler's complaint as one line, with a remedy where one is known."""
   line = f'the compiler fails on the training step: {" ".join(said.split())}'
-  if 'ScopedVmemOom' not in said:
+  if 'memory space vmem' not in said:
     return line[:300]
-  # libtpu 0.0.42 tiles some grouped matmuls too large for its own default.
+  # libtpu 0.0.42 tiles some grouped matmuls larger than a v4 or v5p holds.
   return (
-    f'{line[:300]}; LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768 in'
-    ' the environment gives its kernels more room, or take another'
+    f'{line[:300]}; a kernel is tiled too large for this TPU: take another'
     ' train.batch_size'
   )
 

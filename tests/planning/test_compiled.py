@@ -1,5 +1,7 @@
 """What compilers say of the training step, for CPUs and for TPUs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import plan
+from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.planning import compiled, fit, topologies
+from moe_jax.planning import compiled, fit, setups, topologies
 
 SLICE = 'v5e:2x2'
 
@@ -219,13 +222,39 @@ def test_other_failures_are_no_refusals() -> None:
   assert 'INTERNAL: RET_CHECK failure x' in said and len(said) == 300
 
 
-def test_a_kernel_over_its_limit_has_a_remedy() -> None:
-  error = (
+@pytest.mark.parametrize(
+  'error',
+  [
     'RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in'
-    ' memory space vmem. Scoped allocation with size 21.50M and limit 16.00M'
-  )
+    ' memory space vmem. Scoped allocation with size 21.50M and limit 16.00M',
+    'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in'
+    ' memory space vmem. Used 16.42M of 16.00M vmem.',
+  ],
+)
+def test_a_kernel_over_its_limit_has_a_remedy(error: str) -> None:
   assert compiled.too_large(error, 0) is None
-  assert 'scoped_vmem_limit_kib=32768' in compiled.failure(error)
+  assert 'train.batch_size' in compiled.failure(error)
+
+
+@pytest.mark.slow
+def test_large_tiles_compile_for_v5e() -> None:
+  """libtpu's own limit is too small for the tiles that it chooses here."""
+  setup = setups.make(tiny.config(), topologies.target('v5e:1x1').devices)
+  mesh = setup.mesh
+  shapes = [((65536, 3072), 'bfloat16'), ((16, 3072, 768), 'bfloat16')]
+  operands = [
+    jax.ShapeDtypeStruct(*shape, sharding=mesh_lib.replicated(mesh))
+    for shape in (*shapes, ((16,), 'int32'))
+  ]
+
+  def loss(rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array) -> Any:
+    return jax.lax.ragged_dot(rows_MD, bank_NDF, sizes_N).sum()
+
+  step = jax.grad(loss, (0, 1))
+  options = mesh_lib.compiler_options(mesh)
+  jax.jit(step, compiler_options=options).lower(*operands).compile()
+  with pytest.raises(jax.errors.JaxRuntimeError, match='memory space vmem'):
+    jax.jit(step).lower(*operands).compile()
 
 
 @pytest.mark.slow
