@@ -32,6 +32,7 @@ from moe_jax.experts.dispatch import (
 from moe_jax.experts.exchange_size import Exchanged
 from moe_jax.experts.rarely import plus_rarely
 from moe_jax.experts.remote import QueuesToAll, RowsToAll
+from moe_jax.experts.shard import Shard
 from moe_jax.experts.trip import Plan
 from moe_jax.routing.selection import Routing
 
@@ -128,7 +129,7 @@ class Bounded:
   all_axes: tuple[str, ...]
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: Bank
+    self, x_TD: jax.Array, routing: Routing, experts: Shard
   ) -> Dispatched:
     order = sort(routing, routing.num_experts)
     devices = lax.axis_size(self.axis)
@@ -155,7 +156,9 @@ class Bounded:
     stays_TK = nth_TK >= trip.kept_UN.reshape(-1)[expert_TK]
     routing = dataclasses.replace(routing, weights_TK=weights_TK)
     slow = OneByOne(dropless, self.axis)
-    return slow(x_TD, routing.only(stays_TK), experts).y_TD
+    # Whole before the loop over devices, not in each of its turns.
+    bank = experts.whole(x_TD.dtype)
+    return slow(x_TD, routing.only(stays_TK), bank).y_TD
 
 
 def _travelling(moving: Any, fixed: Any) -> jax.Array:

@@ -97,11 +97,13 @@ class Shard:
     params: of the bank, those that are stored here.
     graphdef: of the bank.
     layout: of the parameters.
+    is_whole: whether they are as `Layout.whole` makes them.
   """
 
   params: nnx.State
   graphdef: nnx.GraphDef = static()
   layout: Layout = static()
+  is_whole: bool = static(default=False)
 
   @property
   def num_experts(self) -> int:
@@ -117,10 +119,16 @@ class Shard:
   ) -> jax.Array:
     return self._compute('batched', rows_NCD, seeds_NC)
 
+  def whole(self, dtype: jnp.dtype) -> 'Shard':
+    """The same with whole parameters, for who uses them many times."""
+    params = self.layout.whole(self.params, dtype)
+    return dataclasses.replace(self, params=params, is_whole=True)
+
   def _compute(self, method: str, rows: jax.Array, *others: Any) -> jax.Array:
     def compute(params: nnx.State, rows: jax.Array, *others: Any) -> jax.Array:
-      whole = self.layout.whole(params, rows.dtype)
-      bank = nnx.merge(self.graphdef, whole)
+      if not self.is_whole:
+        params = self.layout.whole(params, rows.dtype)
+      bank = nnx.merge(self.graphdef, params)
       width = bank.down_NFD.shape[1]
       first_unit = lax.axis_index(self.layout.width_axis) * width
       return getattr(bank, method)(rows, *others, first_unit)

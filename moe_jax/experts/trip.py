@@ -44,9 +44,9 @@ class Plan(Protocol):
     """A trip of `sizes_UN` rows for each local expert of every device."""
 
 
-def static() -> Any:
+def static(**options: Any) -> Any:
   """A field of a registered dataclass that is no array."""
-  return dataclasses.field(metadata={'static': True})
+  return dataclasses.field(metadata={'static': True}, **options)
 
 
 @jax.tree_util.register_dataclass

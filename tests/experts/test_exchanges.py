@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import dense_experts
@@ -165,6 +166,29 @@ def test_capacity_counts_drops_on_every_device(exchange: str) -> None:
   # of the four devices with 16 tokens: queues of 2.
   kept = {'gather': 2 * 2 * 4, 'all_to_all': 4 * 2 * 2}
   assert int(done.dropped) == 2 * T - kept[exchange]
+
+
+def along_fsdp(jaxpr: Any, in_loop: bool = False) -> Iterator[bool]:
+  """Of every gather and scatter along that axis, whether a loop repeats it."""
+  for eqn in jaxpr.eqns:
+    moves = eqn.primitive.name in ('all_gather', 'reduce_scatter')
+    if moves and 'fsdp' in eqn.params['axis_name']:
+      yield in_loop
+    inner = in_loop or eqn.primitive.name in ('scan', 'while')
+    for value in jax.tree.leaves(tuple(eqn.params.values())):
+      if hasattr(getattr(value, 'jaxpr', value), 'eqns'):
+        yield from along_fsdp(getattr(value, 'jaxpr', value), inner)
+
+
+def test_no_loop_gathers_weights_or_scatters_their_gradients() -> None:
+  # The exact way takes one device's tokens after the other's; a gather in each
+  # turn would be slow, and libtpu fails on a sum of gradients in each.
+  dispatch = across(MESHES['data 2, fsdp 2, expert 2'], 'all_to_all')
+  computed = dense_experts.jitted(dispatch, N)
+  of = dense_experts.problem(dense_experts.varied, N, 2)
+  found = list(along_fsdp(jax.make_jaxpr(lambda: computed(of))().jaxpr))
+  # Of two parameters, forward and backward, both ways.
+  assert len(found) >= 8 and not any(found)
 
 
 @pytest.mark.slow
