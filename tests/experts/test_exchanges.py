@@ -193,7 +193,7 @@ def test_no_loop_gathers_weights_or_scatters_their_gradients() -> None:
 
 @pytest.mark.slow
 def test_one_device_computes_the_same() -> None:
-  """To the last bit almost: the oracle of the metrics' tests is one device."""
+  """But for rounding: the oracle of the metrics' tests is one device."""
   alone = dense_experts.jitted(dropless, N)
   for exchange in ('gather', 'all_to_all', 'ragged'):
     dispatch = across(MESHES['data 2, expert 4'], exchange, buffer_factor=2.0)
