@@ -3,22 +3,35 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from moe_jax import allocator
 from moe_jax.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+  """Reports mistakes as all programs of this library do."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message}; --help says more')
+
+
 def parser(description: str) -> argparse.ArgumentParser:
-  """With the flags that all of them have: --json, --rounds, --dtype."""
-  made = argparse.ArgumentParser(
+  """With the flags that all of them have: --json and --rounds."""
+  made = _Parser(
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
   )
   made.add_argument('--json', action='store_true', help='a JSON line per case')
   made.add_argument('--rounds', type=int, default=9, help='that are measured')
+  return made
+
+
+def add_dtype(made: argparse.ArgumentParser) -> None:
+  """The flag --dtype; see `timing.dtype_of`."""
   made.add_argument('--dtype', choices=('auto', 'float32', 'bfloat16'),
                     default='auto', help='auto: float32 on CPU')  # fmt: skip
-  return made
 
 
 def sizes(names: str) -> Callable[[str], dict[str, int]]:
@@ -40,16 +53,12 @@ def main(
   arguments: Sequence[str] | None = None,
 ) -> None:
   """Runs it with the allocator set; a `UserError` is one line and exit 2."""
-  args = made.parse_args(arguments)
-  allocator.tune()
   try:
+    args = made.parse_args(arguments)
+    allocator.tune()
     if args.rounds < 1:
       raise UserError(f'--rounds = {args.rounds} must be at least 1')
     program(args)
   except UserError as error:
-    sys.exit(_say(error))
-
-
-def _say(error: UserError) -> int:
-  print(f'error: {error}', file=sys.stderr)
-  return 2
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
-from moe_jax.planning import compiled, setups
+from moe_jax.planning import setups
+from moe_jax.planning.compiled import memory
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch
 
@@ -24,10 +25,6 @@ def set_up(config: ConfigDict) -> Setup:
     UserError: anything wrong with the config.
   """
   return setups.make(config, jax.devices())
-
-
-# The program and the seconds, without JAX's cache of compiled programs.
-compile_train_step = compiled.train_step
 
 
 def check_steps(steps: int, warmup: int) -> None:
@@ -77,26 +74,18 @@ def place() -> dict[str, Any]:
   }
 
 
-def peak_memory(compiled: jax.stages.Compiled) -> tuple[int, str]:
+def peak_memory(program: jax.stages.Compiled) -> tuple[int, str]:
   """The most bytes in use on any device, and whose figure that is.
 
   `device`: the allocator's own, which counts everything since the process
   began. `compiler`: where the device keeps no count (CPU), what the program
-  needs at once: its arguments, results and temporaries.
+  needs at once: its code, arguments, results and temporaries.
   """
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [each.get('peak_bytes_in_use', 0) for each in stats]
   if any(peaks):
     return max(peaks), 'device'
-  needs = compiled.memory_analysis()
-  # Donated arguments are results too, and stand in both.
-  total = (
-    needs.argument_size_in_bytes
-    + needs.output_size_in_bytes
-    - needs.alias_size_in_bytes
-    + needs.temp_size_in_bytes
-  )
-  return total, 'compiler'
+  return memory(program)['total'], 'compiler'
 
 
 def _shape(made: Setup) -> tuple[int, int]:

@@ -52,15 +52,16 @@ def measure(
   import numpy as np
 
   from benchmarks import common
+  from moe_jax.planning.compiled import train_step as compile_train_step
 
   if repeats < 1:
     raise UserError(f'--repeats = {repeats} must be at least 1')
   setups = {depth: common.set_up(_of_depth(config, depth)) for depth in depths}
-  common.compile_train_step(setups[depths[0]])  # the first one starts XLA up
+  compile_train_step(setups[depths[0]])  # the first one starts XLA up
   seconds = {depth: [] for depth in depths}
   for _ in range(repeats):
     for depth, setup in setups.items():
-      seconds[depth].append(common.compile_train_step(setup)[1])
+      seconds[depth].append(compile_train_step(setup)[1])
   medians = {depth: float(np.median(seconds[depth])) for depth in depths}
   return {
     'benchmark': 'compile_depth',

@@ -58,8 +58,11 @@ def run(
     threads: that each may compute with; on Linux, cores too.
 
   Raises:
-    UserError: a worker ended before its time; its last words are on stderr.
+    UserError: a worker ended before its time, with its last words on stderr; or
+      `threads` is out of range.
   """
+  if threads < 1:
+    raise UserError(f'--threads = {threads} must be at least 1')
   with contextlib.ExitStack() as stack:
     # One after the other: what a worker does to get ready disturbs no other.
     workers = {
@@ -75,6 +78,11 @@ def run(
       name: Measured(worker.facts, seconds[name][warmup:], *worker.peaks())
       for name, worker in workers.items()
     }
+
+
+def share_accelerator() -> None:
+  """Lets several processes, this one and workers, have jax on one GPU."""
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 
 def serve(step: Callable[[], None], facts: Mapping[str, Any]) -> None:
@@ -109,11 +117,11 @@ class _Worker:
       text=True,
       env=os.environ | {'OMP_NUM_THREADS': str(threads)},
     )
-    if hasattr(os, 'sched_setaffinity'):  # XLA starts a thread for each core
-      cores = sorted(os.sched_getaffinity(0))[:threads]
-      os.sched_setaffinity(self._process.pid, cores)
     self._peak_bytes = 0
     try:
+      if hasattr(os, 'sched_setaffinity'):  # XLA starts a thread for each core
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        os.sched_setaffinity(self._process.pid, cores)
       self.facts = self._answer()
       # None where the peak of the steps holds what was before them too.
       self._ready_bytes = self.facts.pop(_READY)

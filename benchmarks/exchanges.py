@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.model import build, build_block, build_exchange
+from moe_jax.errors import UserError
+from moe_jax.model import build, build_block, build_exchange, build_matmul
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
 
@@ -54,10 +55,15 @@ class Layer:
 
   Attributes:
     exchanges: the names of all for the config's dispatch.
-    slots: of all tokens of a step.
+    slots: of all tokens of a step, those that are used.
   """
 
   def __init__(self, config: ConfigDict):
+    if jax.device_count() < 2:
+      raise UserError(
+        f'there is one {jax.default_backend()} device, and an exchange needs'
+        ' more; with JAX_PLATFORMS=cpu --devices=8 there are eight fake ones'
+      )
     config = config.copy_and_resolve_references()
     shape = dict.fromkeys(mesh_lib.AXES, 1) | {'expert': jax.device_count()}
     config.mesh.update(shape)
@@ -68,6 +74,10 @@ class Layer:
     self._tokens = config.train.batch_size * config.data.seq_len
     self.exchanges = tuple(build_exchange.EXCHANGES[config.moe.dispatch])
     self.slots = self._tokens * config.moe.top_k
+    all_chosen = config.router.selection == 'top_p'
+    self._slots_of_token = (
+      config.moe.num_experts if all_chosen else config.moe.top_k
+    )
     self._graphdef, self._params = self._experts()
 
   def operands(self, routing: str) -> Operands:
@@ -80,6 +90,10 @@ class Layer:
       first_T[::2] = 0
     indices_TK = (first_T[:, None] + np.arange(moe.top_k)) % moe.num_experts
     weights_TK = np.full(indices_TK.shape, 1 / moe.top_k, np.float32)
+    # Top-p has a slot for every expert; the last ones are not used.
+    unused = (0, 0), (0, self._slots_of_token - moe.top_k)
+    indices_TK = np.pad(indices_TK, unused, constant_values=moe.num_experts)
+    weights_TK = np.pad(weights_TK, unused)
     along = NamedSharding(self._mesh, P(mesh_lib.TOKEN_AXES))
     return Operands(
       jax.device_put(jnp.asarray(x_TD, self._dtype), along),
@@ -139,6 +153,7 @@ class Layer:
         moe.expert_width // moe.factors,
         init_std=model.init_std,
         rngs=nnx.Rngs(params=0),
+        multiply=build_matmul.matmul(self._config, self._mesh),
       )
 
     graphdef = nnx.graphdef(nnx.eval_shape(create))

@@ -19,6 +19,7 @@ import argparse
 from typing import Any
 
 from benchmarks import command_line
+from moe_jax.errors import UserError
 
 _CPU_SIZES = ('4096x512x1024x8', '4096x512x1024x16', '4096x1024x1024x64')
 _SIZES = ('32768x2048x2048x8', '32768x2048x2048x16', '32768x2048x2048x64')
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     type=command_line.sizes('rows d f groups'),
     help='MxDxFxN, once or more',
   )
+  command_line.add_dtype(made)
   made.add_argument('--kinds', default='balanced,random,half')
   made.add_argument('--all', action='store_true', help='slow ones too')
   made.add_argument('--tune', action='store_true', help='keep the results')
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
   parse = command_line.sizes('rows d f groups')
   cases = args.sizes or [parse(s) for s in (_CPU_SIZES if cpu else _SIZES)]
   # What is tuned holds for any routing: of the usual kind.
-  kinds = ['random'] if args.tune else args.kinds.split(',')
+  kinds = ['random'] if args.tune else timing.kinds(args.kinds)
+  if args.tune:
+    _check_writable(device)
   for sizes in cases:
     for kind in kinds:
       row = measure(**sizes, kind=kind, dtype=dtype, rounds=args.rounds,
@@ -67,6 +71,19 @@ def run(args: argparse.Namespace) -> None:
       if args.tune:
         tuned.store(device, {row['case']: row['implementations']})
       common.show(row, args.json)
+
+
+def _check_writable(device: Any) -> None:
+  """Before anything is measured, which takes minutes."""
+  from moe_jax.model import tuned
+
+  try:
+    tuned.store(device, {})
+  except OSError as error:
+    raise UserError(
+      f'--tune cannot write {tuned.path()}: {error.strerror};'
+      ' the environment variable MOE_JAX_TUNED names another file'
+    ) from error
 
 
 def measure(
@@ -80,23 +97,16 @@ def measure(
   rounds: int,
   slow: bool = False,
 ) -> dict[str, Any]:
-  """One case; see the module.
-
-  Raises:
-    UserError: `kind` is not known.
-  """
+  """One case; see the module."""
   import jax
   import jax.numpy as jnp
   import numpy as np
 
   from benchmarks import common, timing
-  from moe_jax.errors import choose
   from moe_jax.experts.grouped_matmul import case, grouped_matmul
   from moe_jax.model.build_matmul import available
 
-  chosen = timing.choices(
-    choose('--kinds', kind, timing.KINDS), rows, 1, groups
-  )
+  chosen = timing.choices(kind, rows, 1, groups)
   sizes_N = jnp.bincount(chosen.reshape(-1), length=groups).astype(jnp.int32)
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = (rows, d), (groups, d, f), (rows, f)

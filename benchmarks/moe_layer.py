@@ -18,12 +18,11 @@ over the mean.
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import command_line
+from benchmarks import command_line, duel
 from moe_jax.errors import UserError
 
 _NAMES = 'tokens top_k hidden width experts'
@@ -47,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     type=command_line.sizes(_NAMES),
     help='TxKxDxFxN, once or more',
   )
+  command_line.add_dtype(made)
   made.add_argument('--kinds', default='balanced,random,half')
   made.add_argument('--peer', action='store_true', help='against transformers')
   made.add_argument('--threads', type=int, default=2, help='with --peer')
@@ -60,24 +60,36 @@ def run(args: argparse.Namespace) -> None:
     _work(args)
     return
   if args.peer and importlib.util.find_spec('transformers') is None:
-    raise UserError("--peer needs transformers: pip install 'moe_jax[interop]'")
-  if args.peer:  # several processes share a GPU
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    raise UserError("--peer needs transformers: pip install -e '.[interop]'")
+  if args.peer:
+    duel.share_accelerator()
   # jax must not be imported before the command line has set the allocator.
   import jax
 
-  from benchmarks import common
+  from benchmarks import common, timing
 
+  kinds = timing.kinds(args.kinds)
   on_cpu = jax.devices()[0].platform == 'cpu'
   parse = command_line.sizes(_NAMES)
   cases = args.sizes or [parse(s) for s in (_CPU_SIZES if on_cpu else _SIZES)]
   for sizes in cases:
-    for kind in args.kinds.split(','):
+    _check(sizes)
+  for sizes in cases:
+    for kind in kinds:
       if args.peer:
         row = against_peers(sizes, kind, args)
       else:
         row = measure(sizes, kind, args.dtype, args.rounds)
       common.show(row, args.json)
+
+
+def _check(sizes: dict[str, int]) -> None:
+  top_k, experts = sizes['top_k'], sizes['experts']
+  if top_k > experts:
+    raise UserError(
+      f'--sizes = {"x".join(map(str, sizes.values()))}: a token cannot choose'
+      f' K = {top_k} of N = {experts} experts'
+    )
 
 
 def measure(
@@ -95,8 +107,6 @@ def against_peers(
 ) -> dict[str, Any]:
   """Each in a process; see the module."""
   import numpy as np
-
-  from benchmarks import duel
 
   shape = 'x'.join(str(sizes[name]) for name in _NAMES.split())
   command = [
@@ -140,9 +150,7 @@ def _row(sizes: dict[str, int], kind: str, seconds: Any) -> dict[str, Any]:
 
 def _choices(sizes: dict[str, int], kind: str) -> Any:
   from benchmarks import timing
-  from moe_jax.errors import choose
 
-  kind = choose('--kinds', kind, timing.KINDS)
   return timing.choices(kind, sizes['tokens'], sizes['top_k'], sizes['experts'])
 
 
@@ -230,8 +238,6 @@ OURS = {'dropless': _dropless, 'dense': _dense}
 
 
 def _work(args: argparse.Namespace) -> None:
-  from benchmarks import duel
-
   [sizes] = args.sizes
   if args.worker in OURS:
     import jax

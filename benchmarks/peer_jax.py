@@ -20,9 +20,10 @@ def main(sizes_json: str) -> None:
   from benchmarks import common, duel
   from moe_jax.model.build import compute_dtype
   from moe_jax.model.sizes import count_parameters
+  from moe_jax.planning.compiled import train_step as compile_train_step
 
   made = common.set_up(_config(Sizes.from_json(sizes_json)))
-  compiled, seconds = common.compile_train_step(made)
+  compiled, seconds = compile_train_step(made)
   state = made.init()
   [batch] = common.random_batches(made, 1)
 

@@ -5,8 +5,9 @@
 Models, batch, losses, optimizer, clipping, threads and parameter counts are
 the same; every one trains in a process of its own, a step of each in turn (see
 `benchmarks.duel`). On CPU all compute in float32, on a GPU in bfloat16 with
-parameters in float32. The peer has its two implementations of experts, and the
-faster also without the allocator's settings that we use (`moe_jax.allocator`).
+parameters in float32. The peer has its two implementations of experts, and
+grouped_mm also without the allocator's settings that we use
+(`moe_jax.allocator`).
 """
 
 import argparse
@@ -14,9 +15,9 @@ import importlib.util
 import json
 import statistics
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
-from benchmarks import duel
+from benchmarks import command_line, duel
 from benchmarks.peer_sizes import MODELS, Sizes
 from moe_jax.errors import UserError, choose
 
@@ -29,20 +30,24 @@ PEERS = {
 }
 
 
-def main() -> NoReturn:
-  """Measures the models that the command line names."""
-  try:
-    arguments = _parser().parse_args()
-    for name in arguments.models.split(','):
-      sizes = MODELS[choose('--models', name, MODELS)]
-      row = measure(
-        sizes, arguments.rounds, arguments.warmup, arguments.threads
-      )
-      _show({'benchmark': 'peers', 'model': name} | row, arguments.json)
-  except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
-  sys.exit(0)
+def main(arguments: list[str] | None = None) -> None:
+  """The command."""
+  made = command_line.parser(__doc__)
+  names = ','.join(MODELS)
+  made.add_argument('--models', default=names, help='%(default)s')
+  made.add_argument('--warmup', type=int, default=2, help='%(default)s')
+  made.add_argument('--threads', type=int, default=2, help='%(default)s')
+  command_line.main(run, made, arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints what `measure` returns for every model."""
+  duel.share_accelerator()
+  names = args.models.split(',')
+  models = {name: MODELS[choose('--models', name, MODELS)] for name in names}
+  for name, sizes in models.items():
+    row = measure(sizes, args.rounds, args.warmup, args.threads)
+    _show({'benchmark': 'peers', 'model': name} | row, args.json)
 
 
 def measure(
@@ -70,7 +75,7 @@ def measure(
   for package in ('torch', 'transformers'):
     if importlib.util.find_spec(package) is None:
       raise UserError(
-        f'{package} is not installed; pip install -e .[interop] brings it'
+        f"{package} is not installed: pip install -e '.[interop]'"
       )
   measured = duel.run(
     _commands(sizes), rounds=rounds, warmup=warmup, threads=threads
@@ -137,26 +142,6 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
     f'  {row["speedup_over_fastest_peer"]:.2f} times the fastest peer,'
     f' {row["fastest_peer"]}'
   )
-
-
-class _Parser(argparse.ArgumentParser):
-  """Reports mistakes as all programs of this library do."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message}; --help says more')
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
-    'python -m benchmarks.peers', description=__doc__, allow_abbrev=False
-  )
-  names = ','.join(MODELS)
-  parser.add_argument('--models', default=names, help='%(default)s')
-  parser.add_argument('--rounds', type=int, default=9, help='%(default)s')
-  parser.add_argument('--warmup', type=int, default=2, help='%(default)s')
-  parser.add_argument('--threads', type=int, default=2, help='%(default)s')
-  parser.add_argument('--json', action='store_true', help='print JSON lines')
-  return parser
 
 
 if __name__ == '__main__':

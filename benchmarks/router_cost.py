@@ -50,6 +50,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   import numpy as np
 
   from benchmarks import common
+  from moe_jax.planning.compiled import train_step as compile_train_step
 
   common.check_steps(steps, warmup)
   if config.router.recurrent == 'none':
@@ -60,7 +61,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   programs, states = [], []
   for each in (config, _linear(config)):
     made = common.set_up(each)
-    programs.append(common.compile_train_step(made)[0])
+    programs.append(compile_train_step(made)[0])
     states.append(jax.block_until_ready(made.init()))
   seconds = []
   for batch in common.random_batches(made, warmup + steps):

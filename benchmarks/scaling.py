@@ -67,6 +67,8 @@ def run(
 
   from benchmarks import common, scaling_results
 
+  if results:
+    scaling_results.check()
   jax.config.update('jax_enable_compilation_cache', False)
   given = arguments(sys.argv[1:])
   for row in measure(config, topologies, sequences):

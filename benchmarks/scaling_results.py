@@ -2,8 +2,11 @@
 
 import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from moe_jax.errors import UserError
 
 _GIB = 1 << 30
 _HEAD = """# Training steps compiled for slices of TPUs
@@ -30,6 +33,16 @@ _COLUMNS = (
   'compile, s of CPU',
   'fusions, ms',
 )
+
+
+def check() -> None:
+  """Refuses to begin what `keep` could not end.
+
+  Raises:
+    UserError: matplotlib is not installed.
+  """
+  if find_spec('matplotlib') is None:
+    raise UserError("--results needs matplotlib: pip install -e '.[eval]'")
 
 
 def keep(row: dict[str, Any], folder: Path) -> None:
@@ -81,12 +94,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     1, len(panels), figsize=(12, 3.6), layout='constrained'
   )
   _limit(axes[0], rows)
-  fitting = [row for row in rows if row['fits']]
+  curves: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    if row['fits']:
+      curves.setdefault(_curve(row, rows), []).append(row)
   for axis, (title, value) in zip(axes, panels.items(), strict=True):
-    for label in dict.fromkeys(row['label'] for row in fitting):
-      of_label = [row for row in fitting if row['label'] == label]
-      chips = [row['num_devices'] for row in of_label]
-      axis.plot(chips, [value(row) for row in of_label], 'o-', label=label)
+    for label, curve in curves.items():
+      chips = [row['num_devices'] for row in curve]
+      axis.plot(chips, [value(row) for row in curve], 'o-', label=label)
     axis.set(title=title, xlabel='chips', xscale='log')
     axis.set_xticks(
       sorted({row['num_devices'] for row in rows}),
@@ -112,8 +127,17 @@ def _limit(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.axhline(available / _GIB, color='gray', ls='--', label='of a chip')
 
 
-def _case(row: dict[str, Any]) -> tuple[str, int]:
-  return row['label'], row['num_devices']
+def _case(row: dict[str, Any]) -> tuple[str, int, str]:
+  """What no two rows share, and the order that they are in."""
+  return row['label'], row['num_devices'], row['topology']
+
+
+def _curve(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+  """Its label, with the kind of chip where the rows have several."""
+  kinds = {each['topology'].partition(':')[0] for each in rows}
+  if len(kinds) == 1:
+    return row['label']
+  return f'{row["label"]}, {row["topology"].partition(":")[0]}'
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

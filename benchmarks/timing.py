@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import choose
+
 
 class Program(NamedTuple):
   """What is measured: `function(*operands)`, compiled."""
@@ -39,6 +41,18 @@ def in_turn(
 def ratio(times: np.ndarray, base: np.ndarray) -> float:
   """The median over rounds of what one took over what the other did."""
   return float(np.median(times / base))
+
+
+KINDS = ('balanced', 'random', 'half')
+
+
+def kinds(flag: str) -> list[str]:
+  """Of `KINDS` those that --kinds names.
+
+  Raises:
+    UserError: one of them is not known.
+  """
+  return [choose('--kinds', kind, KINDS) for kind in flag.split(',')]
 
 
 def choices(kind: str, num_tokens: int, top_k: int, num_experts: int) -> Any:
@@ -78,9 +92,6 @@ def square_matmul(dtype: Any) -> tuple[int, Program]:
   size = 2048 if jax.devices()[0].platform == 'cpu' else 8192
   ones = jnp.ones((size, size), dtype)
   return size, Program(jnp.matmul, (ones, ones))
-
-
-KINDS = ('balanced', 'random', 'half')
 
 
 def skew(chosen_TK: np.ndarray, num_experts: int) -> float:

@@ -54,11 +54,12 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   from benchmarks import common
   from moe_jax.model import sizes
   from moe_jax.model.build import compute_dtype
+  from moe_jax.planning.compiled import train_step as compile_train_step
   from moe_jax.training import peaks
 
   common.check_steps(steps, warmup)
   made = common.set_up(config)
-  compiled, compile_seconds = common.compile_train_step(made)
+  compiled, compile_seconds = compile_train_step(made)
   batches = common.random_batches(made, warmup + steps)
   state = jax.block_until_ready(made.init())
   seconds = []

@@ -14,6 +14,7 @@ import tiny
 from benchmarks import (
   common,
   compile_depth,
+  exchanges,
   expert_parallel,
   router_cost,
   train_step,
@@ -108,6 +109,30 @@ def test_expert_parallel_measures_every_exchange_and_routing() -> None:
   assert blocks['rare_bytes'] > 0 == gather['rare_bytes']
   assert config.mesh.expert == 1  # untouched
   json.dumps(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+def test_the_plan_counts_the_slots_of_top_p_that_travel(dispatch: str) -> None:
+  config = tiny.config(
+    **{'router.selection': 'top_p', 'moe.dispatch': dispatch}
+  )
+  for row in expert_parallel.measure(config, steps=1, warmup=0):
+    if not row['emulated']:
+      estimate = row['estimated_bytes']
+      assert row['forward_bytes'] == pytest.approx(estimate, rel=0.02)
+
+
+def test_exchanges_run_the_grouped_matmul_of_the_config() -> None:
+  config = tiny.config(**{'moe.grouped_matmul': 'mosaic'})
+  with pytest.raises(UserError, match="moe.grouped_matmul = 'mosaic'"):
+    exchanges.Layer(config)
+
+
+def test_one_device_has_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  with pytest.raises(UserError, match='there is one cpu device.*--devices=8'):
+    exchanges.Layer(tiny.config())
 
 
 def test_numbers_of_steps_are_checked() -> None:

@@ -64,8 +64,14 @@ def test_choices_are_what_their_names_say() -> None:
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--peer'], "--peer needs transformers: pip install 'moe_jax[interop]'"),
+    (['--peer'], "--peer needs transformers: pip install -e '.[interop]'"),
     (['--rounds=0'], '--rounds = 0 must be at least 1'),
+    (['--peer', '--threads=0'], '--threads = 0 must be at least 1'),
+    (
+      ['--sizes=16x8x8x12x4', '--kinds=random'],
+      '--sizes = 16x8x8x12x4: a token cannot choose K = 8 of N = 4 experts',
+    ),
+    (['--sizes=16x2x8'], 'argument --sizes: invalid tokens x top_k x hidden'),
     (['--kinds=hlf'], "--kinds = 'hlf' is not known; did you mean 'half'?"),
   ],
 )
@@ -75,8 +81,27 @@ def test_moe_layer_says_what_is_wrong(
   monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  there = '--threads=0' in arguments or None
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: there)
   with pytest.raises(SystemExit) as stopped:
     moe_layer.main(arguments)
   assert stopped.value.code == 2
-  assert f'error: {message}' in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert said.startswith(f'error: {message}') and said.count('\n') == 1
+
+
+def test_what_cannot_be_kept_is_not_measured(
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  (tmp_path / 'file').touch()
+  path = tmp_path / 'file' / 'tuned.json'
+  monkeypatch.setenv('MOE_JAX_TUNED', str(path))
+  monkeypatch.setattr(grouped_matmul, 'measure', None)
+  with pytest.raises(SystemExit) as stopped:
+    grouped_matmul.main(['--tune'])
+  said = capsys.readouterr().err
+  assert stopped.value.code == 2
+  assert f'error: --tune cannot write {path}' in said
+  assert 'MOE_JAX_TUNED' in said and said.count('error: ') == 1

@@ -39,7 +39,7 @@ def test_without_pytorch_one_line_says_how_to_get_it(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r'pip install -e \.\[interop\]'):
+  with pytest.raises(UserError, match=r"pip install -e '.\[interop\]'"):
     peers.measure(TINY, rounds=1, warmup=0, threads=1)
 
 

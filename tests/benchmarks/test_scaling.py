@@ -64,6 +64,23 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_slices_of_different_chips_are_different_rows(tmp_path: Path) -> None:
+  for topology in ('v6e:4x4', 'v5e:4x4', 'v6e:4x4'):
+    scaling_results.keep(row('a', 16, topology=topology), tmp_path)
+  lines = (tmp_path / 'scaling.jsonl').read_text().splitlines()
+  found = [json.loads(line)['topology'] for line in lines]
+  assert found == ['v5e:4x4', 'v6e:4x4']
+
+
+def test_without_matplotlib_nothing_is_compiled(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  monkeypatch.setattr(scaling_results, 'find_spec', lambda name: None)
+  monkeypatch.setattr(scaling, 'measure', None)
+  with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
+    scaling.run(tiny.config(), True, ['v5e:2x2'], 1, 'a', str(tmp_path))
+
+
 def test_the_arguments_of_a_row() -> None:
   argv = ['--config=a.py:b', '--json', '--label=a b', '--sequences', '2']
   argv += ['--results', 'c d', '--topologies=v5e:2x2', '--config.seed=3']
