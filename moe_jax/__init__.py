@@ -10,13 +10,25 @@ project uses one legend of letters:
   A  head dimension                R  state size of the recurrent router
   N  experts (of one sub-layer)    K  experts chosen per token
   M  rows sorted by expert         C  rows of one expert (its capacity)
-  X  features a score reads        E  size of an expert embedding
+  X  what a score or a cell reads  E  size of an expert embedding
   S  sub-layers of a layer         P  repetitions of the layer pattern's period
   J  groups of experts             O  outputs, where a layer has several kinds
   W  positions that a token sees   Q  queries computed together
      before it (`model.span`)
   U  devices that share the experts
 
-A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Expert-parallel
-code adds a prime in words: `local_NDF` holds the N / devices experts kept here.
+A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Within
+`shard_map` letters mean a device's own part: T its tokens, N of its bank the
+experts that live there.
+
+In these files a letter stands for something else:
+
+  C  tokens whose logits are made together     `model.cross_entropy`
+  J  blocks, segments of rows                  `experts.row_blocks`, `.rows`
+  M  query heads of a group, times queries     `model.causal`
+  N  after U, the experts of each device       `experts.trip`, `.ragged`,
+                                               `.exchange`
+  X  parts that a device's rows arrive in      `experts.trip`, `.ragged`,
+                                               `.remote`
+  P  points of a curve, W  MoE layers          `analysis`
 """

@@ -116,7 +116,9 @@ class Queues:
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-  """Dropless, through buffers that may be too small; what is over goes slowly.
+  """Dropless through bounded buffers; slots that do not fit take the slow way.
+
+  That way is exact too: see `OneByOne`.
 
   Attributes:
     plan: of the trips.

@@ -62,7 +62,10 @@ class ExpertParallel:
 
 
 def _slim(routing: Routing) -> Routing:
-  """Without what a dispatch reads nothing of but the number of experts."""
+  """Drops the rows of probabilities and logits.
+
+  A dispatch reads only their width, N.
+  """
   return dataclasses.replace(
     routing,
     probabilities_TN=routing.probabilities_TN[:0],

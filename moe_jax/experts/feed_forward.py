@@ -15,7 +15,8 @@ from moe_jax.routing.router import State, Tokens
 
 _BY_PLATFORM = Chosen()  # needs no package
 
-# What a feed-forward computes of its input that backward keeps.
+# Name of what backward keeps of a feed-forward: before the activation for
+# SwiGLU, after it for ReLU.
 HIDDEN = 'feed_forward_hidden'
 
 

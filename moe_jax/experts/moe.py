@@ -12,7 +12,7 @@ from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.dropout import dropout, split
 from moe_jax.experts.feed_forward import ExpertBank, FeedForward
 from moe_jax.routing.balance import Load, load_of
-from moe_jax.routing.cells import Cell, Precision
+from moe_jax.routing.cells import PRECISION, Cell
 from moe_jax.routing.router import Router, State, Tokens
 from moe_jax.routing.selection import Routing, Select
 
@@ -153,7 +153,7 @@ class CoefficientMixing(nnx.Module):
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
     logits_T2 = jnp.matmul(
-      u_TD.astype(jnp.float32), self.coefficient_D2[...], precision=Precision
+      u_TD.astype(jnp.float32), self.coefficient_D2[...], precision=PRECISION
     )
     c_T2 = jax.nn.softmax(logits_T2 + self.bias_2[...]).astype(u_TD.dtype)
     return c_T2[:, :1] * routed_TD + c_T2[:, 1:] * shared_TD

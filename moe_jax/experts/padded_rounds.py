@@ -17,7 +17,7 @@ def multiply(
   rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   """[M, F]; 0 outside of all groups."""
-  return _multiply(rows_MD, bank_NDF, sizes_N, 'NCD,NDF->NCF')
+  return _multiply(rows_MD, bank_NDF, sizes_N)
 
 
 def gradients(
@@ -27,7 +27,7 @@ def gradients(
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Of the rows and of the bank; the latter summed in float32."""
-  rows_grad_MD = _multiply(grad_MF, bank_NDF, sizes_N, 'NCF,NDF->NCD')
+  rows_grad_MD = _multiply(grad_MF, bank_NDF, sizes_N, transposed=True)
   capacity = _capacity(len(rows_MD), len(bank_NDF))
 
   def one(i: jax.Array, out_NDF: jax.Array) -> jax.Array:
@@ -43,8 +43,13 @@ def gradients(
 
 
 def _multiply(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array, equation: str
+  rows_MD: jax.Array,
+  bank_NDF: jax.Array,
+  sizes_N: jax.Array,
+  *,
+  transposed: bool = False,
 ) -> jax.Array:
+  """[M, F], or of rows [M, F] and `transposed` [M, D]."""
   num_rows, num_groups = len(rows_MD), len(bank_NDF)
   capacity = _capacity(num_rows, num_groups)
   ends_N = jnp.cumsum(sizes_N)
@@ -54,6 +59,8 @@ def _multiply(
   group_M = jnp.minimum(group_M, num_groups - 1)
   nth_M = row_M - (ends_N - sizes_N)[group_M]
 
+  equation = 'NCF,NDF->NCD' if transposed else 'NCD,NDF->NCF'
+
   def one(i: jax.Array, out_MF: jax.Array) -> jax.Array:
     rows_NCD = _round(rows_MD, sizes_N, i, capacity)
     out_NCF = jnp.einsum(equation, rows_NCD, bank_NDF)
@@ -61,7 +68,7 @@ def _multiply(
     mine_MF = out_NCF[group_M, nth_M % capacity]
     return jnp.where(now_M[:, None], mine_MF, out_MF)
 
-  width = bank_NDF.shape[2 if equation.endswith('F') else 1]
+  width = bank_NDF.shape[1 if transposed else 2]
   out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
   return lax.fori_loop(0, _rounds(sizes_N, capacity), one, out_MF)
 

@@ -37,6 +37,7 @@ class RaggedTrip:
   """The used rows alone, into a buffer of bounded size.
 
   Attributes:
+    kept_UN, arriving_UX: as in `Trip`.
     outward: from the rows to the buffer.
     homeward: from the buffer to the rows.
     num_rows: M.

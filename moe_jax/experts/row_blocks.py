@@ -53,8 +53,8 @@ def ladder(num_rows: int, num_groups: int, weight_elements: int) -> Ladder:
 class _Loop(NamedTuple):
   """Blocks of one size: entries from `begin` to `end` of the tables.
 
-  The tables have an entry that nobody uses. What a loop computes from a table
-  of one entry XLA would move out of it, and compute though it never runs.
+  The tables have one unused entry more: XLA would hoist the work of a one-entry
+  loop, and do it even if the loop never runs.
 
   Attributes:
     size: rows of each.

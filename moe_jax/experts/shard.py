@@ -107,16 +107,19 @@ class Shard:
 
   @property
   def num_experts(self) -> int:
+    """As in `Bank`."""
     return nnx.merge(self.graphdef, self.params).num_experts
 
   def grouped(
     self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
   ) -> jax.Array:
+    """As in `Bank`."""
     return self._compute('grouped', rows_MD, sizes_N, seeds_M)
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
   ) -> jax.Array:
+    """As in `Bank`."""
     return self._compute('batched', rows_NCD, seeds_NC)
 
   def whole(self, dtype: jnp.dtype) -> 'Shard':

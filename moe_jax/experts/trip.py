@@ -55,6 +55,7 @@ class BlockTrip:
   """One block of rows, of the same size, from every device to every other.
 
   Attributes:
+    kept_UN, arriving_UX: as in `Trip`.
     source: int32, the row in each place of the blocks.
     target_M: int32, the place of each row; `len(source)` for none.
     axis: of the devices.

@@ -101,14 +101,14 @@ def _computed(
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)
   tokens = P(mesh_lib.TOKEN_AXES)
-  of_weight = mesh_lib.shardings({'head_DV': head.weight_DV}, mesh)['head_DV']
-  split_vocabulary = of_weight.spec[1] is not None
-  of_head = Head(of_weight.spec, P(of_weight.spec[1]))
+  stored = mesh_lib.shardings({'head_DV': head.weight_DV}, mesh)['head_DV'].spec
+  split_vocabulary = stored[1] is not None
+  head_specs = Head(stored, P(stored[1]))
   return jax.shard_map(
     functools.partial(_of_device, local, _TENSOR if split_vocabulary else None),
     mesh=mesh,
-    in_specs=(tokens, of_head, tokens),
-    out_specs=(P(), _Gradients(tokens, of_head) if with_gradient else None),
+    in_specs=(tokens, head_specs, tokens),
+    out_specs=(P(), _Gradients(tokens, head_specs) if with_gradient else None),
     check_vma=True,
   )(x_BLD, head, targets)
 
@@ -161,17 +161,18 @@ def _local(
     more, grad_CD = one(*chunk)
     return jax.tree.map(jnp.add, total, more), grad_CD
 
-  total, grad_CD = one(*[a[0] for a in chunks])
-  if count == 1:
-    grads = grad_CD
-  else:
+  # Not in the scan: the sums start from what it gives, of the right dtypes and
+  # varying over the right axes, and one chunk needs no loop.
+  total, grads = one(*[a[0] for a in chunks])
+  if count > 1:
     total, rest = lax.scan(add, total, [a[1:] for a in chunks])
-    grads = with_gradient and jnp.concatenate([grad_CD[None], rest])
-  loss, of_head = total
+    if with_gradient:
+      grads = jnp.concatenate([grads[None], rest])
+  loss, head_grad = total
   if not with_gradient:
     return loss, None
   grad_TD = grads.reshape(-1, x_TD.shape[1])[: len(x_TD)]
-  return loss, _Gradients(grad_TD.reshape(x_BLD.shape), of_head)
+  return loss, _Gradients(grad_TD.reshape(x_BLD.shape), head_grad)
 
 
 # Of some tokens: their loss, and its gradient in the head.
@@ -205,16 +206,16 @@ def _chunk(
   own_CV = jnp.arange(weight_DV.shape[1]) == here_C[:, None]
   grad_CV = shares_CV * (weights_C / sum_C)[:, None]
   grad_CV = jnp.where(own_CV, grad_CV - weights_C[:, None], grad_CV)
-  of_bias_V = None if bias_V is None else grad_CV.sum(0)
+  bias_grad_V = None if bias_V is None else grad_CV.sum(0)
   grad_CV = grad_CV.astype(x_CD.dtype)
-  of_weight_DV = jnp.einsum(
+  weight_grad_DV = jnp.einsum(
     'CD,CV->DV', x_CD, grad_CV, preferred_element_type=jnp.float32
   )
   grad_CD = jnp.einsum(
     'CV,DV->CD', grad_CV, weight_DV, preferred_element_type=jnp.float32
   )
   grad_CD = over.sum(grad_CD).astype(x_CD.dtype)
-  return (loss, Head(of_weight_DV, of_bias_V)), grad_CD
+  return (loss, Head(weight_grad_DV, bias_grad_V)), grad_CD
 
 
 class _Vocabulary(NamedTuple):

@@ -15,7 +15,7 @@ from flax import nnx
 CellState = jax.Array | tuple[jax.Array, ...]
 
 # float32 means float32 on TPU and GPU too.
-Precision = jax.lax.Precision.HIGHEST
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Cell(Protocol):
@@ -160,7 +160,7 @@ def _gates(
   """The gates' parts from one side, [T, R] each."""
   # Flat, so that the gates are split in the last axis: fastest backward.
   weight_XO = weight[...].reshape(x_TX.shape[-1], -1)
-  product_TO = jnp.matmul(x_TX, weight_XO, precision=Precision)
+  product_TO = jnp.matmul(x_TX, weight_XO, precision=PRECISION)
   return jnp.split(product_TO + bias[...].reshape(-1), count, axis=-1)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.routing.cells import Cell, CellState, Precision
+from moe_jax.routing.cells import PRECISION, Cell, CellState
 
 
 class HiddenFeatures(nnx.Module):
@@ -67,7 +67,7 @@ class Projector(nnx.Module):
     )
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
-    return jnp.matmul(x_TD, self.projector_DR[...], precision=Precision)
+    return jnp.matmul(x_TD, self.projector_DR[...], precision=PRECISION)
 
 
 def whole(x_TD: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.routing.cells import Precision
+from moe_jax.routing.cells import PRECISION
 
 _START_TEMPERATURE = 0.3  # of the cosine scores; XMoE's released code
 
@@ -164,7 +164,7 @@ class HyperScore(nnx.Module):
     weight_XN = _through(
       hidden_F, self.fixed_weights_FXN, self.fixed_weights_bias_XN
     )
-    logits_TN = jnp.matmul(features_TX, weight_XN, precision=Precision)
+    logits_TN = jnp.matmul(features_TX, weight_XN, precision=PRECISION)
     if self.fixed_bias_FN is None:
       return logits_TN
     return logits_TN + _through(
@@ -186,7 +186,7 @@ class RandomScore(nnx.Module):
   def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
     del ids_T
     weight_XN = jax.lax.stop_gradient(self.fixed_weight_XN[...])
-    return jnp.matmul(features_TX, weight_XN, precision=Precision)
+    return jnp.matmul(features_TX, weight_XN, precision=PRECISION)
 
 
 class HashScore(nnx.Module):
@@ -228,19 +228,19 @@ def _log_temperature() -> nnx.Param:
 def _affine(
   x_TX: jax.Array, weight_XO: nnx.Param, bias_O: nnx.Param | None
 ) -> jax.Array:
-  y_TO = jnp.matmul(x_TX, weight_XO[...], precision=Precision)
+  y_TO = jnp.matmul(x_TX, weight_XO[...], precision=PRECISION)
   return y_TO if bias_O is None else y_TO + bias_O[...]
 
 
 def _through(x_X: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
   """One vector through a layer that is not trained; any shape comes out."""
   weight, bias = jax.lax.stop_gradient((weight[...], bias[...]))
-  return jnp.tensordot(x_X, weight, 1, precision=Precision) + bias
+  return jnp.tensordot(x_X, weight, 1, precision=PRECISION) + bias
 
 
 def _cosine(x_TE: jax.Array, embedding_NE: nnx.Param) -> jax.Array:
   return jnp.matmul(
-    _unit(x_TE), _unit(embedding_NE[...]).T, precision=Precision
+    _unit(x_TE), _unit(embedding_NE[...]).T, precision=PRECISION
   )
 
 
