@@ -26,7 +26,10 @@ def fill(
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     names = ' and '.join(f'{section}.{axis}' for axis in free)
-    raise UserError(f'{names} are all -1; only one axis can take what is left')
+    many = 'both' if len(free) == 2 else 'all'
+    raise UserError(
+      f'{names} are {many} -1; only one axis can take what is left'
+    )
   fixed = {axis: size for axis, size in sizes.items() if size != -1}
   product = math.prod(fixed.values())
   if free and total % product == 0:

@@ -126,7 +126,10 @@ BAD = {
     {'mesh__expert': 3},
     ['mesh.fsdp x mesh.expert x mesh.tensor = 1 x 3 x 1 = 3', 'devices, 8'],
   ),
-  'two free axes': ({'mesh__fsdp': -1}, ['mesh.data and mesh.fsdp are all -1']),
+  'two free axes': (
+    {'mesh__fsdp': -1},
+    ['mesh.data and mesh.fsdp are both -1'],
+  ),
   'axis of nothing': ({'mesh__tensor': 0}, ['mesh.tensor = 0']),
   'batch': (
     {'train__batch_size': 12},

@@ -141,7 +141,7 @@ def test_without_slices_the_first_axis_crosses_processes() -> None:
     (
       tpus(2, 2, 2, 2),
       {'dcn_fsdp': -1},
-      ['mesh.dcn.data and mesh.dcn.fsdp are all -1'],
+      ['mesh.dcn.data and mesh.dcn.fsdp are both -1'],
     ),
     (
       [*tpus(2, 2, 2, 2)[:-1], Device(99, 9, 2, 'tpu', 'TPU v5', (0, 0, 0))],
