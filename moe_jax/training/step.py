@@ -112,6 +112,7 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
     in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh), of_memory),
     out_shardings=sums | {'memory': of_memory},
     donate_argnums=2,
+    compiler_options=mesh_lib.compiler_options(setup.mesh),
   )
   return lambda params, batch, memory=None: jitted(params, batch, memory)
 
