@@ -96,10 +96,10 @@ def _square(
 def _cudnn_obstacle(case: Case) -> str | None:
   if case.device.platform != 'gpu':
     return f'runs on NVIDIA GPUs, not on {case.device.platform}'
-  capability = getattr(case.device, 'compute_capability', '0.0')
-  version = tuple(map(int, capability.split('.')))
+  version = kernels.capability(case.device)
   if version < (8, 0):
-    return f'needs compute capability 8.0, and the device has {capability}'
+    has = getattr(case.device, 'compute_capability', 'none')
+    return f'needs compute capability 8.0, and the device has {has}'
   if case.dtype not in (jnp.bfloat16, jnp.float16):
     return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
   largest = 256 if version >= (9, 0) else 128

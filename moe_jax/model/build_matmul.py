@@ -11,6 +11,7 @@ from moe_jax.errors import UserError, choose
 from moe_jax.experts import tokamax_kernels
 from moe_jax.experts.grouped_matmul import IMPLEMENTATIONS, Chosen
 from moe_jax.model import tuned
+from moe_jax.model.kernels import capability
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def _mosaic_obstacle(device: jax.Device) -> str | None:
 def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
   if device.platform != 'gpu':
     return f'does not run on {device.platform}'
-  capability = getattr(device, 'compute_capability', '0.0')
-  if tuple(map(int, capability.split('.'))) < least:
+  if capability(device) < least:
     needed = '.'.join(map(str, least))
-    return f'needs compute capability {needed}, and this is {capability}'
+    has = getattr(device, 'compute_capability', 'none')
+    return f'needs compute capability {needed}, and this is {has}'
   return None
 
 

@@ -39,6 +39,7 @@ def test_auto_is_what_suits_the_platform() -> None:
   assert chosen('auto', on('cpu')).name == 'blocks'
   assert chosen('auto', on('gpu')).name == 'triton'
   assert chosen('auto', on('gpu', '7.5')).name == 'padded'
+  assert chosen('auto', on('gpu', 'gfx942')).name == 'padded'  # AMD's
   assert chosen('auto', on('tpu')).name == 'ragged_dot'
   assert chosen('auto', on('rocm')).name == 'ragged_dot'
 
@@ -70,6 +71,7 @@ def test_a_tokamax_without_the_kernel_is_no_choice(
   [
     ('triton', on('cpu'), "'triton' does not run on cpu; here it can be auto,"),
     ('mosaic', on('gpu', '8.0'), 'needs compute capability 9.0, and this is 8'),
+    ('triton', on('gpu', 'gfx942'), 'capability 8.0, and this is gfx942'),
     ('mosaic', on('tpu'), 'is compiled only where such a device is'),
     ('mosaic', on('gpu', '9.0'), 'is compiled only where such a device is'),
     ('blcks', on('cpu'), "did you mean 'blocks'"),
