@@ -13,6 +13,8 @@ from moe_jax.errors import UserError
 from moe_jax.training import workdir as workdir_lib
 
 _DICTIONARY = 'dictionary'  # beside the data position
+# What Orbax and TensorStore raise where files are missing, cut or garbled.
+_DAMAGED = (ValueError, KeyError, OSError, AttributeError, TypeError)
 
 
 class Store:
@@ -98,8 +100,9 @@ class Store:
     if self.latest_step() is None:
       return None
     items = ocp.args.Composite(data=ocp.args.JsonRestore())
-    saved = self._manager.restore(self.latest_step(), args=items)
-    return saved.data.get(_DICTIONARY)
+    with self._reading(self.latest_step()):
+      saved = self._manager.restore(self.latest_step(), args=items)
+      return saved.data.get(_DICTIONARY)
 
   def save(
     self, step: int, state: dict[str, Any], data: dict[str, Any]
@@ -139,7 +142,8 @@ class Store:
       step: None for the newest.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another model.
+      UserError: there is no such checkpoint, it is damaged, or it is of
+        another model.
     """
     self.wait()
     step = self._existing(step)
@@ -154,13 +158,30 @@ class Store:
       ),
       data=ocp.args.JsonRestore(),
     )
-    restored = self._manager.restore(step, args=items)
-    restored.data.pop(_DICTIONARY, None)
+    with self._reading(step):
+      restored = self._manager.restore(step, args=items)
+      restored.data.pop(_DICTIONARY, None)
     return restored.state, restored.data
 
   def wait(self) -> None:
     """Blocks until nothing is being saved; raises what a save failed with."""
     self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    """Tells of files of a checkpoint that cannot be read in one line."""
+    try:
+      yield
+    except _DAMAGED as error:
+      path = os.path.join(self._workdir, 'checkpoints', str(step))
+      before = [other for other in self.steps() if other < step]
+      instead = f'go on from step {before[-1]}' if before else 'begin anew'
+      others = f', and eval.py takes --step={before[-1]}' if before else ''
+      reason = ' '.join(str(error).split())[:200]
+      raise UserError(
+        f'checkpoint {path} is damaged ({type(error).__name__}: {reason});'
+        f' remove that folder to {instead}{others}'
+      ) from error
 
   def _existing(self, step: int | None) -> int:
     steps = self.steps()
@@ -191,7 +212,8 @@ class Store:
       )
 
   def _check_shapes(self, step: int, abstract_state: dict[str, Any]) -> None:
-    metadata = self._manager.item_metadata(step).state.tree
+    with self._reading(step):
+      metadata = self._manager.item_metadata(step).state.tree
     asked = _flatten(abstract_state)
     saved = {
       path: leaf

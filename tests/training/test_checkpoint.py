@@ -135,6 +135,35 @@ def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
   assert sorted(os.listdir(checkpoints)) == ['1', '2']
 
 
+def _largest(folder: Path) -> Path:
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+  'cut': lambda at: os.truncate(_largest(at / 'state'), 20),
+  'garbled': lambda at: _largest(at / 'state').write_bytes(b'garbage' * 99),
+  'deleted': lambda at: _largest(at / 'state').unlink(),
+  'not JSON': lambda at: _largest(at / 'data').write_text('{bad'),
+  'no position': lambda at: shutil.rmtree(at / 'data'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    for step in (1, 2):
+      store.save(step, make_state(step), {'at': step})
+  DAMAGES[damage](tmp_path / 'checkpoints/2')
+  with checkpoint.Store.open(str(tmp_path), make()) as store:
+    with pytest.raises(UserError) as error:
+      store.restore(abstract(make_state()))
+    assert store.restore(abstract(make_state()), 1)[1] == {'at': 1}
+  for part in (f'{tmp_path}/checkpoints/2 is damaged', 'step 1', '--step=1'):
+    assert part in str(error.value)
+  assert '\n' not in str(error.value)
+
+
 def test_names_the_steps_there_are(tmp_path: Path) -> None:
   target = abstract(make_state())
   with checkpoint.Store.open(str(tmp_path), make()) as store:
