@@ -44,6 +44,14 @@ def main(
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+  except RuntimeError as error:
+    # JAX's, which cannot be imported here.
+    said = ' '.join(str(error).split())
+    if not said.startswith('Unable to initialize backend'):
+      raise
+    chosen = os.environ.get('JAX_PLATFORMS', 'not set')
+    print(f'error: JAX_PLATFORMS is {chosen}: {said[:300]}', file=sys.stderr)
+    sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)
   except BrokenPipeError:

@@ -216,6 +216,22 @@ def test_a_programming_error_keeps_its_traceback(
     cli.main(fail)
 
 
+def test_a_backend_that_is_not_there_is_one_line(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  def fail(config: ConfigDict, workdir: str) -> None:
+    raise RuntimeError("Unable to initialize backend 'tpu':\n not found")
+
+  monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
+  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+  with pytest.raises(SystemExit) as stop:
+    cli.main(fail)
+  assert stop.value.code == 2
+  said = "JAX_PLATFORMS is tpu: Unable to initialize backend 'tpu': not found"
+  assert capsys.readouterr().err == f'error: {said}\n'
+
+
 def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
   with pytest.raises(SystemExit) as stop:
     parse('--help')

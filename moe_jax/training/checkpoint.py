@@ -14,7 +14,7 @@ from moe_jax.training import workdir as workdir_lib
 
 _DICTIONARY = 'dictionary'  # beside the data position
 # What Orbax and TensorStore raise where files are missing, cut or garbled.
-_DAMAGED = (ValueError, KeyError, OSError, AttributeError, TypeError)
+_DAMAGED = (ValueError, KeyError, OSError)
 
 
 class Store:
@@ -213,7 +213,10 @@ class Store:
 
   def _check_shapes(self, step: int, abstract_state: dict[str, Any]) -> None:
     with self._reading(step):
-      metadata = self._manager.item_metadata(step).state.tree
+      found = self._manager.item_metadata(step).state
+      if found is None:
+        raise FileNotFoundError('what describes its state is not there')
+    metadata = found.tree
     asked = _flatten(abstract_state)
     saved = {
       path: leaf

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moe_jax import allocator
 from moe_jax.data.pipeline import Windows
 from moe_jax.distributed import hosts, replicas
+from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
 from moe_jax.training import origin
 from moe_jax.training import state as state_lib
@@ -62,7 +63,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 
   Raises:
     UserError: anything wrong with config, data or workdir, before anything is
-      compiled or overwritten; or the loss is no longer finite.
+      compiled or overwritten; or a device's memory is too small, or the loss is
+      no longer finite.
     SystemExit: 128 + the number of the signal that stopped it.
   """
   setup, train_windows, eval_windows = hosts.in_turn(lambda: prepare(config))
@@ -76,17 +78,35 @@ def train(config: ConfigDict, workdir: str) -> None:
     Store.open(workdir, config, setup.dictionary) as store,
     Interrupt() as interrupt,
   ):
-    if newest is None:
-      state = setup.init(given)
-    else:
-      state, _ = store.restore(setup.abstract, newest)
+    with _too_large_in_one_line():
+      if newest is None:
+        state = setup.init(given)
+      else:
+        state, _ = store.restore(setup.abstract, newest)
     with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)
-      done = _steps(run, state, start)
+      with _too_large_in_one_line():
+        done = _steps(run, state, start)
       journal.say(journal.summary(done))
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)
+
+
+@contextlib.contextmanager
+def _too_large_in_one_line() -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    said = ' '.join(str(error).split())
+    if not said.startswith('RESOURCE_EXHAUSTED'):
+      raise
+    raise UserError(
+      f'memory is too small ({said[:200]}); less is needed with a smaller'
+      ' train.batch_size or a larger train.accumulation, with model.remat ='
+      " 'full', or with more devices along mesh.*: python -m moe_jax.plan"
+      ' says how much'
+    ) from error
 
 
 class _Run(NamedTuple):

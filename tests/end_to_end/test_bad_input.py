@@ -4,11 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 import runs
 from ml_collections import ConfigDict
 
 from moe_jax.data import folders
+from moe_jax.errors import UserError
 from moe_jax.training import loop
 from moe_jax.training.state import Setup
 
@@ -306,3 +308,23 @@ def test_eval_refuses(
   line = refuse('eval.py', runs.arguments(config, tmp_path / 'run') + flags)
   for fragment in fragments:
     assert fragment in line
+
+
+@pytest.mark.parametrize('part', ['init', 'step'])
+def test_a_memory_that_is_too_small(
+  config: ConfigDict,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  part: str,
+) -> None:
+  def fail(*_: object) -> None:
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of\nmemory')
+
+  if part == 'init':
+    monkeypatch.setattr(Setup, 'init', fail)
+  else:
+    monkeypatch.setattr(loop, 'make_train_step', lambda setup: fail)
+  with pytest.raises(UserError) as error:
+    loop.train(config, str(tmp_path))
+  for said in ('Out of memory', 'train.batch_size', 'model.remat', 'plan'):
+    assert said in str(error.value)

@@ -144,7 +144,7 @@ DAMAGES = {
   'cut': lambda at: os.truncate(_largest(at / 'state'), 20),
   'garbled': lambda at: _largest(at / 'state').write_bytes(b'garbage' * 99),
   'deleted': lambda at: _largest(at / 'state').unlink(),
-  'not JSON': lambda at: _largest(at / 'data').write_text('{bad'),
+  'not JSON': lambda at: (at / 'data/metadata').write_text('{bad'),
   'no position': lambda at: shutil.rmtree(at / 'data'),
 }
 
