@@ -154,3 +154,19 @@ def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
   full = setup(tiny.config())
   _, exact = make_train_step(full)(full.init(), batch(config))
   np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=1e-2)
+
+
+def test_both_steps_are_compiled_for_their_mesh(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  config = tiny.config(model__num_layers=1)
+  made = setup(config)
+  initial = made.init()
+  monkeypatch.setattr(
+    mesh_lib, 'compiler_options', lambda mesh: {'no_such_option': '1'}
+  )
+  ids = batch(config)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+    make_eval_step(made)(initial['params'], ids)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+    make_train_step(made)(initial, ids)
