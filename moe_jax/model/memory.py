@@ -46,7 +46,10 @@ class Temporaries(NamedTuple):
 
 
 def temporaries(
-  config: ConfigDict, vocab_size: int, mesh: dict[str, int]
+  config: ConfigDict,
+  vocab_size: int,
+  mesh: dict[str, int],
+  device: jax.Device,
 ) -> Temporaries:
   """Estimates them; the compiler may share, fuse or copy buffers besides.
 
@@ -54,33 +57,42 @@ def temporaries(
     config: validated.
     vocab_size: V.
     mesh: devices along every axis; they need not be there.
+    device: of their kind; nor need it be.
   """
+  alike = mesh_lib.make_mesh(dict.fromkeys(MESH_AXES, 1), [device])
   shards = math.prod(mesh[axis] for axis in BATCH_AXES)
   rows = config.train.batch_size // config.train.accumulation // shards
   one = _one_device(config, mesh['tensor'])
-  kept, copies = _kept(one, vocab_size)
+  kept, copies = _kept(one, vocab_size, alike)
   whole = kept
   if config.model.remat != 'none':
-    whole, _ = _kept(_changed(one, {'model.remat': 'none'}), vocab_size)
-  alone, dispatch = _dispatches(one, mesh['expert'])
+    light = _changed(one, {'model.remat': 'none'})
+    whole, _ = _kept(light, vocab_size, alike)
+  alone, dispatch = _dispatches(one, mesh['expert'], alike)
   # The traces are of one device: take its dispatch out, put the mesh's in.
   period, held = _period(config), _kept_layers(config)
   kept -= held * alone
   whole -= layer_kinds(config).count('moe') * alone
   working = whole * len(period) // config.model.num_layers
   held += period.count('moe')
-  split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
   tokens = rows * config.data.seq_len
-  together = min(tokens, cross_entropy.chunk_of(jax.devices()[0].platform))
+  together = min(tokens, cross_entropy.chunk_of(device.platform))
   return Temporaries(
-    activations=rows * (kept + working + _scores(one)),
+    activations=rows * (kept + working + _scores(one, alike)),
     dispatch=rows * held * dispatch,
-    logits=2 * 4 * together * vocab_size // split,
-    weight_copies=copies // (mesh['fsdp'] * mesh['expert']),
+    logits=together * logits_of_token(vocab_size, mesh),
+    # Of experts, which the expert axis splits, backward keeps no copies.
+    weight_copies=copies // mesh['fsdp'],
   )
 
 
-def _scores(config: ConfigDict) -> int:
+def logits_of_token(vocab_size: int, mesh: dict[str, int]) -> int:
+  """Bytes per device of a token's logits in float32, and their gradient."""
+  split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
+  return 2 * 4 * vocab_size // split
+
+
+def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
   """Bytes per sequence that backward works with in one attention.
 
   Float32 arrays of the scores of the queries computed together: with a span
@@ -92,8 +104,8 @@ def _scores(config: ConfigDict) -> int:
   """
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
-    dtype = compute_dtype(config, None)
-    case = build_attention.case_of(config, None, dtype)
+    dtype = compute_dtype(config, mesh)
+    case = build_attention.case_of(config, mesh, dtype)
     if build_attention.name(model.attention, case) != 'blocks':
       return 0
     return 4 * 4 * model.num_heads * min(length, causal.BLOCK) * length
@@ -101,17 +113,19 @@ def _scores(config: ConfigDict) -> int:
   return arrays * 4 * model.num_heads * queries * (model.span + queries)
 
 
-def _dispatches(config: ConfigDict, expert: int) -> tuple[int, int]:
+def _dispatches(
+  config: ConfigDict, expert: int, mesh: jax.sharding.Mesh
+) -> tuple[int, int]:
   """Bytes per sequence and MoE layer: of one device, and of so many in a row.
 
   Every sub-layer has its own.
   """
   if 'moe' not in layer_kinds(config):
     return 0, 0
-  alone = config.moe.factors * _dispatch(config, 1)
+  alone = config.moe.factors * _dispatch(config, 1, mesh)
   if expert == 1:
     return alone, alone
-  return alone, config.moe.factors * _dispatch(config, expert)
+  return alone, config.moe.factors * _dispatch(config, expert, mesh)
 
 
 def _kept_layers(config: ConfigDict) -> int:
@@ -151,11 +165,13 @@ def _changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
   return made
 
 
-def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
+def _kept(
+  config: ConfigDict, vocab_size: int, mesh: jax.sharding.Mesh
+) -> tuple[int, int]:
   """Bytes that backward keeps per sequence, and of weights in another dtype."""
 
   def create() -> Any:
-    return build(config, vocab_size, None, rngs=nnx.Rngs(params=0))
+    return build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
 
   graphdef = nnx.graphdef(nnx.eval_shape(create))
   params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(create())))
@@ -170,20 +186,22 @@ def _kept(config: ConfigDict, vocab_size: int) -> tuple[int, int]:
 
     return _residuals(run, params)
 
-  return _growth(residuals, compute_dtype(config, None))
+  return _growth(residuals, compute_dtype(config, mesh))
 
 
-def _dispatch(config: ConfigDict, devices: int) -> int:
+def _dispatch(config: ConfigDict, devices: int, mesh: jax.sharding.Mesh) -> int:
   """Bytes that backward keeps per sequence of one sub-layer's dispatch.
 
-  Of one device, if so many share the experts.
+  Of one device, if so many share the experts; the mesh has one of their kind.
   """
-  dtype = compute_dtype(config, None)
+  dtype = compute_dtype(config, mesh)
 
   def residuals(rows: int) -> list[_Shape]:
     def run(x_TD: jax.Array, logits_TN: jax.Array) -> Any:
-      layer = _moe_layer(config)
-      move = layer.dispatch if devices == 1 else _across(config, devices, dtype)
+      layer = _moe_layer(config, mesh)
+      move = layer.dispatch
+      if devices > 1:
+        move = _across(config, devices, dtype, mesh.devices.flat[0])
       graphdef, bank = nnx.split(layer.experts)
 
       def dispatch(x_TD: jax.Array, logits_TN: jax.Array, bank: Any) -> Any:
@@ -200,7 +218,7 @@ def _dispatch(config: ConfigDict, devices: int) -> int:
   return _growth(residuals, dtype)[0] // devices
 
 
-def _moe_layer(config: ConfigDict) -> MoELayer:
+def _moe_layer(config: ConfigDict, mesh: jax.sharding.Mesh) -> MoELayer:
   """The first sub-layer of a model with one layer, on one device."""
   one_layer = {
     'model.num_layers': 1,
@@ -208,16 +226,17 @@ def _moe_layer(config: ConfigDict) -> MoELayer:
     'moe.offset': 0,
     'moe.first_dense': 0,
   }
-  decoder = build(_changed(config, one_layer), 1, None, rngs=nnx.Rngs(params=0))
+  decoder = build(_changed(config, one_layer), 1, mesh, rngs=nnx.Rngs(params=0))
   graphdef, params = nnx.split(decoder.periods)
   period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
   return period.blocks[0].chain.sub_layers[0]
 
 
-def _across(config: ConfigDict, devices: int, dtype: jnp.dtype) -> Dispatch:
-  """The dispatch on so many devices of this platform, real or not."""
+def _across(
+  config: ConfigDict, devices: int, dtype: jnp.dtype, device: jax.Device
+) -> Dispatch:
+  """The dispatch on so many devices of this kind, real or not."""
   mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
-  device = jax.devices()[0]
   exchange = build_exchange.resolve(config, mesh, dtype, device)
   abstract = mesh_lib.abstract_mesh(mesh)
   return build_exchange.across(config, abstract, exchange)

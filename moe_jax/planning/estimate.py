@@ -55,7 +55,8 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
   copies = 1 if config.train.accumulation == 1 else 2
   segments = {name: abstract[name] for name in ('memory',) if name in abstract}
   resolved = setups.resolved(setup, mesh)
-  temporaries = memory.temporaries(resolved, setup.vocab_size, mesh)
+  device = setup.mesh.devices.flat[0]
+  temporaries = memory.temporaries(resolved, setup.vocab_size, mesh, device)
   return {
     'parameters': parameters,
     'gradients': copies * parameters,

@@ -7,7 +7,9 @@ import tiny
 
 from moe_jax import plan
 from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.errors import UserError
 from moe_jax.model import cross_entropy, memory
+from moe_jax.planning import topologies
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
 
@@ -126,13 +128,36 @@ def test_a_span_costs_memory_and_operations() -> None:
   assert made['flops_per_token'] == 6 * weights
 
 
+def test_a_tpu_is_not_the_device_that_is_here() -> None:
+  """Its dtype, attention and chunks of the loss; of two devices' weights."""
+  config = tiny.config(
+    **LARGER | {'data.seq_len': 1024, 'model.attention': 'splash'},
+    model__dtype='auto',
+    mesh__data=1,
+    mesh__fsdp=2,
+    mesh__expert=2,
+  )
+  device = topologies.target('v5e:2x2').devices[0]
+  parts = plan.make(config, 4, device)['memory_parts_per_device']
+  # Queries, keys, values and outputs of four layers, in bfloat16.
+  attention = 4 * 4 * 64 * 64 * 2
+  assert parts['weight_copies'] == attention // 2
+  # Of four sequences; a CPU would take chunks of 512 tokens.
+  assert parts['logits'] == 2 * 4 * 4096 * BYTES
+  with pytest.raises(UserError, match="'splash' runs on TPUs, not on cpu"):
+    plan.make(config, 4)
+  config.model.attention = 'blocks'
+  blocks = plan.make(config, 4, device)['memory_parts_per_device']
+  assert blocks['activations'] > parts['activations']
+
+
 def test_memory_grows_with_what_a_device_holds() -> None:
   def of(
     axes: dict[str, int] | None = None, **overrides: object
   ) -> memory.Temporaries:
     config = tiny.config(**LARGER, **overrides)
     mesh = dict.fromkeys(mesh_lib.AXES, 1) | (axes or {})
-    return memory.temporaries(config, BYTES, mesh)
+    return memory.temporaries(config, BYTES, mesh, jax.devices()[0])
 
   one, parts = of(), of(train__accumulation=4)
   assert parts.activations * 4 == one.activations
