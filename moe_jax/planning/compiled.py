@@ -29,6 +29,8 @@ _TOO_LARGE = (
   r' \(([\d.]+[KMGT]?)\)',
   r'Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm',
 )
+# By how much, which is told more precisely.
+_EXCEEDED = r'Exceeded hbm capacity by ([\d.]+[KMGT]?)'
 _POWERS = {'': 0, 'K': 10, 'M': 20, 'G': 30, 'T': 40}
 
 
@@ -36,7 +38,7 @@ class DoesNotFitError(UserError):
   """A program needs more memory than a device has.
 
   Attributes:
-    needed: bytes per device, at least.
+    needed: bytes per device, at least; more than `available`.
     available: bytes per device.
   """
 
@@ -140,9 +142,11 @@ def report(
 
   Returns:
     `memory_bytes` as `memory` returns them, `available_bytes` of a device and
-    `spare_bytes` (None where it does not say), `fits`; `flops` as the compiler
+    `spare_bytes` and `fits` (None where it does not say); `flops` as the
+    compiler
     counts them, with what a loop repeats counted once; `collectives`, each
-    with `axes` of the mesh, and the bytes that a device sends in a step
+    with `axes` of the mesh and whether a loop of unknown length repeats it
+    (`in_unknown_loop`), and the bytes that a device sends in a step
     (`sent_bytes`), where conditionals take the branch that sends least, and
     those where they take the other (`sent_bytes_most`); `estimated_cycles` and
     `estimated_seconds` of `cycles`, None where the compiler gives none.
@@ -164,7 +168,7 @@ def report(
     'memory_bytes': needs,
     'available_bytes': available,
     'spare_bytes': None if available is None else available - needs['total'],
-    'fits': True,
+    'fits': None if available is None else True,
     'flops': costs.get('flops'),
     'estimated_cycles': estimate,
     'estimated_seconds': estimate / hertz if estimate and hertz else None,
@@ -180,6 +184,7 @@ def _row(each: Collective, mesh: dict[str, int]) -> dict[str, Any]:
     'axes': list(replica_groups.axes(each.group, dict(mesh))),
     'devices': len(each.group),
     'count': each.count,
+    'in_unknown_loop': each.in_unknown_loop,
     'sent_bytes': each.sent_bytes,
     'total_bytes': each.total_bytes,
   }
@@ -205,7 +210,11 @@ def too_large(said: str, arguments: int) -> DoesNotFitError | None:
   if not found:
     return None
   needed, available = map(_number, found.groups())
-  return DoesNotFitError(needed + (0 if in_all else arguments), available)
+  needed += 0 if in_all else arguments
+  exceeded = re.search(_EXCEEDED, said)
+  over = _number(exceeded[1]) if exceeded else 0
+  # Both are rounded and may be told as equal.
+  return DoesNotFitError(max(needed, available + max(over, 1)), available)
 
 
 def failure(said: str) -> str:
