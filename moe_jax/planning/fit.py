@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import BATCH_AXES, mesh_shape
+from moe_jax.config import BATCH_AXES, mesh_shape, validate
 from moe_jax.errors import UserError
 from moe_jax.planning import compiled, estimate, setups
 from moe_jax.planning.estimate import Estimate
@@ -74,6 +74,7 @@ def find(
     tell(trial)
     return trial
 
+  validate(config, len(target.devices))
   available, wanted = _available(target), config.train.batch_size
   estimates = _estimates(config, target)
   start = _start(estimates, wanted, available)

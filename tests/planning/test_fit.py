@@ -110,6 +110,18 @@ def test_a_device_that_does_not_say_what_it_holds() -> None:
     fit.find(tiny.config(), topologies.here(), lambda trial: None)
 
 
+@pytest.mark.parametrize(
+  'key, value',
+  [('train.accumulation', 0), ('model.num_layers', 0), ('model.num_heads', 3)],
+)
+def test_mistakes_are_told_before_anything_is_planned(
+  key: str, value: int
+) -> None:
+  config = tiny.config(**{key: value})
+  with pytest.raises(UserError, match=rf'{key}|is not divisible by {key}'):
+    fit.find(config, topologies.target('v5e:2x2'), lambda trial: None)
+
+
 @pytest.fixture
 def cache_as_before() -> Iterator[None]:
   """A program that compiles switches jax's cache off."""
