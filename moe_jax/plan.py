@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import config as config_lib
+from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build, build_exchange, sizes
 from moe_jax.planning import (
@@ -78,9 +79,10 @@ def run(
   """Prints the plan of `config` on such devices."""
   target = _target(topology, slices)
   count = len(target.devices)
-  if devices not in (None, count) and (topology or compile or fit):
+  named = topology is not None
+  if devices not in (None, count) and (named or compile or fit):
     raise UserError(
-      f'--devices = {devices}, but {"--topology" if topology else "here"} has'
+      f'--devices = {devices}, but {"--topology" if named else "here"} has'
       f' {count}; leave --devices out'
     )
   if compile or fit:
@@ -89,7 +91,9 @@ def run(
   found = fit_lib.find(config, target, tell) if fit else {}
   if fit:
     config.update_from_flattened_dict(found['overrides'])
-  plan = make(config, devices or count, target.devices[0])
+  plan = make(config, count if devices is None else devices, target.devices[0])
+  if named:
+    mesh_lib.from_config(config, target.devices)  # refuses slices misplaced
   if compile:
     plan['compiled'] = _compiled(config, target)
   if fit:
@@ -106,7 +110,7 @@ def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
 
 
 def _target(topology: str | None, slices: int) -> topologies.Target:
-  if topology:
+  if topology is not None:
     return topologies.target(topology, slices)
   if slices != 1:
     raise UserError(f'--slices = {slices} is of a --topology, which is missing')
