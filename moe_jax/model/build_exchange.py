@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES
 from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.errors import choose
+from moe_jax.errors import UserError, choose
 from moe_jax.experts import exchange_size
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.exchange import Bounded, Gathered, Queues
@@ -90,15 +90,25 @@ def resolve(
   dtype: jnp.dtype,
   device: jax.Device,
 ) -> str:
-  """`moe.exchange`; auto is what sends the fewest bytes on such devices."""
-  known = EXCHANGES[config.moe.dispatch]
-  if config.moe.exchange != 'auto':
-    return choose('moe.exchange', config.moe.exchange, known)
+  """`moe.exchange`; auto is what sends the fewest bytes on such devices.
+
+  Raises:
+    UserError: it is not known, or does not compile for so many devices.
+  """
+  asked, count = config.moe.exchange, math.prod(mesh.values())
+  limited = mesh_lib.limited_routing(device, count)
   sent = exchange_bytes(config, mesh, dtype)
-  limited = mesh_lib.limited_routing(device, math.prod(mesh.values()))
   if device.platform not in _RAGGED_PLATFORMS or limited:
     sent.pop('ragged', None)
-  return min(sent, key=sent.get)
+  best = min(sent, key=sent.get)
+  if asked == 'auto':
+    return best
+  if asked == 'ragged' and limited and mesh[_EXPERT] > 1:
+    raise UserError(
+      f"moe.exchange = 'ragged' does not compile for {count} x"
+      f" {device.device_kind}; 'auto' takes {best!r}, which does"
+    )
+  return choose('moe.exchange', asked, EXCHANGES[config.moe.dispatch])
 
 
 def exchange_bytes(

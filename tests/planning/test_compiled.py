@@ -1,5 +1,6 @@
 """What compilers say of the training step, for CPUs and for TPUs."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def test_data_parallelism_sends_every_gradient_once_around() -> None:
   assert total == sum(kinds.values()) - aliased
   # Parameters and two moments, donated; the batch is not.
   assert aliased == pytest.approx(12 * parameters, abs=100)
-  assert told['fits'] and told['available_bytes'] is None
+  assert told['fits'] is told['available_bytes'] is None
   assert told['estimated_cycles'] is None
 
 
@@ -134,6 +135,12 @@ def test_ragged_exchanges_where_they_compile(
   )
   strategy = plan.make(config, len(devices), devices[0])['strategy']
   assert (strategy['expert_parallelism'] == 'ragged') == ragged
+  config.moe.exchange = 'ragged'
+  with contextlib.ExitStack() as stack:
+    if not ragged:
+      refusal = "moe.exchange = 'ragged' does not compile.*'all_to_all'"
+      stack.enter_context(pytest.raises(UserError, match=refusal))
+    plan.make(config, len(devices), devices[0])
 
   mesh = Mesh(devices, 'x')
   counts = NamedSharding(mesh, P())
@@ -201,6 +208,12 @@ def test_memory_of_a_chip_is_what_its_compiler_says() -> None:
       23 << 30,
       63 << 28,
     ),
+    (  # Rounded to the same.
+      'Used 15.75G of 15.75G hbm. Exceeded hbm capacity by 4.2M.',
+      (63 << 28) + round(4.2 * (1 << 20)),
+      63 << 28,
+    ),
+    ('Used 15.75G of 15.75G hbm.', (63 << 28) + 1, 63 << 28),
     (
       'the total memory required for HLO temporaries (512.5M) exceeds available'
       ' HBM (256K).',
@@ -214,6 +227,7 @@ def test_refusals_are_understood(
 ) -> None:
   refused = compiled.too_large(said, arguments=0)
   assert (refused.needed, refused.available) == (needed, available)
+  assert not fit.Trial(1, 'none', refused.needed, refused.available).fits
 
 
 def test_other_failures_are_no_refusals() -> None:
@@ -279,3 +293,11 @@ def test_flags_that_contradict_each_other() -> None:
     plan.run(tiny.config(), devices=3, topology=None, slices=1, **flags)
   with pytest.raises(UserError, match='--slices = 2 is of a --topology'):
     plan.run(tiny.config(), devices=None, topology=None, slices=2, **flags)
+  flags['compile'] = False
+  with pytest.raises(UserError, match='--devices = 0 must be at least 1'):
+    plan.run(tiny.config(), devices=0, topology=None, slices=1, **flags)
+  with pytest.raises(UserError, match="--topology = '' is not of the form"):
+    plan.run(tiny.config(), devices=None, topology='', slices=1, **flags)
+  config = tiny.config(mesh__data=2, mesh__fsdp=4, mesh__dcn__data=3)
+  with pytest.raises(UserError, match='mesh.dcn'):
+    plan.run(config, devices=None, topology=SLICE, slices=2, **flags)
