@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import config as config_lib
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build, build_exchange, sizes
 from moe_jax.planning import (
@@ -93,7 +92,7 @@ def run(
     config.update_from_flattened_dict(found['overrides'])
   plan = make(config, count if devices is None else devices, target.devices[0])
   if named:
-    mesh_lib.from_config(config, target.devices)  # refuses slices misplaced
+    setups.check_slices(config, target.devices)
   if compile:
     plan['compiled'] = _compiled(config, target)
   if fit:

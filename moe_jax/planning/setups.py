@@ -28,6 +28,11 @@ def make(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
   return state.setup(config, _vocab_size(config), mesh)
 
 
+def check_slices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+  """Raises a UserError if `mesh.dcn.*` does not fit the devices' slices."""
+  mesh_lib.from_config(config, devices)
+
+
 def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
   """The setup of a validated config on one device: the shapes of any mesh.
 
