@@ -57,10 +57,10 @@ test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
 	  $(PYTEST) -m 'not slow' \
 	  $(wildcard tests/model tests/routing tests/experts)
 
-# PyTorch and transformers, against which Mixtral's layout is tested.
+# PyTorch and transformers: Mixtral's layout, and the benchmark against them.
 test-interop: ## the tests that need the extra `interop`, which it installs
 	$(MAKE) install EXTRAS=interop
-	$(PYTEST) tests/interop/test_mixtral.py
+	$(PYTEST) tests/interop/test_mixtral.py tests/benchmarks/test_peers.py
 
 test-all: lint test test-slow test-tree-mode test-interop ## all, and lint
 

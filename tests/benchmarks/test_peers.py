@@ -13,7 +13,7 @@ from benchmarks.peer_sizes import MODELS, Sizes
 from moe_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TINY = Sizes(16, 2, 2, 1, 8, 4, 2, vocab_size=32, batch_size=2, seq_len=8)
+TINY = Sizes(16, 2, 2, 1, 8, 4, 2, vocab_size=257, batch_size=2, seq_len=8)
 
 
 def test_sizes_survive_a_command_line() -> None:
@@ -66,5 +66,5 @@ def test_both_sides_train_the_same_model() -> None:
   # Per layer attention, router, experts and two norms; embedding, head, norm.
   attention = 2 * 16 * 16 + 2 * 16 * 8
   layer = attention + 16 * 4 + 4 * 3 * 16 * 8 + 2 * 16
-  assert row['parameters'] == 2 * layer + 2 * 32 * 16 + 16
+  assert row['parameters'] == 2 * layer + 2 * 257 * 16 + 16
   json.dumps(row)
