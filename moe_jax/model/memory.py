@@ -80,13 +80,13 @@ def temporaries(
   return Temporaries(
     activations=rows * (kept + working + _scores(one, alike)),
     dispatch=rows * held * dispatch,
-    logits=together * logits_of_token(vocab_size, mesh),
+    logits=together * _logits_of_token(vocab_size, mesh),
     # Of experts, which the expert axis splits, backward keeps no copies.
     weight_copies=copies // mesh['fsdp'],
   )
 
 
-def logits_of_token(vocab_size: int, mesh: dict[str, int]) -> int:
+def _logits_of_token(vocab_size: int, mesh: dict[str, int]) -> int:
   """Bytes per device of a token's logits in float32, and their gradient."""
   split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
   return 2 * 4 * vocab_size // split

@@ -141,10 +141,9 @@ def report(
     target: that it is compiled for.
 
   Returns:
-    `memory_bytes` as `memory` returns them, `available_bytes` of a device and
+    `memory_bytes` as `memory` returns them, `available_bytes` of a device,
     `spare_bytes` and `fits` (None where it does not say); `flops` as the
-    compiler
-    counts them, with what a loop repeats counted once; `collectives`, each
+    compiler counts them, what a loop repeats once; `collectives`, each
     with `axes` of the mesh and whether a loop of unknown length repeats it
     (`in_unknown_loop`), and the bytes that a device sends in a step
     (`sent_bytes`), where conditionals take the branch that sends least, and
