@@ -128,7 +128,7 @@ BAD = {
   ),
   'two free axes': (
     {'mesh__fsdp': -1},
-    ['mesh.fsdp are both -1'],
+    ['mesh.data and mesh.fsdp are both -1'],
   ),
   'axis of nothing': ({'mesh__tensor': 0}, ['mesh.tensor = 0']),
   'batch': (

@@ -77,17 +77,16 @@ def train(config: ConfigDict, workdir: str) -> None:
     contextlib.closing(batches),
     Store.open(workdir, config, setup.dictionary) as store,
     Interrupt() as interrupt,
+    _too_large_in_one_line(),
   ):
-    with _too_large_in_one_line():
-      if newest is None:
-        state = setup.init(given)
-      else:
-        state, _ = store.restore(setup.abstract, newest)
+    if newest is None:
+      state = setup.init(given)
+    else:
+      state, _ = store.restore(setup.abstract, newest)
     with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)
-      with _too_large_in_one_line():
-        done = _steps(run, state, start)
+      done = _steps(run, state, start)
       journal.say(journal.summary(done))
   if interrupt.signal is not None:
     raise SystemExit(128 + interrupt.signal)

@@ -170,12 +170,12 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   # buffers, twice its own.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
-  assert split.dispatch == pytest.approx(one.dispatch, rel=0.05)
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.041)
   for exchange in ('all_to_all', 'ragged'):
     bounded = of({'expert': 4}, moe__exchange=exchange)
     assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
   full = of(model__remat='full')
-  assert full.activations < one.activations * 0.6
+  assert full.activations < one.activations * 0.53
   # All layers' dispatch and the working set's; without it the latter alone.
   assert full.dispatch * 5 == one.dispatch
   halves = of(model__dtype='bfloat16')
