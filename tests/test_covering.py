@@ -9,13 +9,9 @@ import functools
 import itertools
 from typing import Any
 
-import covering
 import jax
 import numpy as np
-import oracle
-import oracle_span
 import pytest
-import tiny
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -24,6 +20,7 @@ from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
+from tests.helpers import covering, oracle, oracle_span, tiny
 
 SIZES = {
   'model.hidden_size': 16,

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 from moe_jax import plan
 from moe_jax.errors import UserError
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 BYTES = 257  # V of the byte tokenizer

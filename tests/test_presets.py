@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import published
 import pytest
 from ml_collections import ConfigDict
 
@@ -11,6 +10,7 @@ from moe_jax import config as config_lib
 from moe_jax import config_file, saved_config
 from moe_jax.data import corpora, tokenizers
 from moe_jax.errors import UserError
+from tests.helpers import published
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = {'quickstart': quickstart, 'rmoe': rmoe, 'cartesian_moe': cartesian_moe}

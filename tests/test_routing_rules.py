@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-import tiny
 
 from moe_jax import config as config_lib
 from moe_jax import routing_rules
 from moe_jax.errors import UserError
+from tests.helpers import tiny
 
 # What breaks each rule, in the order of `routing_rules.RULES`.
 BROKEN = (

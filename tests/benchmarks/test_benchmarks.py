@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from benchmarks import (
   common,
@@ -21,6 +20,7 @@ from benchmarks import (
 )
 from moe_jax.errors import UserError
 from moe_jax.training import state as state_lib
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
 from benchmarks import scaling, scaling_results
 from moe_jax.errors import UserError
+from tests.helpers import tiny
 
 
 @pytest.mark.parametrize(

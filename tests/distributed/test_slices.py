@@ -9,11 +9,11 @@ import random
 
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import config as config_lib
 from moe_jax.distributed import slices
 from moe_jax.errors import UserError
+from tests.helpers import tiny
 
 
 @dataclasses.dataclass(frozen=True)

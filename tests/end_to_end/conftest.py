@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax.data import folders
+from tests.helpers import tiny
 
 # Real text at hand: files of Python's library.
 _TRAIN = ('heapq.py', 'shlex.py', 'textwrap.py', 'queue.py', 'bisect.py')

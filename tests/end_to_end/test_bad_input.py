@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
 from ml_collections import ConfigDict
 
 from moe_jax.data import folders
 from moe_jax.errors import UserError
 from moe_jax.training import loop
 from moe_jax.training.state import Setup
+from tests.helpers import runs
 
 
 @pytest.fixture(scope='module')

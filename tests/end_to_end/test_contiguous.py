@@ -7,8 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax import plan
@@ -16,6 +14,7 @@ from moe_jax.data.pipeline import WholeRows
 from moe_jax.evaluation import perplexity
 from moe_jax.training import loop
 from moe_jax.training.step import make_eval_step
+from tests.helpers import runs, tiny
 
 TEXT = ''.join(f'line {i * i} of a text,\n' for i in range(400)).encode()
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax.data import dictionary, folders
@@ -14,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
 from moe_jax.interop import programs, workdirs
 from moe_jax.training import loop
+from tests.helpers import tiny
 
 VOCAB = 50  # more than there are words, so that shapes never tell
 DENSE = {'moe.num_experts': 0, 'model.ffn_width': 24}

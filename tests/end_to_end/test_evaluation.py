@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import oracle
 import pytest
-import runs
 from ml_collections import ConfigDict
 
 from moe_jax.data import corpora
@@ -20,6 +18,7 @@ from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.evaluation import perplexity
 from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
+from tests.helpers import oracle, runs
 
 STEPS, HALF = 4, 2
 EOS = 256

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
 from ml_collections import ConfigDict
 
 from moe_jax.interop import programs
 from moe_jax.training import loop
+from tests.helpers import runs
 
 
 def test_a_run_there_and_back_is_evaluated_alike(

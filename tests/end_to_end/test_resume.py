@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
+
+from tests.helpers import runs
 
 STEPS, HALF = 40, 20
 

@@ -1,17 +1,16 @@
 """Two processes train, stop, resume and evaluate as one would."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pairs
 import pytest
-import runs
 from ml_collections import ConfigDict
-from pairs import Pair
+
+from tests.helpers import pairs, runs
+from tests.helpers.pairs import Pair
 
 STEPS, HALF = 6, 3
 # Data and experts over four devices: the first axis crosses the processes.
@@ -107,8 +106,8 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 )
 def test_what_processes_do_together(patience: str, tmp_path: Path) -> None:
   """The assertions are in the program that both run."""
-  path = os.pathsep.join(map(str, (pairs.ROOT, pairs.ROOT / 'tests')))
-  program = 'tests/end_to_end/both_processes.py'
+  path = str(pairs.ROOT)
+  program = 'tests/helpers/both_processes.py'
   pairs.finish(program, [str(tmp_path), patience], PYTHONPATH=path)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
+
+from tests.helpers import runs
 
 STEPS = 24
 LOG, EVAL, SAVE = 4, 12, 5

@@ -1,11 +1,9 @@
 """On one device: a loop over experts in float64, and who finds room."""
 
-import dense_experts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import D, F, T
 from flax import nnx
 
 from moe_jax.experts.dispatch import (
@@ -16,6 +14,8 @@ from moe_jax.experts.dispatch import (
 )
 from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.routing.selection import Routing
+from tests.helpers import dense_experts
+from tests.helpers.dense_experts import D, F, T
 
 K, N = 2, 8
 DISPATCHES = {

@@ -6,17 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_exchanges import across
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.model import build_exchange
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
+from tests.experts.test_exchanges import across
+from tests.helpers import tiny
 
 # Tokens of one device; slots, sizes, experts; devices that share these.
 T, K, D, F, N, U = 128, 2, 64, 128, 16, 8

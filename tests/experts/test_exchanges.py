@@ -5,16 +5,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import dense_experts
 import jax
 import numpy as np
 import pytest
-import tiny
-from dense_experts import T
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.dispatch import dropless
 from moe_jax.model import build_exchange
+from tests.helpers import dense_experts, tiny
+from tests.helpers.dense_experts import T
 
 N = 8
 MESHES = {

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from flax import nnx
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
 from moe_jax.planning import compiled, setups, topologies
 from moe_jax.routing.router import Tokens, start
+from tests.helpers import tiny
 
 D, F, R, N, T = 32, 24, 16, 8, 32
 CONFIG = tiny.config(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_dispatch import DISPATCHES, D, F, K, N, T
-from test_exchanges import across
 
 from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.relu import ReluExpertBank
 from moe_jax.routing.selection import Routing
+from tests.experts.test_dispatch import DISPATCHES, D, F, K, N, T
+from tests.experts.test_exchanges import across
 
 RATE = 0.4
 # The bias of the output has to be in one part of the width only.

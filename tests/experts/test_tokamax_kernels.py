@@ -11,7 +11,9 @@ from jax import lax
 from jax.experimental import pallas
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_grouped_matmul import (
+
+from moe_jax.experts import grouped_matmul, tokamax_kernels
+from tests.experts.test_grouped_matmul import (
   ROWS,
   SIZES,
   both_ways,
@@ -19,8 +21,6 @@ from test_grouped_matmul import (
   dense_loop,
   of_gpus,
 )
-
-from moe_jax.experts import grouped_matmul, tokamax_kernels
 
 # Pallas interprets on CPU only what fills its blocks.
 D, F = 128, 256

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from released import RELEASED
+
+from tests.helpers.released import RELEASED
 
 
 @pytest.fixture

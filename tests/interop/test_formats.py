@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
-from released import random_params
 
 from configs import cartesian_moe
 from moe_jax import saved_config
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf, neutral, released
+from tests.helpers import tiny
+from tests.helpers.released import random_params
 
 LINEAR = {'model.vocab_size': tiny.VOCAB, 'moe.expert_width': 24}
 GRU = LINEAR | {'router.recurrent': 'gru'}

@@ -10,7 +10,6 @@ import optax
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from released import LAYOUTS, RELEASED, both, shape_of_model
 from safetensors.numpy import load_file
 
 from configs import base
@@ -18,6 +17,7 @@ from moe_jax import saved_config
 from moe_jax.errors import UserError
 from moe_jax.interop import hf, neutral
 from moe_jax.routing import balance
+from tests.helpers.released import LAYOUTS, RELEASED, both, shape_of_model
 
 
 def reference(name: str) -> Mapping[str, np.ndarray]:

@@ -7,11 +7,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from released import RELEASED, both, save
 from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
 from moe_jax.interop import hf
+from tests.helpers.released import RELEASED, both, save
 
 
 def drop(tensors: dict, name: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from released import random_params, save
 from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf
+from tests.helpers.released import random_params, save
 
 # The tensors of an option, as the released code names them: those of the
 # checkpoint at hand that go and those that come, with their shapes.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import released_oracle as oracle
-from released import export, save
 from safetensors.numpy import load_file
 
 from moe_jax.interop import formats, hf
+from tests.helpers import released_oracle as oracle
+from tests.helpers.released import export, save
 
 SIZES = {
   'vocab_size': 23,

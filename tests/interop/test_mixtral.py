@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from released import export
 
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf, released
+from tests.helpers import tiny
+from tests.helpers.released import export
 
 SIZES = {
   'model.vocab_size': tiny.VOCAB,

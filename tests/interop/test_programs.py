@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from released import RELEASED, random_params, save
 from safetensors.numpy import load_file
 
 from configs import base
 from moe_jax import saved_config
 from moe_jax.errors import UserError
 from moe_jax.interop import hf, programs, released, workdirs
+from tests.helpers import tiny
+from tests.helpers.released import RELEASED, random_params, save
 
 ROOT = Path(__file__).parents[2]
 

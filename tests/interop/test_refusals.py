@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from released import RELEASED
 
 from moe_jax.errors import UserError
 from moe_jax.interop import (
@@ -21,6 +19,8 @@ from moe_jax.interop import (
   upcycling,
   workdirs,
 )
+from tests.helpers import tiny
+from tests.helpers.released import RELEASED
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
 from moe_jax.interop import released, upcycling
+from tests.helpers import tiny
 
 WIDTH = 48  # of the dense network
 COPIES = {'moe.expert_width': WIDTH}

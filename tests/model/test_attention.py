@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from moe_jax.distributed import mesh as mesh_lib
@@ -16,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.model import build_attention, causal, kernels
 from moe_jax.model.build import build
 from moe_jax.model.build_attention import IMPLEMENTATIONS, Case
+from tests.helpers import tiny
 
 CPU = Case(jax.devices()[0], None, jnp.dtype('float32'), 8)
 RUN_HERE = [

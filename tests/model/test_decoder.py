@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import tiny
 from flax import nnx
+
+from tests.helpers import oracle, tiny
 
 VARIANTS = tiny.MODELS | {
   'three factors': {'moe.factors': 3, 'router.recurrent': 'gru'},

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import MESH_AXES
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from tests.helpers import tiny
 
 
 def kept(

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import plan
 from moe_jax.distributed import mesh as mesh_lib
@@ -12,6 +11,7 @@ from moe_jax.model import cross_entropy, memory
 from moe_jax.planning import topologies
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
+from tests.helpers import tiny
 
 BYTES = 257  # V of the byte tokenizer
 SPAN = {

@@ -6,16 +6,14 @@ gradient) is only seen here, over several MoE sub-layers.
 
 from typing import Any
 
-import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import tiny
 from flax import nnx
 
 from moe_jax.model.build import build
+from tests.helpers import gradients, oracle, tiny
 
 CASES = {
   's-proj gru': {'router.recurrent': 'gru', 'router.projector': 'shared'},

@@ -1,13 +1,12 @@
 """Sizes and costs: published ones, and others counted by hand."""
 
-import published
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from configs import cartesian_moe, rmoe
 from moe_jax.model import sizes
 from moe_jax.planning import setups
+from tests.helpers import published, tiny
 
 BYTES = 257  # V of the byte tokenizer
 

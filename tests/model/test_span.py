@@ -5,13 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_span
 import pytest
-import tiny
 from flax import nnx
 
 from moe_jax.model.attention import group_logits
 from moe_jax.model.span import SpanAttend, shift_rows
+from tests.helpers import oracle_span, tiny
 
 SPAN = {
   'model.positions': 'span',

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,6 +13,7 @@ from moe_jax import plan
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.planning import compiled, fit, setups, topologies
+from tests.helpers import tiny
 
 SLICE = 'v5e:2x2'
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax import plan
@@ -15,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.planning import compiled, fit, topologies
 from moe_jax.planning.estimate import Estimate
 from moe_jax.planning.fit import POLICIES, Trial
+from tests.helpers import tiny
 
 AVAILABLE = 1000
 # Bytes of a sequence under each policy, on top of 100.

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.routing import balance
 from moe_jax.routing.router import Tokens
+from tests.helpers import tiny
 
 
 def load(

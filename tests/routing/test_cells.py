@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from routing import oracles
 
 from moe_jax.routing.cells import GRUCell, LSTMCell, Memoryless, RNNCell
+from tests.helpers import gradients
+from tests.helpers import routing_oracles as oracles
 
 CELLS = {'gru': GRUCell, 'rnn': RNNCell, 'lstm': LSTMCell}
 

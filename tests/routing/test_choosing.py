@@ -4,15 +4,14 @@ import dataclasses
 import itertools
 from typing import Any
 
-import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from routing.choosing import Selection, select
 
 from moe_jax.routing.selection import Routing, Select, TopK, TopP
+from tests.helpers import gradients, tiny
+from tests.helpers.choosing import Selection, select
 
 N = 8
 WEIGHTS = ['softmax', 'chosen', 'sigmoid']

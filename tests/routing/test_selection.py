@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+
+from tests.helpers import tiny
 
 
 @pytest.mark.parametrize('k', [1, 2, 5, 8])

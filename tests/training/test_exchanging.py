@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
-from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.training.report import routing_metrics
 from moe_jax.training.step import make_train_step
+from tests.helpers import tiny
+from tests.training.test_step import batch, setup
 
 EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
 # Balanced by a bias too, which also lets a test choose the experts.

@@ -6,17 +6,14 @@ micro-batches and padding, as the optimizer receives them.
 
 from typing import Any
 
-import gradients
 import jax
 import numpy as np
-import oracle
 import pytest
-import tiny
 from ml_collections import ConfigDict
-from routing import choosing
-from test_step import setup
 
 from moe_jax.training.step import make_train_step
+from tests.helpers import choosing, gradients, oracle, tiny
+from tests.training.test_step import setup
 
 SIZES = {
   'model.hidden_size': 8,

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
-from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts import grouped_matmul
 from moe_jax.model import build_matmul
 from moe_jax.planning.compiled import abstract_batch
 from moe_jax.training.step import make_train_step
+from tests.helpers import tiny
+from tests.training.test_step import batch, setup
 
 EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
 WAYS = [('gather', 'none'), ('all_to_all', 'none'), ('gather', 'dots')]

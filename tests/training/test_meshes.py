@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
 from jax.sharding import PartitionSpec as P
-from test_exchanging import BOUNDED, EVERY_AXIS
-from test_step import batch, setup
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.distributed import replicas
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
+from tests.helpers import tiny
+from tests.training.test_exchanging import BOUNDED, EVERY_AXIS
+from tests.training.test_step import batch, setup
 
 MESHES = {
   'data 8': {'data': 8},

@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
 from flax import traverse_util
 from ml_collections import ConfigDict
-from test_step import batch, setup, to_numpy
 
 from moe_jax.errors import UserError
 from moe_jax.training import optimizer, origin
@@ -18,6 +16,8 @@ from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
+from tests.helpers import tiny
+from tests.training.test_step import batch, setup, to_numpy
 
 NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
-from test_step import setup
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.training.state import Setup, empty_memory
 from moe_jax.training.step import make_eval_step, make_train_step
+from tests.helpers import tiny
+from tests.training.test_step import setup
 
 SPAN = {
   'model.positions': 'span',

@@ -5,15 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import oracle
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.training import optimizer, state
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
+from tests.helpers import oracle, tiny
 
 
 def setup(config: ConfigDict, **axes: int) -> Setup:

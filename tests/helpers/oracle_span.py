@@ -7,11 +7,11 @@ hidden states; feed-forwards and routers are those of `oracle.Sequence`.
 from typing import Any
 
 import numpy as np
-import oracle
-from oracle import Array, f64, softmax
-from routing.oracles import Routers
 
 from moe_jax.config import layer_kinds
+from tests.helpers import oracle
+from tests.helpers.oracle import Array, f64, softmax
+from tests.helpers.routing_oracles import Routers
 
 
 class Sequence(oracle.Sequence):

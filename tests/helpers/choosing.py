@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from routing.oracles import sigmoid, softmax
+
+from tests.helpers.routing_oracles import sigmoid, softmax
 
 Array = np.ndarray
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tiny
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.distributed import hosts, processes, replicas
 from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from tests.helpers import tiny
 
 NUM_ROWS = 8
 # Sizes of the mesh, and the rows that each of the two processes has to read.

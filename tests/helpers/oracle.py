@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from routing.choosing import Selection, select
-from routing.oracles import Routers, f64, sigmoid, softmax
 
 from moe_jax.config import layer_kinds
+from tests.helpers.choosing import Selection, select
+from tests.helpers.routing_oracles import Routers, f64, sigmoid, softmax
 
 Array = np.ndarray
 
