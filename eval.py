@@ -34,10 +34,10 @@ def run(
 ) -> None:
   """Evaluates the checkpoint of `step` in `workdir` on `split`."""
   # jax must not be imported before the command line has set the allocator.
-  from moe_jax.distributed import processes
   from moe_jax.evaluation import perplexity
+  from moe_jax.parallel import launch
 
-  processes.start(**place)
+  launch.initialize(**place)
   perplexity.evaluate(config, workdir, step=step, split=split)
 
 

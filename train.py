@@ -15,10 +15,10 @@ from moe_jax import cli
 def run(config: ConfigDict, workdir: str, **place: Any) -> None:
   """Trains `config` in `workdir`, from its newest checkpoint if it has one."""
   # jax must not be imported before the command line has set the allocator.
-  from moe_jax.distributed import processes
+  from moe_jax.parallel import launch
   from moe_jax.training import loop
 
-  processes.start(**place, preemption=True)
+  launch.initialize(**place, preemption=True)
   loop.train(config, workdir)
 
 

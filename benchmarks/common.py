@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import setups
 from moe_jax.planning.compiled import memory
 from moe_jax.training.state import Setup

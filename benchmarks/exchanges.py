@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build, build_block, build_exchange, build_matmul
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
 
@@ -65,7 +65,9 @@ class Layer:
         ' more; with JAX_PLATFORMS=cpu --devices=8 there are eight fake ones'
       )
     config = config.copy_and_resolve_references()
-    shape = dict.fromkeys(mesh_lib.AXES, 1) | {'expert': jax.device_count()}
+    shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {
+      'expert': jax.device_count()
+    }
     config.mesh.update(shape)
     config_lib.validate(config, jax.device_count())
     self._config = config
@@ -94,7 +96,7 @@ class Layer:
     unused = (0, 0), (0, self._slots_of_token - moe.top_k)
     indices_TK = np.pad(indices_TK, unused, constant_values=moe.num_experts)
     weights_TK = np.pad(weights_TK, unused)
-    along = NamedSharding(self._mesh, P(mesh_lib.TOKEN_AXES))
+    along = NamedSharding(self._mesh, P(mesh_lib.BATCH_AXES))
     return Operands(
       jax.device_put(jnp.asarray(x_TD, self._dtype), along),
       jax.device_put(weights_TK, along),

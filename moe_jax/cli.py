@@ -73,7 +73,7 @@ def _unread() -> bool:
 def define_process_flags(values: flags.FlagValues) -> None:
   """The flags of programs that several processes run together.
 
-  Their names and meanings are those of `distributed.processes.start`.
+  Their names and meanings are those of `parallel.launch.initialize`.
   """
   for name, about in (
     ('num_processes', 'of this run, on all hosts'),

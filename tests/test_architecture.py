@@ -22,7 +22,7 @@ class Room(NamedTuple):
 
 
 _CONFIG = 'config errors'
-_MODEL = f'{_CONFIG} routing experts distributed.mesh'
+_MODEL = f'{_CONFIG} routing experts parallel.mesh'
 _STATE = 'jax flax optax orbax ml_collections numpy'
 
 # A room imports only from those before it.
@@ -45,14 +45,10 @@ ROOMS = {
   # An optional package, imported where it is used.
   'experts.tokamax_kernels': Room('', 'jax tokamax absl'),
   'experts': Room('routing experts.tokamax_kernels', 'jax flax'),
-  'distributed.slices': Room('axes errors', 'jax ml_collections numpy'),
-  'distributed.mesh': Room(
-    'config errors distributed.slices', 'jax ml_collections'
-  ),
-  'distributed.hosts': Room('errors', 'jax numpy orbax'),
-  'distributed.replicas': Room('', 'jax numpy'),
-  'distributed.launchers': Room('', 'jax'),
-  'distributed.processes': Room('errors distributed.launchers', 'jax'),
+  'parallel.slices': Room('axes errors', 'jax ml_collections numpy'),
+  'parallel.mesh': Room('config errors parallel.slices', 'jax ml_collections'),
+  'parallel.multihost': Room('errors', 'jax numpy orbax'),
+  'parallel.launch': Room('errors', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
@@ -63,22 +59,21 @@ ROOMS = {
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(
-    f'{_MODEL} config_file saved_config data distributed.hosts model',
+    f'{_MODEL} config_file saved_config data parallel.multihost model',
     f'{_STATE} tensorboardX',
   ),
   'evaluation': Room(
-    f'{_CONFIG} data distributed.mesh distributed.hosts training',
+    f'{_CONFIG} data parallel.mesh parallel.multihost training',
     'jax ml_collections',
   ),
   # The one page that knows everyone.
   'training.loop': Room(
-    f'allocator {_CONFIG} data distributed.hosts distributed.replicas training'
-    ' evaluation',
+    f'allocator {_CONFIG} data parallel.multihost training evaluation',
     'jax ml_collections',
   ),
   # From and to the workdirs of runs.
   'interop.workdirs': Room(
-    f'{_CONFIG} config_file data distributed.mesh interop model training',
+    f'{_CONFIG} config_file data parallel.mesh interop model training',
     'jax flax ml_collections numpy',
   ),
   'interop.programs': Room(
@@ -95,7 +90,7 @@ ROOMS = {
   'planning.units': Room(),
   'planning.cycles': Room('planning.hlo'),
   'planning': Room(
-    f'{_CONFIG} libtpu data distributed.mesh model training planning.cycles'
+    f'{_CONFIG} libtpu data parallel.mesh model training planning.cycles'
     ' planning.collectives planning.replica_groups planning.units',
     'jax ml_collections',
   ),

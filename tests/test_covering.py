@@ -16,8 +16,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
 from tests.helpers import covering, oracle, oracle_span, tiny
@@ -193,7 +193,7 @@ class Run:
   """A model and its first three steps on one batch."""
 
   def __init__(self, config: ConfigDict, axes: dict[str, int]) -> None:
-    shape = {axis: 1 for axis in mesh_lib.AXES} | axes
+    shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
     size = int(np.prod(list(shape.values())))
     mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
     self.made = state.setup(config, tiny.VOCAB, mesh)

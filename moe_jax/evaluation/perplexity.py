@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.data.pipeline import Windows, eval_batches
-from moe_jax.distributed import hosts
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel import multihost
 from moe_jax.training import state
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Store
@@ -45,10 +45,10 @@ def evaluate(
   Raises:
     UserError: anything wrong with config, data, workdir or step.
   """
-  setup = hosts.in_turn(lambda: state.from_config(config))
+  setup = multihost.first_process_first(lambda: state.from_config(config))
   split = split or config.eval.split
   with Store.open(workdir, config, setup.dictionary, read_only=True) as store:
-    windows = hosts.in_turn(
+    windows = multihost.first_process_first(
       lambda: Windows.open(config.data, split, setup.tokenizer)
     )
     step = store.latest_step() if step is None else step
@@ -58,7 +58,7 @@ def evaluate(
       make_eval_step(setup), restored['params'], windows, config, setup.mesh
     )
   result = {'step': step} | result
-  if hosts.is_first():
+  if multihost.is_main_process():
     _report(result, workdir, split)
   return result
 
@@ -91,7 +91,7 @@ def evaluate_split(
     `tokens` (predicted); with `eval.disable_top`, that as `disabled_top`.
   """
   batch_size = config_lib.eval_batch_size(config)
-  rows = hosts.Rows(mesh_lib.batch_sharding(mesh), batch_size)
+  rows = multihost.Rows(mesh_lib.batch_sharding(mesh), batch_size)
   batches = eval_batches(
     windows, batch_size=batch_size, rows=rows.local, order=config.data.order
   )

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax import config_file
 from moe_jax.data import tokenizers
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError, choose
 from moe_jax.interop.released_keys import is_file, read_json
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Store
 
@@ -170,5 +170,7 @@ def config_of(workdir: Path) -> ConfigDict:
 
 def _setup(config: ConfigDict) -> state_lib.Setup:
   """Of training on one device, where arrays are whole."""
-  one = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1), jax.devices()[:1])
+  one = mesh_lib.make_mesh(
+    dict.fromkeys(mesh_lib.MESH_AXES, 1), jax.devices()[:1]
+  )
   return state_lib.setup(config, config.model.vocab_size, one)

@@ -13,7 +13,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import (
   build_attention,
   build_block,
@@ -25,6 +24,7 @@ from moe_jax.model import (
 from moe_jax.model.block import Period
 from moe_jax.model.build_block import Parts
 from moe_jax.model.decoder import Decoder
+from moe_jax.parallel import mesh as mesh_lib
 
 
 def build(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError, choose
 from moe_jax.experts import exchange_size
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
@@ -18,6 +17,7 @@ from moe_jax.experts.expert_parallel import ExpertParallel
 from moe_jax.experts.ragged import Ragged
 from moe_jax.experts.shard import Layout
 from moe_jax.experts.trip import Blocks
+from moe_jax.parallel import mesh as mesh_lib
 
 _EXPERT = 'expert'  # the mesh axis
 
@@ -27,10 +27,10 @@ EXCHANGES: dict[str, dict[str, Callable[[ConfigDict, Dispatch], Dispatch]]] = {
   'dropless': {
     'gather': lambda moe, inner: Gathered(inner, _EXPERT),
     'all_to_all': lambda moe, inner: Bounded(
-      Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.AXES
+      Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
     ),
     'ragged': lambda moe, inner: Bounded(
-      Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.AXES
+      Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
     ),
   },
   'capacity': {
@@ -81,7 +81,7 @@ def across(
   inner = DISPATCHES[moe.dispatch](moe)
   if mesh.shape[_EXPERT] > 1:
     inner = EXCHANGES[moe.dispatch][exchange](moe, inner)
-  return ExpertParallel(mesh, inner, Layout(mesh_lib.TOKEN_AXES))
+  return ExpertParallel(mesh, inner, Layout(mesh_lib.BATCH_AXES))
 
 
 def resolve(

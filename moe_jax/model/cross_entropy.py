@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.decoder import Head
+from moe_jax.parallel import mesh as mesh_lib
 
 # Tokens of a device whose logits are in memory together. The gradient of the
 # head is read and written once for each such chunk, so the faster a device
@@ -58,7 +58,7 @@ def cross_entropy(
   logits and softmax are float32. Differentiable in `x_BLD` and `head`.
 
   Args:
-    mesh: where the arrays are, split as `moe_jax.distributed.mesh` says.
+    mesh: where the arrays are, split as `moe_jax.parallel.mesh` says.
     x_BLD: what the head reads.
     head: its parameters.
     targets: and their weights.
@@ -100,7 +100,7 @@ def _computed(
   local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)
-  tokens = P(mesh_lib.TOKEN_AXES)
+  tokens = P(mesh_lib.BATCH_AXES)
   stored = mesh_lib.shardings({'head_DV': head.weight_DV}, mesh)['head_DV'].spec
   split_vocabulary = stored[1] is not None
   head_specs = Head(stored, P(stored[1]))
@@ -126,13 +126,13 @@ def _of_device(
     head.weight_DV.astype(x_BLD.dtype), _FSDP, tiled=True
   )
   loss, gradients = local(x_BLD, Head(weight_DV, head.bias_V), targets, axis)
-  loss = lax.psum(loss, mesh_lib.TOKEN_AXES)
+  loss = lax.psum(loss, mesh_lib.BATCH_AXES)
   if gradients is None:
     return loss, None
   weight_DV, bias_V = gradients.head
   weight_DV = lax.psum_scatter(weight_DV, _FSDP, tiled=True)
   weight_DV = lax.psum(weight_DV, mesh_lib.REPEATED_AXES)
-  bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.TOKEN_AXES)
+  bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.BATCH_AXES)
   return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))
 
 

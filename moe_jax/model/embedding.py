@@ -5,7 +5,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
 
 _FSDP = 'fsdp'
 
@@ -33,7 +33,7 @@ def look_up(
       table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
     return table_VD[ids_BL]
 
-  tokens = P(mesh_lib.TOKEN_AXES)
+  tokens = P(mesh_lib.BATCH_AXES)
   return jax.shard_map(
     local,
     mesh=mesh,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
 
 _LANES = 128  # of a TPU's vector registers, which fill its blocks
 # Of queries and keys that a TPU core works on at a time; those of MaxText.
@@ -71,7 +71,7 @@ def sharded(
   """The same on every device's own sequences and heads."""
   if mesh is None or mesh.size == 1:
     return attention
-  spec = P(mesh_lib.TOKEN_AXES, None, 'tensor', None)
+  spec = P(mesh_lib.BATCH_AXES, None, 'tensor', None)
   # Unchecked, as the kernels do not say along which axes their results vary.
   # No array is the same on two devices here, neither going in nor coming out.
   return jax.shard_map(

@@ -17,12 +17,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import MoELayer
 from moe_jax.model import build_attention, build_exchange, causal, cross_entropy
 from moe_jax.model.build import build, compute_dtype, repetition
 from moe_jax.model.span import BLOCK
+from moe_jax.parallel import mesh as mesh_lib
 
 _Shape = jax.ShapeDtypeStruct
 

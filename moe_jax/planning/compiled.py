@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import cycles, replica_groups, setups
 from moe_jax.planning.collectives import Collective, collectives, total_bytes
 from moe_jax.planning.topologies import Target

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import memory
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import setups
 from moe_jax.training.state import Setup
 

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import build_exchange
 from moe_jax.model.build import compute_dtype
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
 from moe_jax.training.state import Setup
 
@@ -41,7 +41,7 @@ def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
     device: the one; None: the first there is.
   """
   one = mesh_lib.make_mesh(
-    dict.fromkeys(mesh_lib.AXES, 1), [device or jax.devices()[0]]
+    dict.fromkeys(mesh_lib.MESH_AXES, 1), [device or jax.devices()[0]]
   )
   return state.setup(config, _vocab_size(config), one)
 

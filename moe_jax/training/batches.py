@@ -1,8 +1,8 @@
 """What the steps of a run read: the data pipeline's rows, on the devices."""
 
 from moe_jax.data.pipeline import Windows, train_batches
-from moe_jax.distributed import hosts
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch
 
@@ -14,7 +14,7 @@ class Batches:
     """Begins to read; UserError if the split is too small for its order."""
     config = setup.config
     size = config.train.batch_size
-    self._rows = hosts.Rows(mesh_lib.batch_sharding(setup.mesh), size)
+    self._rows = multihost.Rows(mesh_lib.batch_sharding(setup.mesh), size)
     self._stream = train_batches(
       windows,
       batch_size=size,

@@ -8,8 +8,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
+from moe_jax.parallel import multihost
 from moe_jax.training import workdir as workdir_lib
 
 _DICTIONARY = 'dictionary'  # beside the data position
@@ -71,17 +71,17 @@ class Store:
         or one of another model. Nothing has been written then.
     """
     if read_only:
-      hosts.all_or_none(
+      multihost.fail_together(
         lambda: workdir_lib.check_model(workdir, config, remedy)
       )
     else:
-      hosts.all_or_none(lambda: workdir_lib.check_run(workdir, config))
+      multihost.fail_together(lambda: workdir_lib.check_run(workdir, config))
       workdir_lib.check_shared(workdir)
     manager = _manager(workdir, config, read_only)
     try:
       store = cls(workdir, config, dictionary, manager, remedy)
       store._check_dictionary()
-      if not read_only and hosts.is_first():
+      if not read_only and multihost.is_main_process():
         workdir_lib.write_config(workdir, config)
       yield store
     finally:
@@ -246,7 +246,7 @@ def newest_step(workdir: str, config: ConfigDict) -> int | None:
   with contextlib.closing(_manager(workdir, config, read_only=True)) as manager:
     found = manager.latest_step()
   step = -1 if found is None else found
-  hosts.same(step, f'the newest checkpoint in workdir {workdir}')
+  multihost.assert_equal(step, f'the newest checkpoint in workdir {workdir}')
   return found
 
 

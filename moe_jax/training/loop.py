@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import allocator
 from moe_jax.data.pipeline import Windows
-from moe_jax.distributed import hosts, replicas
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
+from moe_jax.parallel import multihost
 from moe_jax.training import origin
 from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
@@ -67,7 +67,9 @@ def train(config: ConfigDict, workdir: str) -> None:
       no longer finite.
     SystemExit: 128 + the number of the signal that stopped it.
   """
-  setup, train_windows, eval_windows = hosts.in_turn(lambda: prepare(config))
+  setup, train_windows, eval_windows = multihost.first_process_first(
+    lambda: prepare(config)
+  )
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
   given = origin.params(setup) if newest is None else None
@@ -83,7 +85,9 @@ def train(config: ConfigDict, workdir: str) -> None:
       state = setup.init(given)
     else:
       state, _ = store.restore(setup.abstract, newest)
-    with hosts.all_or_none(lambda: Journal(setup, workdir, start)) as journal:
+    with multihost.fail_together(
+      lambda: Journal(setup, workdir, start)
+    ) as journal:
       journal.say(describe(setup, train_windows))
       run = _Run(setup, batches, eval_windows, store, journal, interrupt)
       done = _steps(run, state, start)
@@ -136,7 +140,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
     if _due(config.train.log_every, step, last):
       journal.note(step, metrics)
     if _due(config.train.check_replicas_every, step, step == steps):
-      replicas.check(state)
+      multihost.check_replicas(state)
     if run.eval_windows and _due(config.eval.every, step, step == steps):
       _evaluate(run, eval_step, state, step)
     if _due(config.checkpoint.every, step, last):

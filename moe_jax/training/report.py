@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from moe_jax.data.pipeline import Windows
-from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
+from moe_jax.parallel import multihost
 from moe_jax.routing.balance import Load
 from moe_jax.training import metrics as metrics_lib
 from moe_jax.training import peaks
@@ -56,7 +56,11 @@ def describe(setup: Setup, windows: Windows) -> str:
   counts = sizes.count_parameters(config, setup.abstract['params'])
   device = next(iter(mesh.devices.flat))
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
-  processes = '' if hosts.is_alone() else f', {jax.process_count()} processes'
+  processes = (
+    ''
+    if multihost.is_single_process()
+    else f', {jax.process_count()} processes'
+  )
   epochs = config.train.steps * config.train.batch_size / len(windows)
   return (
     f'model    {counts.total:,} parameters,'
@@ -83,7 +87,7 @@ class Journal:
     self._devices = list(setup.mesh.devices.flat)
     self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start
-    self._active = hosts.is_first()
+    self._active = multihost.is_main_process()
     self._writer = MetricsWriter(workdir, start or None, self._active)
     self._began = self._since = time.perf_counter()
     self._first_seconds = math.nan

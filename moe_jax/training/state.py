@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build, compute_dtype
 from moe_jax.model.decoder import Decoder
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and for
@@ -114,7 +114,7 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   Args:
     config: validated.
     vocab_size: V.
-    mesh: with the axes of `moe_jax.distributed.mesh`.
+    mesh: with the axes of `moe_jax.parallel.mesh`.
 
   Raises:
     UserError: a mesh axis does not divide a dimension of a parameter.

@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.cross_entropy import Targets, cross_entropy
 from moe_jax.model.decoder import Decoder, Hidden
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer
 from moe_jax.training.losses import Metrics, auxiliary_loss

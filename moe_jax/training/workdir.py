@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import config_file, saved_config
-from moe_jax.distributed import hosts
 from moe_jax.errors import UserError
+from moe_jax.parallel import multihost
 
 
 def check_run(workdir: str, config: ConfigDict) -> None:
@@ -46,14 +46,14 @@ def check_shared(workdir: str) -> None:
   Raises:
     UserError: what process 0 writes there, another one does not see.
   """
-  if hosts.is_alone():
+  if multihost.is_single_process():
     return
   # A new name each time: file systems remember for a while what was not there.
-  name = hosts.of_first(time.time_ns() % 2**31)
+  name = multihost.broadcast_from_first(time.time_ns() % 2**31)
   path = os.path.join(workdir, f'.shared-{name}')
 
   def see() -> None:
-    if hosts.is_first():
+    if multihost.is_main_process():
       with open(path, 'w', encoding='utf-8'):
         pass
     elif not os.path.exists(path):
@@ -63,9 +63,9 @@ def check_shared(workdir: str) -> None:
       )
 
   try:
-    hosts.in_turn(see)
+    multihost.first_process_first(see)
   finally:
-    if hosts.is_first():
+    if multihost.is_main_process():
       with contextlib.suppress(OSError):
         os.remove(path)
 

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from moe_jax.data import corpora
 from moe_jax.data.pipeline import Windows, eval_batches
 from moe_jax.data.tokenizers import ByteTokenizer
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.evaluation import perplexity
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
 from tests.helpers import oracle, runs
@@ -158,7 +158,7 @@ def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   losses = {}
   for count, shape in shapes.items():
     mesh = mesh_lib.make_mesh(
-      dict.fromkeys(mesh_lib.AXES, 1) | shape, jax.devices()[:count]
+      dict.fromkeys(mesh_lib.MESH_AXES, 1) | shape, jax.devices()[:count]
     )
     # Other batches too: one device need not divide anything.
     here = config.copy_and_resolve_references()

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.feed_forward import ExpertBank
 from moe_jax.model import build_exchange
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
 from tests.experts.test_exchanges import across
@@ -57,7 +57,7 @@ def compiled(
     sharding = NamedSharding(made.mesh, sharding)
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-  tokens, experts = P(mesh_lib.TOKEN_AXES), P('expert')
+  tokens, experts = P(mesh_lib.BATCH_AXES), P('expert')
   return (
     jax.jit(gradient if backward else forward)
     .lower(
@@ -84,7 +84,7 @@ def estimates(dispatch: str) -> dict[str, int]:
       'moe.capacity_factor': CAPACITY,
     }
   )
-  mesh = dict.fromkeys(mesh_lib.AXES, 1) | {'expert': U}
+  mesh = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {'expert': U}
   return build_exchange.exchange_bytes(config, mesh, jnp.float32)
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts.dispatch import dropless
 from moe_jax.model import build_exchange
+from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import dense_experts, tiny
 from tests.helpers.dense_experts import T
 
@@ -31,7 +31,7 @@ def across(
   axes: dict[str, int], exchange: str, num_experts: int = N, **moe: Any
 ) -> Any:
   """The dispatch on a mesh, from the same registry as a model's."""
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   mesh = mesh_lib.make_mesh(shape, jax.devices())
   # With so much capacity nothing is dropped.
   settings = {'num_experts': num_experts, 'capacity_factor': float(num_experts)}

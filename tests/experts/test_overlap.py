@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import compiled, setups, topologies
 from moe_jax.routing.router import Tokens, start
 from tests.helpers import tiny
@@ -30,7 +30,7 @@ CONFIG = tiny.config(
 
 def traced() -> list[Any]:
   """The equations of a Cartesian layer, forward; an exchange is one of them."""
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | {'data': 2, 'expert': 4}
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {'data': 2, 'expert': 4}
   mesh = mesh_lib.make_mesh(shape, jax.devices())
 
   def run(x_TD: jax.Array) -> jax.Array:

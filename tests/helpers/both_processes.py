@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import hosts, processes, replicas
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.parallel import launch, multihost
+from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
 NUM_ROWS = 8
@@ -44,7 +44,7 @@ def check_rows() -> None:
   """Every process reads its rows and no others; together they are all."""
   whole = np.arange(NUM_ROWS * 3, dtype=np.int32).reshape(NUM_ROWS, 3)
   for sizes, expected in READS:
-    rows = hosts.Rows(mesh_lib.batch_sharding(mesh(**sizes)), NUM_ROWS)
+    rows = multihost.Rows(mesh_lib.batch_sharding(mesh(**sizes)), NUM_ROWS)
     assert rows.local == expected[jax.process_index()], sizes
     made = rows.join({'inputs': whole[rows.local]})['inputs']
     for shard in made.addressable_shards:
@@ -57,7 +57,7 @@ def message(function: object) -> str:
   """Of the UserError that calling it raises."""
   try:
     function()
-  except (UserError, replicas.ReplicaError) as error:
+  except (UserError, multihost.ReplicaError) as error:
     return str(error)
   raise AssertionError('no error')
 
@@ -74,16 +74,18 @@ def check_agreement(folder: Path, patience: float) -> None:
       path.touch()
     return path.exists()
 
-  assert hosts.in_turn(make)
+  assert multihost.first_process_first(make)
 
   def fail() -> None:
     if not first:
       raise UserError('no disk')
 
   expected = 'process 1 of 2 has failed' if first else 'no disk'
-  assert expected in message(lambda: hosts.all_or_none(fail))
-  assert hosts.same(7, 'x') == 7
-  found = message(lambda: hosts.same(jax.process_index(), 'the newest step'))
+  assert expected in message(lambda: multihost.fail_together(fail))
+  assert multihost.assert_equal(7, 'x') == 7
+  found = message(
+    lambda: multihost.assert_equal(jax.process_index(), 'the newest step')
+  )
   assert 'the newest step is 0 to process 0 and 1 to process 1' in found
 
 
@@ -99,8 +101,8 @@ def check_copies() -> None:
     return jax.make_array_from_single_device_arrays((3,), sharding, pieces)
 
   good, bad = array(1.0), array(jax.process_index())
-  replicas.check({'good': good})
-  found = message(lambda: replicas.check({'good': good, 'bad': bad}))
+  multihost.check_replicas({'good': good})
+  found = message(lambda: multihost.check_replicas({'good': good, 'bad': bad}))
   here, there = ([d.id for d in jax.devices()][i : i + 2] for i in (0, 2))
   groups = [', '.join(map(str, group)) for group in (here, there)]
   assert (
@@ -113,7 +115,7 @@ def check_copies() -> None:
 if __name__ == '__main__':
   folder, patience, *flags = sys.argv[1:]
   values = dict(flag.removeprefix('--').split('=') for flag in flags)
-  processes.start(
+  launch.initialize(
     values['coordinator'],
     int(values['num_processes']),
     int(values['process_id']),

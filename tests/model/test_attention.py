@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build_attention, causal, kernels
 from moe_jax.model.build import build
 from moe_jax.model.build_attention import IMPLEMENTATIONS, Case
+from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
 CPU = Case(jax.devices()[0], None, jnp.dtype('float32'), 8)

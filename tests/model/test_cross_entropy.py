@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import cross_entropy as module
 from moe_jax.model.cross_entropy import Targets, cross_entropy
 from moe_jax.model.decoder import Head
+from moe_jax.parallel import mesh as mesh_lib
 
 MESHES = {
   'one device': {},
@@ -20,7 +20,7 @@ MESHES = {
 
 
 def mesh_of(axes: dict[str, int]) -> jax.sharding.Mesh:
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   size = int(np.prod(list(shape.values())))
   return mesh_lib.make_mesh(shape, jax.devices()[:size])
 

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model import embedding
+from moe_jax.parallel import mesh as mesh_lib
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from moe_jax.model import embedding
   ],
 )
 def test_rows_and_gradients_on_eight_devices(axes: dict[str, int]) -> None:
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   mesh = mesh_lib.make_mesh(shape, jax.devices())
   rng = np.random.default_rng(0)
   table_VD = rng.normal(size=(10, 16)).astype(np.float32)

@@ -10,8 +10,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import MESH_AXES
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.model.build import build
+from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
 

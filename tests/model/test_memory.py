@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from moe_jax import plan
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
 from moe_jax.model import cross_entropy, memory
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import topologies
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
@@ -83,7 +83,7 @@ def test_memory_of_a_step_is_what_the_compiler_says(
   The one that comes with jax 0.12 needs less for the same than that of 0.10.
   """
   config = tiny.config(**(LARGER | overrides))
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   config.mesh.update(shape)
   num_devices = int(np.prod(list(shape.values())))
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:num_devices])
@@ -156,7 +156,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
     axes: dict[str, int] | None = None, **overrides: object
   ) -> memory.Temporaries:
     config = tiny.config(**LARGER, **overrides)
-    mesh = dict.fromkeys(mesh_lib.AXES, 1) | (axes or {})
+    mesh = dict.fromkeys(mesh_lib.MESH_AXES, 1) | (axes or {})
     return memory.temporaries(config, BYTES, mesh, jax.devices()[0])
 
   one, parts = of(), of(train__accumulation=4)

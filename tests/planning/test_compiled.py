@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import plan
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.errors import UserError
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import compiled, fit, setups, topologies
 from tests.helpers import tiny
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.report import routing_metrics
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny

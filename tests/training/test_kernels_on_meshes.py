@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.distributed import mesh as mesh_lib
 from moe_jax.experts import grouped_matmul
 from moe_jax.model import build_matmul
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.compiled import abstract_batch
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny

@@ -8,8 +8,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.distributed import mesh as mesh_lib
-from moe_jax.distributed import replicas
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
@@ -33,7 +33,7 @@ def losses(made: Setup, steps: int) -> np.ndarray:
       batch(made.config, seed=step), mesh_lib.batch_sharding(made.mesh)
     )
     state, metrics = train_step(state, data)
-    replicas.check({'state': state, 'metrics': metrics})
+    multihost.check_replicas({'state': state, 'metrics': metrics})
     found.append(float(metrics['loss']))
   return np.array(found)
 

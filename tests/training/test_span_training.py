@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.state import Setup, empty_memory
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
@@ -70,7 +70,7 @@ def losses(made: Setup, steps: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
 def test_a_memory_lies_where_its_rows_lie(
   axes: dict[str, int], parts: int
 ) -> None:
-  shape = dict.fromkeys(mesh_lib.AXES, 1) | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   mesh = mesh_lib.make_mesh(shape, jax.devices())
   size = (3, 16, 6, 4)
   of_rows = mesh_lib.batch_sharding(mesh).devices_indices_map((size[1],))

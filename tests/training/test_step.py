@@ -8,7 +8,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.distributed import mesh as mesh_lib
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer, state
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
@@ -16,7 +16,7 @@ from tests.helpers import oracle, tiny
 
 
 def setup(config: ConfigDict, **axes: int) -> Setup:
-  shape = {axis: 1 for axis in mesh_lib.AXES} | axes
+  shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
   size = int(np.prod(list(shape.values())))
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
   return state.setup(config, tiny.VOCAB, mesh)

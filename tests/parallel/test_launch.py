@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import pytest
 
-from moe_jax.distributed import launchers, processes
 from moe_jax.errors import UserError
+from moe_jax.parallel import launch
 
 ROOT = Path(__file__).parents[2]
 SRUN = {
@@ -67,7 +67,7 @@ def test_joins_nobody_where_there_is_nobody(
 ) -> None:
   for variable, value in ALONE[name].items():
     monkeypatch.setenv(variable, value)
-  processes.start()
+  launch.initialize()
   assert not calls
 
 
@@ -79,7 +79,7 @@ def test_jax_joins_what_a_launcher_started(
 ) -> None:
   for variable, value in environment.items():
     monkeypatch.setenv(variable, value)
-  processes.start()
+  launch.initialize()
   (call,) = calls
   assert place(call) == (None, None, None)
   assert call['cluster_detection_method'] is None
@@ -88,7 +88,7 @@ def test_jax_joins_what_a_launcher_started(
 def test_flags_say_all(calls: list[dict[str, Any]]) -> None:
   with socket.create_server(('127.0.0.1', 0)) as server:
     address = f'127.0.0.1:{server.getsockname()[1]}'
-    processes.start(address, num_processes=2, process_id=1)
+    launch.initialize(address, num_processes=2, process_id=1)
   (call,) = calls
   assert place(call) == (address, 2, 1)
   assert call['cluster_detection_method'] == 'deactivate'
@@ -101,7 +101,7 @@ def test_a_launcher_completes_the_flags(
     monkeypatch.setenv(variable, value)
   with socket.create_server(('127.0.0.1', 0)) as server:
     address = f'127.0.0.1:{server.getsockname()[1]}'
-    processes.start(address)
+    launch.initialize(address)
   (call,) = calls
   assert place(call) == (address, 4, 2)
   # jax then finds which devices of the host are this process's.
@@ -116,8 +116,8 @@ def test_a_tpu_host_without_others_is_alone(
     raise ValueError('coordinator_address should be defined.')
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  monkeypatch.setattr(launchers, 'is_tpu', lambda: True)
-  processes.start()
+  monkeypatch.setattr(launch, 'is_tpu', lambda: True)
+  launch.initialize()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_refuses_half_a_place(
   for variable, value in environment.items():
     monkeypatch.setenv(variable, value)
   with pytest.raises(UserError) as error:
-    processes.start(**given)
+    launch.initialize(**given)
   for fragment in fragments:
     assert fragment in str(error.value)
   assert not calls
@@ -174,7 +174,7 @@ def test_refuses_a_port_that_is_taken(calls: list[dict[str, Any]]) -> None:
   with socket.create_server(('', 0)) as server:
     port = server.getsockname()[1]
     with pytest.raises(UserError, match=f'process 0 cannot open port {port}'):
-      processes.start(f'127.0.0.1:{port}', num_processes=2, process_id=0)
+      launch.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=0)
   assert not calls
 
 
@@ -189,7 +189,7 @@ def test_says_what_jax_could_not_find(
   for variable, value in OLD_MPIRUN.items():
     monkeypatch.setenv(variable, value)
   with pytest.raises(UserError, match='cannot be joined: Could not parse'):
-    processes.start()
+    launch.initialize()
 
 
 @pytest.mark.parametrize('extra', [True, False])
@@ -203,7 +203,7 @@ def test_a_pod_of_an_indexed_job_joins_the_others_if_jax_can_read_it(
   monkeypatch.setattr(
     'importlib.util.find_spec', lambda name: object() if extra else None
   )
-  processes.start()
+  launch.initialize()
   assert bool(calls) == extra
   assert ('pod 3 of an indexed job runs alone' in capsys.readouterr().err) != (
     extra
@@ -215,8 +215,8 @@ def test_who_waits_in_vain_is_told_in_one_line() -> None:
   with socket.create_server(('127.0.0.1', 0)) as server:
     address = f'127.0.0.1:{server.getsockname()[1]}'
     code = (
-      'from moe_jax.distributed import processes;'
-      f'processes.start({address!r}, 2, 1, coordinator_timeout=1)'
+      'from moe_jax.parallel import launch;'
+      f'launch.initialize({address!r}, 2, 1, coordinator_timeout=1)'
     )
     done = subprocess.run(
       [sys.executable, '-c', code],

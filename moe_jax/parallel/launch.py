@@ -1,9 +1,10 @@
-"""Joins the processes of one run: told how, started by a cluster, or alone.
+"""Joins the processes of one run, started by hand, by a cluster, or alone.
 
-Whether there are several is read from what launchers leave in the environment;
-how they find each other there is jax's own knowledge.
+The environment that launchers and clusters leave to a process says whether
+there are others; jax itself knows how they find each other there.
 """
 
+import importlib.util
 import os
 import re
 import socket
@@ -14,12 +15,25 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.distributed import launchers
 from moe_jax.errors import UserError
 
 _BY_HAND = 'give --coordinator=HOST:PORT, a free port of the host of process 0'
 # Processes end a run within seconds of each other, or one of them has failed.
 _SHUTDOWN_SECONDS = 60
+# The variables in which a launcher leaves the number of processes and that of
+# this one; the launchers stand in the order in which they may be nested.
+_LAUNCHERS = {
+  'Open MPI': ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK'),
+  'SLURM': ('SLURM_STEP_NUM_TASKS', 'SLURM_PROCID'),
+  'MPI': ('PMI_SIZE', 'PMI_RANK'),
+}
+# Without this variable jax cannot tell where the processes meet; Open MPI has
+# not set it since its version 5.
+_MEETING = {
+  'Open MPI': 'OMPI_MCA_orte_hnp_uri',
+  'SLURM': 'SLURM_STEP_NODELIST',
+}
+_KUBERNETES = 'JOB_COMPLETION_INDEX'
 
 
 class Place(NamedTuple):
@@ -30,7 +44,23 @@ class Place(NamedTuple):
   id: int
 
 
-def start(
+class LaunchedProcess(NamedTuple):
+  """One process of several that a launcher started.
+
+  Attributes:
+    launcher: The launcher's name.
+    count: The number of processes it started.
+    id: The number of this process, from 0 on.
+    can_meet: Whether jax finds out where the processes meet.
+  """
+
+  launcher: str
+  count: int
+  id: int
+  can_meet: bool
+
+
+def initialize(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
@@ -42,19 +72,21 @@ def start(
   To be called before jax touches a device.
 
   Args:
-    coordinator: HOST:PORT of process 0; None: the cluster's, or none.
-    num_processes: all there are; None: as many as the launcher says.
-    process_id: this one, from 0 on; None: what the launcher says.
-    coordinator_timeout: seconds to wait for the others. After them the program
-      ends with one line and exit status 2.
-    preemption: whether `Interrupt` is going to look after SIGTERM; until it
+    coordinator: HOST:PORT of process 0. None means that the cluster says it, or
+      that this process runs alone.
+    num_processes: The number of processes. None means what the launcher says.
+    process_id: The number of this process, from 0 on. None means what the
+      launcher says.
+    coordinator_timeout: How many seconds to wait for the others. After that the
+      program ends with one line and exit status 2.
+    preemption: Whether the training loop is going to handle SIGTERM; until it
       does, SIGTERM is only remembered.
 
   Raises:
     UserError: the arguments do not go together, or the others cannot be found.
   """
   jax.config.update('jax_enable_preemption_service', preemption)
-  launched = launchers.launched()
+  launched = launched_process()
   if coordinator is None and (num_processes, process_id) != (None, None):
     raise UserError(
       f'--num_processes = {num_processes} and --process_id = {process_id} need'
@@ -78,9 +110,9 @@ def start(
         f' say where they meet; {_BY_HAND}'
       )
     _join(coordinator_timeout)
-  elif launchers.is_pod():
+  elif is_pod():
     _join(coordinator_timeout)
-  elif launchers.is_tpu():
+  elif is_tpu():
     _join(coordinator_timeout, optional=True)
 
 
@@ -88,9 +120,9 @@ def _place(
   coordinator: str,
   count: int | None,
   id: int | None,
-  launched: launchers.Launched | None,
+  launched: LaunchedProcess | None,
 ) -> Place:
-  """The flags, completed by what the launcher says, and checked."""
+  """Returns what the flags say, completed by the launcher, and checked."""
   if launched and (count, id) == (None, None):
     count, id = launched.count, launched.id
   if count is None or id is None:
@@ -128,14 +160,14 @@ def _check_port(place: Place, seconds: int) -> None:
 
 
 def _reach(host: str, port: int, seconds: int) -> None:
-  """Waits until somebody listens there."""
-  give_up = time.monotonic() + seconds
+  """Waits until a process listens at `host`:`port`."""
+  deadline = time.monotonic() + seconds
   while True:
     try:
       socket.create_connection((host, port), 5).close()
       return
     except OSError as error:
-      if time.monotonic() > give_up:
+      if time.monotonic() > deadline:
         raise UserError(
           f'--coordinator = {host}:{port} could not be reached within {seconds}'
           f' seconds ({error}); process 0 has to run on that host'
@@ -149,10 +181,10 @@ def _join(
   """Calls jax, and ends the program if the others have not come in time.
 
   Args:
-    seconds: to wait.
-    detect: whether jax may find out what is not given.
-    optional: whether it may find that there are no others.
-    **given: to `jax.distributed.initialize`.
+    seconds: How long to wait for the other processes.
+    detect: Whether jax may detect the cluster for what is not given.
+    optional: Whether jax may find that there are no other processes.
+    **given: Arguments of `jax.distributed.initialize`.
   """
   timer = threading.Timer(seconds, _give_up, [seconds])
   timer.daemon = True
@@ -186,3 +218,41 @@ def _give_up(seconds: int) -> None:
     flush=True,
   )
   os._exit(2)  # from a thread; the main one waits inside jax
+
+
+def launched_process() -> LaunchedProcess | None:
+  """Returns what this process's launcher says; None if it started only one."""
+  for name, (count, rank) in _LAUNCHERS.items():
+    if int(os.environ.get(count, 1)) > 1 and rank in os.environ:
+      return LaunchedProcess(
+        name,
+        int(os.environ[count]),
+        int(os.environ[rank]),
+        _MEETING.get(name, '') in os.environ,
+      )
+  return None
+
+
+def is_pod() -> bool:
+  """Whether this is a pod of an indexed Kubernetes job that jax can read."""
+  if _KUBERNETES not in os.environ:
+    return False
+  if importlib.util.find_spec('kubernetes'):
+    return True
+  print(
+    f'note: pod {os.environ[_KUBERNETES]} of an indexed job runs alone; to join'
+    " the others install 'jax[k8s]', or give --coordinator, --num_processes"
+    ' and --process_id',
+    file=sys.stderr,
+  )
+  return False
+
+
+def is_tpu() -> bool:
+  """Whether jax has found TPUs, and may be asked for their other hosts."""
+  # On a TPU's host jax sets this when it is imported.
+  platforms = jax.config.jax_platforms or ''
+  known = 'TPU_WORKER_HOSTNAMES' in os.environ
+  return platforms.startswith('tpu') and (
+    known or 'TPU_SKIP_MDS_QUERY' not in os.environ
+  )

@@ -11,14 +11,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, MESH_AXES, mesh_shape
-from moe_jax.distributed import slices
 from moe_jax.errors import UserError
+from moe_jax.parallel import slices
 
-AXES = MESH_AXES
-TOKEN_AXES = BATCH_AXES
 # Those along which parameters are repeated, not split.
-REPEATED_AXES = tuple(axis for axis in TOKEN_AXES if axis != 'fsdp')
-_TYPES = (AxisType.Auto,) * len(AXES)  # the default differs by JAX's version
+REPEATED_AXES = tuple(axis for axis in BATCH_AXES if axis != 'fsdp')
+_TYPES = (AxisType.Auto,) * len(
+  MESH_AXES
+)  # the default differs by JAX's version
 
 # (pattern of a parameter's name, its spec). The first match counts; a name
 # that matches none is an error. Stacked parameters get a leading None, and the
@@ -51,7 +51,7 @@ RULES = (
   (r'scale_D|shift_D|bias_D|bias_2', P(None)),
   (r'up_bias_F|down_bias_D|head_bias_V', P(None)),
   # Of a run: hidden states of every layer, with the sequences they came from.
-  (r'memory', P(None, TOKEN_AXES, None, None)),
+  (r'memory', P(None, BATCH_AXES, None, None)),
   (r'key', P(None)),
   (r'count|step', P()),
 )
@@ -76,16 +76,16 @@ def make_mesh(
   devices: Sequence[jax.Device],
   dcn: dict[str, int] | None = None,
 ) -> Mesh:
-  """A mesh with the axes `AXES`, sharded by the jit partitioner.
+  """A mesh with the axes `MESH_AXES`, sharded by the jit partitioner.
 
   Args:
     shape: devices along each axis; their product is len(devices).
     devices: as jax lists them, or a topology to compile for.
     dcn: slices along each axis; None: there is one.
   """
-  sizes = {axis: shape[axis] for axis in AXES}
-  placed = slices.arrange(sizes, dcn or dict.fromkeys(AXES, 1), devices)
-  return Mesh(placed, AXES, axis_types=_TYPES)
+  sizes = {axis: shape[axis] for axis in MESH_AXES}
+  placed = slices.arrange(sizes, dcn or dict.fromkeys(MESH_AXES, 1), devices)
+  return Mesh(placed, MESH_AXES, axis_types=_TYPES)
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
@@ -125,12 +125,12 @@ def limited_routing(device: jax.Device, count: int) -> bool:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays whose leading axis is the batch or its tokens."""
-  return NamedSharding(mesh, P(TOKEN_AXES))
+  return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def memory_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays [layers, B, W, D]: split as the batch they belong to."""
-  return NamedSharding(mesh, P(None, TOKEN_AXES))
+  return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -142,7 +142,7 @@ def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
   """Constrains the axis of B or T to the token axes of the mesh, if any."""
   if mesh is None or mesh.size == 1:
     return x
-  spec = P(*(None,) * axis, TOKEN_AXES)
+  spec = P(*(None,) * axis, BATCH_AXES)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
@@ -151,7 +151,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
   Args:
     tree: leaves with a shape; the last key of a leaf's path is its name.
-    mesh: with the axes `AXES`.
+    mesh: with the axes `MESH_AXES`.
 
   Raises:
     UserError: an axis does not divide its dimension.

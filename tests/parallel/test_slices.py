@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax.distributed import slices
 from moe_jax.errors import UserError
+from moe_jax.parallel import slices
 from tests.helpers import tiny
 
 
