@@ -45,10 +45,10 @@ def random_batches(made: Setup, count: int) -> list[Batch]:
 
   def batch() -> Batch:
     ids = rng.integers(made.vocab_size, size=(2, *_shape(made)), dtype=np.int32)
-    rows = {'inputs': ids[0], 'targets': ids[1]}
-    rows['mask'] = np.ones(_shape(made), bool)
+    rows = {'token_ids': ids[0], 'targets': ids[1]}
+    rows['padding_mask'] = np.ones(_shape(made), bool)
     if made.config.data.order == 'contiguous':
-      rows['fresh'] = np.zeros(len(ids[0]), bool)
+      rows['segment_start'] = np.zeros(len(ids[0]), bool)
     return jax.device_put(rows, mesh_lib.batch_sharding(made.mesh))
 
   return [batch() for _ in range(count)]

@@ -219,15 +219,15 @@ class Run:
   def forward(self, made: state.Setup) -> Any:
     def logits(params: Any) -> jax.Array:
       model = nnx.merge(made.graphdef, params)
-      return model(self.batch['inputs'], self.batch['mask'])[0]
+      return model(self.batch['token_ids'], self.batch['padding_mask'])[0]
 
     return logits
 
   def agrees_with_the_oracle(self) -> None:
-    real_BL = self.batch['mask']
+    real_BL = self.batch['padding_mask']
     for row in (0, -1):
       length = real_BL[row].sum()
-      ids_BL = self.batch['inputs'][row : row + 1 or None, :length]
+      ids_BL = self.batch['token_ids'][row : row + 1 or None, :length]
       expected = expected_logits(self.config, self.before, ids_BL[0])
       np.testing.assert_allclose(
         self.logits[row, :length], expected, atol=2e-5 * np.abs(expected).max()
@@ -281,9 +281,9 @@ def batch(config: ConfigDict) -> dict[str, np.ndarray]:
   ids = rng.integers(0, tiny.VOCAB, (size, length + 1)).astype(np.int32)
   mask = np.ones((size, length), bool)
   mask[-1, length // 2 :] = False
-  made = {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+  made = {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
   if config.data.order == 'contiguous':  # every step forgets the one before
-    made['fresh'] = np.ones(size, bool)
+    made['segment_start'] = np.ones(size, bool)
   return made
 
 

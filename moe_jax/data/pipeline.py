@@ -29,9 +29,9 @@ class TrainStream:
     return self
 
   def __next__(self) -> Batch:
-    """Returns inputs, targets int32 [rows, L] and mask bool [rows, L].
+    """Returns token_ids, targets int32 and padding_mask bool, all [rows, L].
 
-    And `fresh` bool [rows] if the order is contiguous.
+    And `segment_start` bool [rows] if the order is contiguous.
     """
     batch = next(self._batches)
     self._step += 1

@@ -2,7 +2,7 @@
 
 The stream of a split is cut into as many equal parts as a batch has rows. Step
 s reads the next segment of every part, so a row's memory of the segment before
-is right for this one. Where it is not, the batch says so: `fresh` is True.
+is right for this one. Where it is not, the batch's `segment_start` is True.
 """
 
 import bisect
@@ -48,12 +48,12 @@ class Segments:
     self._offsets: list[int] = []
 
   def at(self, step: int, row: int) -> Window:
-    """Returns the window of a row at a step, and whether it is `fresh`."""
+    """Returns the window of a row at a step, and whether a row starts anew."""
     nth, offset = self._locate(step)
     length = self._windows.seq_len
     begin = row * self._row_tokens + offset + nth * length
     window = self._windows.read(begin, length)
-    return window | {'fresh': np.bool_(nth == 0)}
+    return window | {'segment_start': np.bool_(nth == 0)}
 
   def _locate(self, step: int) -> tuple[int, int]:
     """The number of a step in its epoch, and the epoch's offset."""
@@ -91,4 +91,4 @@ class WholeRows:
     left = self._row_tokens - begin
     count = min(self._windows.seq_len, left)
     window = self._windows.read(row * self._row_tokens + begin, count)
-    return window | {'fresh': np.bool_(step == 0)}
+    return window | {'segment_start': np.bool_(step == 0)}

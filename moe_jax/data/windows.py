@@ -16,7 +16,8 @@ from moe_jax.data import corpora, token_index
 from moe_jax.data.corpora import Documents
 from moe_jax.data.tokenizers import Tokenizer
 
-# 'inputs' and 'targets' int32 [L], 'mask' bool [L], perhaps 'fresh' bool [].
+# 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
+# and in a contiguous order 'segment_start' bool [].
 Window = dict[str, np.ndarray]
 
 # Encoded documents that a split keeps at hand; python_stdlib fits whole.
@@ -87,12 +88,16 @@ class Windows:
         padding.
     """
     count = max(0, min(count, self.num_tokens - begin))
-    inputs, targets = np.zeros((2, self.seq_len), np.int32)
+    token_ids, targets = np.zeros((2, self.seq_len), np.int32)
     if count:
       tokens = self._tokens(begin, begin + count + 1)
-      inputs[:count], targets[:count] = tokens[:-1], tokens[1:]
-    mask = np.arange(self.seq_len) < count
-    return {'inputs': inputs, 'targets': targets, 'mask': mask}
+      token_ids[:count], targets[:count] = tokens[:-1], tokens[1:]
+    padding_mask = np.arange(self.seq_len) < count
+    return {
+      'token_ids': token_ids,
+      'targets': targets,
+      'padding_mask': padding_mask,
+    }
 
   def _tokens(self, begin: int, end: int) -> np.ndarray:
     """Returns tokens [begin, end) of the stream."""

@@ -60,10 +60,10 @@ def abstract_batch(setup: Setup) -> Batch:
   def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  batch = {name: array(rows, jnp.int32) for name in ('inputs', 'targets')}
-  batch['mask'] = array(rows, jnp.bool)
+  batch = {name: array(rows, jnp.int32) for name in ('token_ids', 'targets')}
+  batch['padding_mask'] = array(rows, jnp.bool)
   if setup.config.data.order == 'contiguous':
-    batch['fresh'] = array(rows[:1], jnp.bool)
+    batch['segment_start'] = array(rows[:1], jnp.bool)
   return batch
 
 

@@ -17,8 +17,9 @@ from moe_jax.training import optimizer
 from moe_jax.training.losses import Metrics, auxiliary_loss
 from moe_jax.training.state import Setup, TrainState
 
-# {'inputs': int32 [B, L], 'targets': int32 [B, L], 'mask': bool [B, L]}, and of
-# a contiguous stream 'fresh': bool [B], True where a row begins anew.
+# {'token_ids': int32 [B, L], 'targets': int32 [B, L], 'padding_mask': bool
+# [B, L], True at tokens}, and of a contiguous stream 'segment_start': bool [B],
+# True where a row begins anew.
 Batch = dict[str, jax.Array]
 
 
@@ -53,7 +54,7 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     memory = state.get('memory')
     if memory is not None:
-      memory = jnp.where(batch['fresh'][:, None, None], 0, memory)
+      memory = jnp.where(batch['segment_start'][:, None, None], 0, memory)
     reads = _Reads(batch, memory, _step_key(state, config))
     grads, metrics, memory = _gradient(setup, state['params'], reads)
     updates, opt_state = setup.tx.update(
@@ -92,12 +93,14 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
     model: Decoder = nnx.merge(setup.eval_graphdef, params)
     x_BLD, load, memory = model.hidden(
-      batch['inputs'], batch['mask'], memory=memory
+      batch['token_ids'], batch['padding_mask'], memory=memory
     )
-    targets = Targets(batch['targets'], batch['mask'].astype(jnp.float32))
+    targets = Targets(
+      batch['targets'], batch['padding_mask'].astype(jnp.float32)
+    )
     return {
       'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets),
-      'targets': batch['mask'].sum(),
+      'targets': batch['padding_mask'].sum(),
       'load': load,
       'memory': memory,
     }
@@ -123,7 +126,7 @@ def _gradient(
   """The gradient over a global batch, its metrics, and the next memory."""
   config, mesh = setup.config, setup.mesh
   count = config.train.accumulation
-  num_targets = reads.batch['mask'].sum().astype(jnp.float32)
+  num_targets = reads.batch['padding_mask'].sum().astype(jnp.float32)
   of_loss = jax.grad(_loss, argnums=1, has_aux=True)
   if count == 1:
     grads, (metrics, memory) = of_loss(setup, params, reads, num_targets, None)
@@ -169,7 +172,7 @@ def _loss(
   config, batch = setup.config, reads.batch
   model: Decoder = nnx.merge(setup.graphdef, params)
   x_BLD, load, memory = _run(model, reads)
-  targets = Targets(batch['targets'], batch['mask'] / num_targets)
+  targets = Targets(batch['targets'], batch['padding_mask'] / num_targets)
   loss = cross_entropy(setup.mesh, x_BLD, model.head(), targets)
   share = 1 / config.train.accumulation
   auxiliary, metrics = auxiliary_loss(load, config, share, whole)
@@ -179,7 +182,9 @@ def _loss(
 
 def _run(model: Decoder, reads: _Reads) -> Hidden:
   batch, memory, key = reads
-  return model.hidden(batch['inputs'], batch['mask'], memory=memory, key=key)
+  return model.hidden(
+    batch['token_ids'], batch['padding_mask'], memory=memory, key=key
+  )
 
 
 def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:

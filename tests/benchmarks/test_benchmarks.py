@@ -54,11 +54,11 @@ def _bytes_of_one_device(leaves: list[jax.ShapeDtypeStruct]) -> int:
 def test_random_batches_are_of_the_vocabulary_and_differ() -> None:
   made = state_lib.from_config(tiny.config())
   first, second = common.random_batches(made, 2)
-  ids = np.asarray(first['inputs'])
+  ids = np.asarray(first['token_ids'])
   assert ids.shape == (8, 16)
   assert ids.min() >= 0 and ids.max() < made.vocab_size == 257
-  assert np.any(ids != np.asarray(second['inputs']))
-  assert np.asarray(first['mask']).all()
+  assert np.any(ids != np.asarray(second['token_ids']))
+  assert np.asarray(first['padding_mask']).all()
 
 
 @pytest.mark.slow

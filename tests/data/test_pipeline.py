@@ -49,7 +49,7 @@ def _assert_same(
 ) -> None:
   assert len(left) == len(right)
   for a, b in zip(left, right, strict=True):
-    for key in ('inputs', 'targets', 'mask'):
+    for key in ('token_ids', 'targets', 'padding_mask'):
       np.testing.assert_array_equal(a[key], b[key])
 
 
@@ -60,8 +60,8 @@ def test_every_token_is_a_target_once(
   windows = pipeline.Windows(documents, TOKENIZER, seq_len)
   stream = _stream(documents)
   rows = [windows[i] for i in range(len(windows))]
-  for key, expected in ('inputs', stream[:-1]), ('targets', stream[1:]):
-    got = np.concatenate([row[key][row['mask']] for row in rows])
+  for key, expected in ('token_ids', stream[:-1]), ('targets', stream[1:]):
+    got = np.concatenate([row[key][row['padding_mask']] for row in rows])
     np.testing.assert_array_equal(got, expected)
   assert windows.num_tokens == len(stream) - 1
   assert windows.num_bytes == sum(token != 256 for token in stream)
@@ -69,14 +69,16 @@ def test_every_token_is_a_target_once(
 
 def test_shapes_types_and_padding(windows: pipeline.Windows) -> None:
   last = windows[len(windows) - 1]
-  assert [last[key].dtype for key in ('inputs', 'targets', 'mask')] == [
-    np.int32, np.int32, np.bool_,
-  ]  # fmt: skip
+  assert {key: array.dtype for key, array in last.items()} == {
+    'token_ids': np.int32,
+    'targets': np.int32,
+    'padding_mask': np.bool_,
+  }
   assert all(value.shape == (L,) for value in last.values())
   real = windows.num_tokens - L * (len(windows) - 1)
   assert 0 < real < L  # the corpus of this test does not fill its last window
-  np.testing.assert_array_equal(last['mask'], np.arange(L) < real)
-  assert not last['inputs'][real:].any()
+  np.testing.assert_array_equal(last['padding_mask'], np.arange(L) < real)
+  assert not last['token_ids'][real:].any()
   assert not last['targets'][real:].any()
 
 
@@ -125,9 +127,9 @@ def test_epochs_are_permutations_that_differ(
   # Three epochs of batches of one window each.
   count = len(windows)
   batches = _train(windows, 3 * count, batch_size=1, rows=[0])
-  rows = [b['inputs'].tobytes() + b['targets'].tobytes() for b in batches]
+  rows = [b['token_ids'].tobytes() + b['targets'].tobytes() for b in batches]
   plain = [
-    windows[i]['inputs'].tobytes() + windows[i]['targets'].tobytes()
+    windows[i]['token_ids'].tobytes() + windows[i]['targets'].tobytes()
     for i in range(count)
   ]
   epochs = [rows[i : i + count] for i in range(0, 3 * count, count)]
@@ -138,7 +140,7 @@ def test_epochs_are_permutations_that_differ(
 
 def test_seed_decides_the_order(windows: pipeline.Windows) -> None:
   first, other = _train(windows, 2), _train(windows, 2, seed=7)
-  assert (first[0]['inputs'] != other[0]['inputs']).any()
+  assert (first[0]['token_ids'] != other[0]['token_ids']).any()
   _assert_same(_train(windows, 2, seed=-1), _train(windows, 2, seed=2**32 - 1))
 
 
@@ -151,7 +153,7 @@ def test_fewer_windows_than_a_batch(
   assert len(windows) == 2
   # Four epochs in a batch: each window four times.
   (batch,) = _train(windows, 1)
-  seen = collections.Counter(row.tobytes() for row in batch['inputs'])
+  seen = collections.Counter(row.tobytes() for row in batch['token_ids'])
   assert sorted(seen.values()) == [4, 4]
 
 
@@ -164,13 +166,13 @@ def test_evaluation_reads_the_split_once(
     pipeline.eval_batches(windows, batch_size=batch_size, rows=rows)
   )
   assert len(batches) == pipeline.num_batches(windows, batch_size)
-  got = np.concatenate([b['targets'][b['mask']] for b in batches])
+  got = np.concatenate([b['targets'][b['padding_mask']] for b in batches])
   plain = [windows[i] for i in range(len(windows))]
-  expected = np.concatenate([w['targets'][w['mask']] for w in plain])
+  expected = np.concatenate([w['targets'][w['padding_mask']] for w in plain])
   np.testing.assert_array_equal(got, expected)
-  assert batches[-1]['inputs'].shape == (batch_size, L)
+  assert batches[-1]['token_ids'].shape == (batch_size, L)
   filler = pipeline.num_batches(windows, batch_size) * batch_size - len(windows)
-  assert not batches[-1]['mask'][batch_size - filler :].any()
+  assert not batches[-1]['padding_mask'][batch_size - filler :].any()
 
 
 def test_evaluation_shared_by_two_processes(
@@ -201,7 +203,7 @@ def test_small_cache_and_many_threads(
   stream = np.array(_stream(documents))
   for i, row in zip(order, rows, strict=True):
     expected = stream[i * L + 1 : (i + 1) * L + 1]
-    np.testing.assert_array_equal(row['targets'][row['mask']], expected)
+    np.testing.assert_array_equal(row['targets'][row['padding_mask']], expected)
   kept = windows._pieces
   assert kept._bytes == sum(array.nbytes for array in kept._kept.values())
   assert kept._bytes <= 200
@@ -290,5 +292,5 @@ def test_real_text(stdlib: ConfigDict) -> None:
   documents = corpora.open_documents(stdlib, 'validation')
   windows = pipeline.Windows(documents, TOKENIZER, 256)
   batches = pipeline.eval_batches(windows, batch_size=64, rows=range(64))
-  got = np.concatenate([b['targets'][b['mask']] for b in batches])
+  got = np.concatenate([b['targets'][b['padding_mask']] for b in batches])
   np.testing.assert_array_equal(got, _stream(documents)[1:])

@@ -283,12 +283,12 @@ def test_rows_go_on_where_they_stopped(enwik8: ConfigDict) -> None:
   batches = epochs(windows, rows=4, steps=40)
   offsets, fresh_at = [], []
   for step, batch in enumerate(batches):
-    assert batch['mask'].all()
-    assert batch['fresh'].dtype == bool
-    assert len(set(batch['fresh'])) == 1
-    if batch['fresh'][0]:
+    assert batch['padding_mask'].all()
+    assert batch['segment_start'].dtype == bool
+    assert len(set(batch['segment_start'])) == 1
+    if batch['segment_start'][0]:
       fresh_at.append(step)
-      first = batch['inputs'][0]
+      first = batch['token_ids'][0]
       begins = [o for o in range(32) if (whole[o : o + 32] == first).all()]
       offsets.append(begins)
       begin = None
@@ -297,7 +297,7 @@ def test_rows_go_on_where_they_stopped(enwik8: ConfigDict) -> None:
       fits = [
         b
         for b in range(row_tokens - 32)
-        if (part[b : b + 32] == batch['inputs'][row]).all()
+        if (part[b : b + 32] == batch['token_ids'][row]).all()
         and (part[b + 1 : b + 33] == batch['targets'][row]).all()
       ]
       assert fits
@@ -319,7 +319,7 @@ def test_contiguous_is_a_function_of_seed_and_step(enwik8: ConfigDict) -> None:
       np.testing.assert_array_equal(value, b[key])
   other = epochs(windows, rows=4, steps=20, seed=1)
   assert any(
-    (a['inputs'] != b['inputs']).any()
+    (a['token_ids'] != b['token_ids']).any()
     for a, b in zip(straight, other, strict=True)
   )
 
@@ -359,7 +359,7 @@ def test_rows_shorter_than_a_segment(enwik8: ConfigDict) -> None:
   with pytest.raises(errors.UserError, match='rows of 30, but data.seq_len ='):
     epochs(windows, rows=30, steps=1)
   # 33 tokens: one segment, always the same.
-  (only,) = {b['inputs'].tobytes() for b in epochs(windows, 27, 5)}
+  (only,) = {b['token_ids'].tobytes() for b in epochs(windows, 27, 5)}
   assert only
 
 
@@ -373,13 +373,13 @@ def test_contiguous_evaluation_predicts_every_token_once(
       windows, batch_size=rows, rows=range(rows), order='contiguous'
     )
   )
-  assert batches[0]['fresh'].all()
-  assert not any(batch['fresh'].any() for batch in batches[1:])
+  assert batches[0]['segment_start'].all()
+  assert not any(batch['segment_start'].any() for batch in batches[1:])
   by_row = [
-    np.concatenate([b['targets'][row][b['mask'][row]] for b in batches])
+    np.concatenate([b['targets'][row][b['padding_mask'][row]] for b in batches])
     for row in range(rows)
   ]
   np.testing.assert_array_equal(np.concatenate(by_row), stream(windows)[1:])
   for row in range(rows):
-    masks = np.concatenate([b['mask'][row] for b in batches])
+    masks = np.concatenate([b['padding_mask'][row] for b in batches])
     assert not masks[masks.sum() :].any()  # padding only at a row's end

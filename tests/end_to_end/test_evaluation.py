@@ -185,7 +185,7 @@ def test_padding_is_not_counted_as_routed(
   *_, last = eval_batches(
     prepared.eval_windows, batch_size=size, rows=range(size)
   )
-  assert not last['mask'].all()
+  assert not last['padding_mask'].all()
   params = runs.restore(config, workdir, STEPS)['params']
   load = make_eval_step(prepared.setup)(params, last)['load']
 

@@ -46,7 +46,7 @@ def check_rows() -> None:
   for sizes, expected in READS:
     rows = multihost.Rows(mesh_lib.batch_sharding(mesh(**sizes)), NUM_ROWS)
     assert rows.local == expected[jax.process_index()], sizes
-    made = rows.join({'inputs': whole[rows.local]})['inputs']
+    made = rows.join({'token_ids': whole[rows.local]})['token_ids']
     for shard in made.addressable_shards:
       np.testing.assert_array_equal(shard.data, whole[shard.index])
     gathered = multihost_utils.process_allgather(made, tiled=True)

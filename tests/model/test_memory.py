@@ -103,13 +103,15 @@ def compile_step(setup: state.Setup) -> jax.stages.Compiled:
   batch = {
     name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharding)
     for name, dtype in (
-      ('inputs', 'int32'),
+      ('token_ids', 'int32'),
       ('targets', 'int32'),
-      ('mask', 'bool'),
+      ('padding_mask', 'bool'),
     )
   }
   if 'memory' in setup.abstract:
-    batch['fresh'] = jax.ShapeDtypeStruct(rows[:1], 'bool', sharding=sharding)
+    batch['segment_start'] = jax.ShapeDtypeStruct(
+      rows[:1], 'bool', sharding=sharding
+    )
   return make_train_step(setup).lower(setup.abstract, batch).compile()
 
 

@@ -51,7 +51,7 @@ LENGTHS = [6, 3, 6, 0]  # of each sequence; the rest is padding
 def batch() -> dict[str, np.ndarray]:
   ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (4, 7), np.int32)
   mask = np.arange(6) < np.array(LENGTHS)[:, None]
-  return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+  return {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
 
 
 def losses(config: ConfigDict, params: Any, before: Any) -> dict[str, float]:
@@ -62,7 +62,7 @@ def losses(config: ConfigDict, params: Any, before: Any) -> dict[str, float]:
     sequences.append(oracle.Sequence(config, params))
     if not length:
       continue
-    logits_LV = sequences[-1].run(data['inputs'][row, :length])
+    logits_LV = sequences[-1].run(data['token_ids'][row, :length])
     targets = data['targets'][row, :length, None]
     shares_LV = np.log(oracle.softmax(logits_LV))
     nll -= np.take_along_axis(shares_LV, targets, 1).sum()

@@ -40,10 +40,10 @@ def batches(config: ConfigDict, steps: int) -> list[dict[str, np.ndarray]]:
     fresh[3] |= step == 2
     found.append(
       {
-        'inputs': part[:, :-1],
+        'token_ids': part[:, :-1],
         'targets': part[:, 1:],
-        'mask': np.ones((size, length), bool),
-        'fresh': fresh,
+        'padding_mask': np.ones((size, length), bool),
+        'segment_start': fresh,
       }
     )
   return found

@@ -30,7 +30,7 @@ def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
   ids[:, 1::2] = ids[:, :-1:2]
   mask = np.ones((size, length), bool)
   mask[-1, length // 2 :] = False
-  return {'inputs': ids[:, :-1], 'targets': ids[:, 1:], 'mask': mask}
+  return {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
 
 
 def to_numpy(tree: Any) -> Any:
@@ -44,9 +44,9 @@ def test_losses_equal_the_oracle() -> None:
   sums = make_eval_step(made)(params, data)
   nll, counts, probabilities = 0.0, np.zeros((4, 8)), np.zeros((4, 8))
   for row in range(config.train.batch_size):
-    length = int(data['mask'][row].sum())
+    length = int(data['padding_mask'][row].sum())
     sequence = oracle.Sequence(config, to_numpy(params))
-    logits = sequence.run(data['inputs'][row, :length])
+    logits = sequence.run(data['token_ids'][row, :length])
     chosen = np.take_along_axis(
       np.log(oracle.softmax(logits)), data['targets'][row, :length, None], 1
     )
@@ -54,7 +54,7 @@ def test_losses_equal_the_oracle() -> None:
     for i, (p, experts) in enumerate(sequence.routed):
       counts[i] += np.bincount(np.concatenate(experts), minlength=8)
       probabilities[i] += p.sum(0)
-  tokens = data['mask'].sum()
+  tokens = data['padding_mask'].sum()
   _, metrics = make_train_step(made)(made.init(), data)
   # N * sum_n f_n P_n, summed over the four sub-layers.
   balance = 8 * (counts / tokens * probabilities / tokens).sum()
@@ -110,7 +110,7 @@ def test_accumulation_changes_nothing_but_the_balance_loss() -> None:
     new, metrics = make_train_step(made)(made.init(), data)
     results.append((new['params'], metrics['loss'], metrics['gradient_norm']))
     load = metrics['load']
-    np.testing.assert_array_equal(load.tokens, data['mask'].sum())
+    np.testing.assert_array_equal(load.tokens, data['padding_mask'].sum())
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     *results,
