@@ -64,12 +64,13 @@ test-interop: ## the tests that need the extra `interop`, which it installs
 
 test-all: lint test test-slow test-tree-mode test-interop ## all, and lint
 
-lint: $(INSTALLED) ## style and formatting
+lint: $(INSTALLED) ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(RUN) -m mypy
 
 clean: ## remove the environment and all caches, but no runs
-	rm -rf $(VENV) build .cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Only again when what it reads has changed.
