@@ -110,7 +110,7 @@ def measure(
   sizes_N = jnp.bincount(chosen.reshape(-1), length=groups).astype(jnp.int32)
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = (rows, d), (groups, d, f), (rows, f)
-  rows_MD, bank_NDF, grad_MF = (
+  rows_MD, weights_NDF, grad_MF = (
     jax.random.normal(key, shape, dtype)
     for key, shape in zip(keys, shapes, strict=True)
   )
@@ -122,7 +122,7 @@ def measure(
       )
       return out, vjp(grad)
 
-    return timing.Program(function, (rows_MD, bank_NDF, sizes_N, grad_MF))
+    return timing.Program(function, (rows_MD, weights_NDF, sizes_N, grad_MF))
 
   def dense(rows: Any, weight: Any, grad: Any) -> Any:
     out, vjp = jax.vjp(jnp.matmul, rows, weight)
@@ -134,7 +134,7 @@ def measure(
     for name in available(device)
     if slow or device.platform != 'cpu' or name not in _SLOW_ON_CPU
   ]
-  operands = rows_MD, bank_NDF[0], grad_MF
+  operands = rows_MD, weights_NDF[0], grad_MF
   programs = {name: both(name) for name in names}
   programs['dense'] = timing.Program(dense, operands)
   size, square = timing.square_matmul(dtype)

@@ -162,13 +162,13 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
 
   from benchmarks import timing
   from moe_jax.experts import dispatch
-  from moe_jax.experts.feed_forward import ExpertBank
+  from moe_jax.experts.mlp import SwiGLUExperts
   from moe_jax.model.build_matmul import chosen
   from moe_jax.routing.selection import Routing
 
   chosen_TK = jnp.asarray(_choices(sizes, kind))
   x_TD, weights_TK, grad_TD = _operands(sizes, timing.dtype_of(dtype))
-  bank = ExpertBank(
+  bank = SwiGLUExperts(
     sizes['experts'],
     sizes['hidden'],
     sizes['width'],
@@ -199,12 +199,12 @@ def _dense(sizes: dict[str, int], kind: str, dtype: str) -> Any:
   from flax import nnx
 
   from benchmarks import timing
-  from moe_jax.experts.feed_forward import FeedForward
+  from moe_jax.experts.mlp import SwiGLU
 
   del kind
   x_TD, _, grad_TD = _operands(sizes, timing.dtype_of(dtype))
   graphdef, params = nnx.split(
-    FeedForward(
+    SwiGLU(
       sizes['hidden'],
       sizes['top_k'] * sizes['width'],
       init_std=0.02,

@@ -24,11 +24,11 @@ experts that live there.
 In these files a letter stands for something else:
 
   C  tokens whose logits are made together     `model.cross_entropy`
-  J  blocks, segments of rows                  `experts.row_blocks`, `.rows`
+  J  blocks, segments of rows                  `experts.grouped_matmul`,
+                                               `experts.permute`
   M  query heads of a group, times queries     `model.causal`
-  N  after U, the experts of each device       `experts.trip`, `.ragged`,
-                                               `.exchange`
-  X  parts that a device's rows arrive in      `experts.trip`, `.ragged`,
-                                               `.remote`
+  N  after U, the experts of each device       `experts.exchange`,
+                                               `experts.ragged_exchange`
+  X  parts that a device's rows arrive in      the same
   P  points of a curve, W  MoE layers          `analysis`
 """

@@ -43,8 +43,8 @@ ROOMS = {
   # The papers' equations know nothing of meshes, files or training.
   'routing': Room('', 'jax flax'),
   # An optional package, imported where it is used.
-  'experts.tokamax_kernels': Room('', 'jax tokamax absl'),
-  'experts': Room('routing experts.tokamax_kernels', 'jax flax'),
+  'experts.grouped_matmul.tokamax': Room('', 'jax tokamax absl'),
+  'experts': Room('routing experts.grouped_matmul.tokamax', 'jax flax'),
   'parallel.slices': Room('axes errors', 'jax ml_collections numpy'),
   'parallel.mesh': Room('config errors parallel.slices', 'jax ml_collections'),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
@@ -53,7 +53,9 @@ ROOMS = {
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
   ),
-  'model': Room(f'{_MODEL} experts.tokamax_kernels', 'jax flax ml_collections'),
+  'model': Room(
+    f'{_MODEL} experts.grouped_matmul.tokamax', 'jax flax ml_collections'
+  ),
   'interop': Room(
     f'{_CONFIG} ranges saved_config model',
     'jax flax ml_collections ml_dtypes numpy safetensors',

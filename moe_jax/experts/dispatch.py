@@ -1,7 +1,7 @@
 """How tokens get to their experts and back, on one device.
 
 A dispatch is `dispatch(x_TD, routing, experts) -> Dispatched`. Both forms sort
-the slots by expert once, stably, and move rows as `moe_jax.experts.rows` does.
+the assignments by expert once, stably, and move rows by `experts.permute`.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.rows import combine_rows, rows_of_slots
+from moe_jax.experts.permute import combine, permute
 from moe_jax.routing.selection import Routing
 
 
-class Bank(Protocol):
+class Experts(Protocol):
   """Experts that live here: all, or a device's share.
 
   Attributes:
@@ -55,7 +55,7 @@ class Dispatch(Protocol):
   """Brings tokens to their experts and the results back."""
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: Bank
+    self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
     """For every token the sum over its slots of weight times expert."""
 
@@ -64,19 +64,19 @@ class Order(NamedTuple):
   """The T*K slots sorted by expert, those unused (index N) last; all int32.
 
   Attributes:
-    slot_M: the slot in each row.
-    place_TK: the row of each slot.
+    assignment_M: the slot in each row.
+    row_TK: the row of each slot.
     sizes_N: rows of each expert.
-    starts_N: where they begin.
+    offsets_N: where they begin.
   """
 
-  slot_M: jax.Array
-  place_TK: jax.Array
+  assignment_M: jax.Array
+  row_TK: jax.Array
   sizes_N: jax.Array
-  starts_N: jax.Array
+  offsets_N: jax.Array
 
 
-def dropless(x_TD: jax.Array, routing: Routing, experts: Bank) -> Dispatched:
+def dropless(x_TD: jax.Array, routing: Routing, experts: Experts) -> Dispatched:
   """Every slot reaches its expert, however uneven the experts are used."""
   order = sort(routing, experts.num_experts)
   y_TD = in_order(order, x_TD, routing, experts)
@@ -84,13 +84,13 @@ def dropless(x_TD: jax.Array, routing: Routing, experts: Bank) -> Dispatched:
 
 
 def in_order(
-  order: Order, x_TD: jax.Array, routing: Routing, experts: Bank
+  order: Order, x_TD: jax.Array, routing: Routing, experts: Experts
 ) -> jax.Array:
   """y_TD of slots that are sorted already."""
-  rows_MD = rows_of_slots(x_TD, order.slot_M, order.place_TK)
-  seeds_M = _seeds(routing, order.slot_M)
+  rows_MD = permute(x_TD, order.assignment_M, order.row_TK)
+  seeds_M = _seeds(routing, order.assignment_M)
   out_MD = experts.grouped(rows_MD, order.sizes_N, seeds_M)
-  return combine_rows(out_MD, routing.weights_TK, order.place_TK, order.slot_M)
+  return combine(out_MD, routing.weights_TK, order.row_TK, order.assignment_M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +111,21 @@ class Capacity:
   rank: Callable[[Routing], jax.Array | None]
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: Bank
+    self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
     slots = routing.indices_TK.size
     capacity = math.ceil(self.factor * slots / routing.num_experts)
     order = sort(routing, experts.num_experts, self.rank(routing))
-    slot_NC, place_TK = _queues(order, routing, capacity)
-    slot_M, kept_TK = slot_NC.reshape(-1), place_TK < slot_NC.size
-    rows_MD = rows_of_slots(x_TD, slot_M, place_TK)
-    rows_NCD = rows_MD.reshape(*slot_NC.shape, -1)
-    out_NCD = experts.batched(rows_NCD, _seeds(routing, slot_NC))
-    y_TD = combine_rows(
-      out_NCD.reshape(rows_MD.shape), routing.weights_TK, place_TK, slot_M
+    assignment_NC, row_TK = _queues(order, routing, capacity)
+    assignment_M, kept_TK = (
+      assignment_NC.reshape(-1),
+      row_TK < assignment_NC.size,
+    )
+    rows_MD = permute(x_TD, assignment_M, row_TK)
+    rows_NCD = rows_MD.reshape(*assignment_NC.shape, -1)
+    out_NCD = experts.batched(rows_NCD, _seeds(routing, assignment_NC))
+    y_TD = combine(
+      out_NCD.reshape(rows_MD.shape), routing.weights_TK, row_TK, assignment_M
     )
     dropped = order.sizes_N.sum() - kept_TK.sum(dtype=jnp.int32)
     return Dispatched(y_TD, dropped)
@@ -150,14 +153,14 @@ def sort(
   """
   slots_M = routing.indices_TK.reshape(-1)
   if rank_TK is None:
-    slot_M = jnp.argsort(slots_M, stable=True)
+    assignment_M = jnp.argsort(slots_M, stable=True)
   else:
-    slot_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
-  place_TK = jnp.argsort(slot_M).reshape(routing.indices_TK.shape)
+    assignment_M = jnp.lexsort((rank_TK.reshape(-1), slots_M))  # a stable sort
+  row_TK = jnp.argsort(assignment_M).reshape(routing.indices_TK.shape)
   edges = jnp.searchsorted(
-    slots_M[slot_M], jnp.arange(num_experts + 1), method='compare_all'
+    slots_M[assignment_M], jnp.arange(num_experts + 1), method='compare_all'
   )
-  return Order(slot_M, place_TK, jnp.diff(edges), edges[:-1])
+  return Order(assignment_M, row_TK, jnp.diff(edges), edges[:-1])
 
 
 def queued(order: Order, routing: Routing) -> tuple[jax.Array, jax.Array]:
@@ -166,7 +169,7 @@ def queued(order: Order, routing: Routing) -> tuple[jax.Array, jax.Array]:
   Both int32 [T, K]; of an unused slot the last expert, and any number.
   """
   expert_TK = jnp.minimum(routing.indices_TK, len(order.sizes_N) - 1)
-  return expert_TK, order.place_TK - order.starts_N[expert_TK]
+  return expert_TK, order.row_TK - order.offsets_N[expert_TK]
 
 
 def _queues(
@@ -175,18 +178,18 @@ def _queues(
   """The first `capacity` slots of every expert.
 
   Returns:
-    slot_NC: the slots, T*K where there is none; and place_TK: the place of each
-    slot in it, flattened, N*C for slots without one. Both int32.
+    assignment_NC: the slots, T*K where there is none; and row_TK: the place of
+    each slot in it, flattened, N*C for slots without one. Both int32.
   """
   slots, num_experts = routing.indices_TK.size, len(order.sizes_N)
   nth_C = jnp.arange(capacity)
-  row_NC = jnp.minimum(order.starts_N[:, None] + nth_C, slots - 1)
+  row_NC = jnp.minimum(order.offsets_N[:, None] + nth_C, slots - 1)
   used_NC = nth_C < order.sizes_N[:, None]
-  slot_NC = jnp.where(used_NC, order.slot_M[row_NC], slots)
+  assignment_NC = jnp.where(used_NC, order.assignment_M[row_NC], slots)
   expert_TK, nth_TK = queued(order, routing)
   kept_TK = (routing.indices_TK < num_experts) & (nth_TK < capacity)
-  place_TK = expert_TK * capacity + nth_TK
-  return slot_NC, jnp.where(kept_TK, place_TK, slot_NC.size)
+  row_TK = expert_TK * capacity + nth_TK
+  return assignment_NC, jnp.where(kept_TK, row_TK, assignment_NC.size)
 
 
 def _seeds(routing: Routing, slots: jax.Array) -> jax.Array | None:

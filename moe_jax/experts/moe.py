@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.dropout import dropout, split
-from moe_jax.experts.feed_forward import ExpertBank, FeedForward
+from moe_jax.experts.mlp import SwiGLU, SwiGLUExperts
 from moe_jax.routing.balance import Load, load_of
 from moe_jax.routing.cells import PRECISION, Cell
 from moe_jax.routing.router import Router, State, Tokens
@@ -55,9 +55,9 @@ class MoELayer(nnx.Module):
     router: Router,
     select: Select,
     dispatch: Dispatch,
-    experts: ExpertBank,
+    experts: SwiGLUExperts,
     *,
-    shared: FeedForward | None = None,
+    shared: SwiGLU | None = None,
     shared_parts: int = 1,
     mixing: Mixing | None = None,
     bias_D: nnx.Param | None = None,

@@ -16,8 +16,14 @@ from moe_jax.experts.cartesian import (
   SubLayer,
 )
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.feed_forward import DenseLayer, ExpertBank, FeedForward
-from moe_jax.experts.grouped_matmul import Multiply
+from moe_jax.experts.grouped_matmul import GroupedMatmul
+from moe_jax.experts.mlp import (
+  DenseLayer,
+  ReLUExperts,
+  ReLUMLP,
+  SwiGLU,
+  SwiGLUExperts,
+)
 from moe_jax.experts.moe import (
   CoefficientMixing,
   FixedMixing,
@@ -25,7 +31,6 @@ from moe_jax.experts.moe import (
   MoELayer,
   SumMixing,
 )
-from moe_jax.experts.relu import ReluExpertBank, ReluFeedForward
 from moe_jax.model import build_router
 from moe_jax.model.attention import Attend, Attention
 from moe_jax.model.block import Block, PostNormBlock
@@ -35,8 +40,8 @@ NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
 # Of the dense and shared feed-forward, and of the bank of experts.
 FEED_FORWARDS = {
-  'swiglu': (FeedForward, ExpertBank),
-  'relu': (ReluFeedForward, ReluExpertBank),
+  'swiglu': (SwiGLU, SwiGLUExperts),
+  'relu': (ReLUMLP, ReLUExperts),
 }
 
 MIXINGS = {
@@ -66,7 +71,7 @@ class Parts(NamedTuple):
   vocab_size: int
   dispatch: Dispatch
   attend: Attend
-  multiply: Multiply
+  multiply: GroupedMatmul
   disable_top: int
 
 

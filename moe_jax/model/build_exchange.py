@@ -9,14 +9,17 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES
 from moe_jax.errors import UserError, choose
-from moe_jax.experts import exchange_size
+from moe_jax.experts import exchange_cost
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
-from moe_jax.experts.exchange import Bounded, Gathered, Queues
-from moe_jax.experts.exchange_size import Exchanged
-from moe_jax.experts.expert_parallel import ExpertParallel
-from moe_jax.experts.ragged import Ragged
-from moe_jax.experts.shard import Layout
-from moe_jax.experts.trip import Blocks
+from moe_jax.experts.exchange import (
+  AllGather,
+  Blocks,
+  BufferedAllToAll,
+  CapacityAllToAll,
+)
+from moe_jax.experts.exchange_cost import ExchangeSizes
+from moe_jax.experts.expert_parallel import ExpertParallel, Layout
+from moe_jax.experts.ragged_exchange import Ragged
 from moe_jax.parallel import mesh as mesh_lib
 
 _EXPERT = 'expert'  # the mesh axis
@@ -25,32 +28,34 @@ _EXPERT = 'expert'  # the mesh axis
 # dispatch of one device.
 EXCHANGES: dict[str, dict[str, Callable[[ConfigDict, Dispatch], Dispatch]]] = {
   'dropless': {
-    'gather': lambda moe, inner: Gathered(inner, _EXPERT),
-    'all_to_all': lambda moe, inner: Bounded(
+    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: BufferedAllToAll(
       Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
     ),
-    'ragged': lambda moe, inner: Bounded(
+    'ragged': lambda moe, inner: BufferedAllToAll(
       Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
     ),
   },
   'capacity': {
-    'gather': lambda moe, inner: Gathered(inner, _EXPERT),
-    'all_to_all': lambda moe, inner: Queues(inner, _EXPERT),
+    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: CapacityAllToAll(inner, _EXPERT),
   },
 }
 
 # What each sends, from the config, the sizes and the bytes of a hidden state.
-_SENT: dict[str, dict[str, Callable[[ConfigDict, Exchanged, int], float]]] = {
+_SENT: dict[
+  str, dict[str, Callable[[ConfigDict, ExchangeSizes, int], float]]
+] = {
   'dropless': {
-    'gather': lambda moe, sizes, row: exchange_size.gather_bytes(sizes, row),
-    'all_to_all': lambda moe, sizes, row: exchange_size.block_bytes(
+    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_cost.block_bytes(
       sizes, row, moe.buffer_factor
     ),
-    'ragged': lambda moe, sizes, row: exchange_size.ragged_bytes(sizes, row),
+    'ragged': lambda moe, sizes, row: exchange_cost.ragged_bytes(sizes, row),
   },
   'capacity': {
-    'gather': lambda moe, sizes, row: exchange_size.gather_bytes(sizes, row),
-    'all_to_all': lambda moe, sizes, row: exchange_size.queue_bytes(
+    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_cost.queue_bytes(
       sizes, row, moe.capacity_factor
     ),
   },
@@ -127,7 +132,7 @@ def exchange_bytes(
   moe, shards = config.moe, math.prod(mesh[axis] for axis in BATCH_AXES)
   rows = config.train.batch_size // config.train.accumulation // shards
   used = config.router.selection == 'top_k'
-  sizes = Exchanged(
+  sizes = ExchangeSizes(
     tokens=rows * config.data.seq_len,
     slots=moe.top_k if used else moe.num_experts,
     num_experts=moe.num_experts,

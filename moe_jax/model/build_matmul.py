@@ -8,15 +8,14 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
-from moe_jax.experts import tokamax_kernels
-from moe_jax.experts.grouped_matmul import IMPLEMENTATIONS, Chosen
+from moe_jax.experts.grouped_matmul import IMPLEMENTATIONS, TunedMatmul, tokamax
 from moe_jax.model import tuned
 from moe_jax.model.kernels import capability
 
 _LOG = logging.getLogger(__name__)
 
 
-def matmul(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Chosen:
+def matmul(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> TunedMatmul:
   """The grouped matmul of a validated config.
 
   Args:
@@ -30,7 +29,7 @@ def matmul(config: ConfigDict, mesh: jax.sharding.Mesh | None) -> Chosen:
   return chosen(config.moe.grouped_matmul, next(iter(devices)))
 
 
-def chosen(asked: str, device: jax.Device) -> Chosen:
+def chosen(asked: str, device: jax.Device) -> TunedMatmul:
   """What a value of `moe.grouped_matmul` means; see `matmul`.
 
   Args:
@@ -48,14 +47,14 @@ def chosen(asked: str, device: jax.Device) -> Chosen:
       why = OBSTACLES[preferred[0]](device)
       _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
     measured = tuned.best(device, possible)
-    return Chosen(name, tuple(sorted(measured.items())))
+    return TunedMatmul(name, tuple(sorted(measured.items())))
   obstacle = OBSTACLES[choose('moe.grouped_matmul', asked, OBSTACLES)](device)
   if obstacle:
     raise UserError(
       f'moe.grouped_matmul = {asked!r} {obstacle}; here it can be auto,'
       f' {", ".join(available(device))}'
     )
-  return Chosen(asked)
+  return TunedMatmul(asked)
 
 
 def available(device: jax.Device) -> list[str]:
@@ -87,9 +86,9 @@ def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
 
 
 def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
-  if not tokamax_kernels.installed():
+  if not tokamax.installed():
     return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
-  if said := tokamax_kernels.missing(kernel):
+  if said := tokamax.missing(kernel):
     version = importlib.metadata.version('tokamax')
     return f'is not in tokamax {version}, which says {said!r}'
   return None

@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_jax.experts.cartesian import Norm
 from moe_jax.experts.dropout import split
-from moe_jax.experts.feed_forward import HIDDEN
+from moe_jax.experts.mlp import HIDDEN
 from moe_jax.experts.moe import Watched
 from moe_jax.model.block import Passed, Past, Period
 from moe_jax.routing.cells import Cell

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.recomputed import recomputed
+from moe_jax.experts.remat import remat_method
 
 
 class RMSNorm(nnx.Module):
@@ -18,7 +18,7 @@ class RMSNorm(nnx.Module):
     self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
     self.epsilon = epsilon
 
-  @recomputed()
+  @remat_method()
   def __call__(self, x: jax.Array) -> jax.Array:
     exact = x.astype(jnp.float32)
     mean_square = jnp.square(exact).mean(-1, keepdims=True)
@@ -38,7 +38,7 @@ class LayerNorm(nnx.Module):
     self.shift_D = nnx.Param(jnp.zeros((size,), jnp.float32))
     self.epsilon = epsilon
 
-  @recomputed()
+  @remat_method()
   def __call__(self, x: jax.Array) -> jax.Array:
     exact = x.astype(jnp.float32)
     centred = exact - exact.mean(-1, keepdims=True)

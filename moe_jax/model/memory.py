@@ -97,7 +97,7 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
 
   Float32 arrays of the scores of the queries computed together: with a span
   four, their gradients, shifted and not; and where blocks of queries are
-  recomputed one at a time, so that none is among what is kept, as many again.
+  remat_method one at a time, so that none is among what is kept, as many again.
   The fours are what compiled programs come to. Of rotary attention in blocks
   scores, weights and the gradients of both; of others nothing that is not
   among what is kept.
@@ -129,7 +129,7 @@ def _dispatches(
 
 
 def _kept_layers(config: ConfigDict) -> int:
-  """MoE layers of which backward keeps all: the scan's, unless recomputed."""
+  """MoE layers of which backward keeps all: the scan's, unless remat_method."""
   kinds = layer_kinds(config)
   if config.model.remat != 'none':
     kinds = kinds[: repetition(kinds, config.moe.every)[0]]

@@ -12,7 +12,7 @@ from moe_jax.experts.dispatch import (
   by_probability,
   dropless,
 )
-from moe_jax.experts.feed_forward import ExpertBank
+from moe_jax.experts.mlp import SwiGLUExperts
 from moe_jax.routing.selection import Routing
 from tests.helpers import dense_experts
 from tests.helpers.dense_experts import D, F, T
@@ -42,7 +42,7 @@ def test_capacity_keeps_the_first_tokens_of_an_expert() -> None:
   weights = jnp.ones((T, K))
   choice = jnp.int32(dense_experts.together(rng, N, K))
   logits = jnp.zeros((T, N))
-  bank = ExpertBank(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+  bank = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
   x = jax.random.normal(jax.random.key(0), (T, D))
   routing = Routing(weights, choice, logits, logits)
   whole, part = jax.jit(
@@ -65,7 +65,7 @@ def test_capacity_keeps_the_heaviest_slots_of_an_expert() -> None:
   choice[rng.random((T, K)) < 0.2] = N
   logits = jnp.zeros((T, N))
   routing = Routing(jnp.float32(weights), jnp.int32(choice), logits, logits)
-  bank = ExpertBank(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+  bank = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
   x = jax.random.normal(jax.random.key(0), (T, D))
   capacity = Capacity(0.5, by_probability)
   part = jax.jit(lambda x, routing: capacity(x, routing, bank))(x, routing)

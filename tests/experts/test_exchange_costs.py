@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.feed_forward import ExpertBank
+from moe_jax.experts.mlp import SwiGLUExperts
 from moe_jax.model import build_exchange
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
@@ -38,7 +38,7 @@ def compiled(
   )
   graphdef, params = nnx.split(
     nnx.eval_shape(
-      lambda: ExpertBank(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+      lambda: SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
     )
   )
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from moe_jax.experts import row_blocks
 from moe_jax.experts.grouped_matmul import (
   IMPLEMENTATIONS,
-  Chosen,
+  TunedMatmul,
+  blocks,
   case,
   grouped_matmul,
 )
@@ -28,24 +28,27 @@ SIZES = {
 
 
 def dense_loop(
-  rows_MD: np.ndarray, bank_NDF: np.ndarray, sizes: list[int]
+  rows_MD: np.ndarray, weights_NDF: np.ndarray, sizes: list[int]
 ) -> np.ndarray:
-  out_MF = np.zeros((len(rows_MD), bank_NDF.shape[-1]))
+  out_MF = np.zeros((len(rows_MD), weights_NDF.shape[-1]))
   start = 0
-  for weight_DF, size in zip(bank_NDF, sizes, strict=True):
+  for weight_DF, size in zip(weights_NDF, sizes, strict=True):
     out_MF[start : start + size] = rows_MD[start : start + size] @ weight_DF
     start += size
   return out_MF
 
 
 def dense_gradients(
-  rows_MD: np.ndarray, bank_NDF: np.ndarray, sizes: list[int], grad: np.ndarray
+  rows_MD: np.ndarray,
+  weights_NDF: np.ndarray,
+  sizes: list[int],
+  grad: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-  rows_grad, bank_grad = np.zeros_like(rows_MD), np.zeros_like(bank_NDF)
+  rows_grad, bank_grad = np.zeros_like(rows_MD), np.zeros_like(weights_NDF)
   start = 0
   for n, size in enumerate(sizes):
     part = slice(start, start + size)
-    rows_grad[part] = grad[part] @ bank_NDF[n].T
+    rows_grad[part] = grad[part] @ weights_NDF[n].T
     bank_grad[n] = rows_MD[part].T @ grad[part]
     start += size
   return rows_grad, bank_grad
@@ -116,8 +119,8 @@ def test_bfloat16(name: str) -> None:
 @pytest.fixture(scope='module')
 def of_many_sizes() -> Any:
   """Weights that are worth a ladder of blocks: several sizes of them."""
-  rungs = row_blocks.ladder(ROWS, 4, 128 * 136)
-  assert len(rungs.whole) == 2 and len(rungs.last) >= 5
+  block_sizes = blocks.choose_sizes(ROWS, 4, 128 * 136)
+  assert len(block_sizes.whole) == 2 and len(block_sizes.last) >= 5
   return both_ways('blocks', jnp.float32)
 
 
@@ -140,12 +143,12 @@ def test_blocks_of_many_sizes(of_many_sizes: Any, sizes: list[int]) -> None:
 @pytest.mark.parametrize('num_groups', [1, 4, 64])
 def test_a_ladder_holds_every_group(num_groups: int) -> None:
   """The last sizes end where the whole ones begin, and waste is bounded."""
-  rungs = row_blocks.ladder(4096, num_groups, 1 << 20)
-  assert rungs.whole[-1] == rungs.last[-1] <= 4096
-  assert rungs.last[0] <= 32
+  block_sizes = blocks.choose_sizes(4096, num_groups, 1 << 20)
+  assert block_sizes.whole[-1] == block_sizes.last[-1] <= 4096
+  assert block_sizes.last[0] <= 32
   mean = 4096 / num_groups
   for size in (0.6 * mean, mean, min(1.2 * mean, 4096)):
-    block = min(block for block in rungs.last if block >= size)
+    block = min(block for block in block_sizes.last if block >= size)
     assert block <= 1.25 * size + 16
 
 
@@ -153,7 +156,7 @@ def test_measurements_decide_for_their_shapes_alone() -> None:
   rows, bank = jnp.ones((6, 3)), jnp.ones((2, 3, 5))
   sizes = jnp.array([2, 4], jnp.int32)
   # A name that does not exist shows which way a call went.
-  tuned = Chosen('padded', ((case(7, 2, 3, 5, 'float32'), 'none'),))
+  tuned = TunedMatmul('padded', ((case(7, 2, 3, 5, 'float32'), 'none'),))
   with pytest.raises(KeyError, match='none'):
     tuned(rows, bank, sizes)
   np.testing.assert_array_equal(tuned(rows[:4], bank, sizes // 2)[:3], 3.0)

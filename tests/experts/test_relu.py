@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.experts.dropout import dropout, dropout_rows
-from moe_jax.experts.relu import ReluExpertBank
+from moe_jax.experts.mlp import ReLUExperts
 from moe_jax.routing.selection import Routing
 from tests.experts.test_dispatch import DISPATCHES, D, F, K, N, T
 from tests.experts.test_exchanges import across
@@ -30,8 +30,8 @@ EVERYWHERE = {
 }
 
 
-def make_bank() -> ReluExpertBank:
-  return ReluExpertBank(
+def make_bank() -> ReLUExperts:
+  return ReLUExperts(
     N, D, F, init_std=0.3, dropout=RATE, rngs=nnx.Rngs(params=0)
   )
 

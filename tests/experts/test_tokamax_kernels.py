@@ -12,7 +12,8 @@ from jax.experimental import pallas
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts import grouped_matmul, tokamax_kernels
+from moe_jax.experts import grouped_matmul
+from moe_jax.experts.grouped_matmul import tokamax
 from tests.experts.test_grouped_matmul import (
   ROWS,
   SIZES,
@@ -119,6 +120,6 @@ def test_triton_lowers_inside_of_shard_map() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-  assert tokamax_kernels.missing('xla') is None
-  assert tokamax_kernels.missing('triton') is None
-  assert 'none_such' in tokamax_kernels.missing('none_such')
+  assert tokamax.missing('xla') is None
+  assert tokamax.missing('triton') is None
+  assert 'none_such' in tokamax.missing('none_such')

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.exchange_size import Exchanged
-from moe_jax.experts.ragged import Offsets, Ragged
-from moe_jax.experts.trip import Blocks, regroup
+from moe_jax.experts.exchange import Blocks, regroup
+from moe_jax.experts.exchange_cost import ExchangeSizes
+from moe_jax.experts.ragged_exchange import Offsets, Ragged
 
 # Devices, tokens and slots of each, experts: two on every device.
 U, T, K, N = 4, 6, 2, 8
@@ -32,9 +32,9 @@ def travelled() -> dict[str, Any]:
       ('blocks', Blocks('expert', FACTOR)),
       ('ragged', Ragged('expert', FACTOR)),
     ):
-      trip = plan(sizes_1UN[0], Exchanged(T, K, N, U))
+      trip = plan(sizes_1UN[0], ExchangeSizes(T, K, N, U))
       there = trip.there(rows_MD)
-      order, place = regroup(trip.arriving_UX, len(there))
+      order, place = regroup(trip.receive_counts_UX, len(there))
       found[name] = {
         'trip': trip,
         'there': there,
@@ -117,7 +117,7 @@ def test_blocks_hold_the_first_rows_for_every_device() -> None:
 
 def test_what_travelled_comes_back_to_its_place_and_the_rest_as_zeros() -> None:
   for found in travelled().values():
-    kept = found['trip'].kept_UN
+    kept = found['trip'].send_counts_UN
     for device in range(U):
       of_expert = np.repeat(np.arange(N), sizes()[device].reshape(-1))
       nth = np.concatenate([np.arange(n) for n in np.bincount(of_expert)])
@@ -134,7 +134,7 @@ def test_rows_are_regrouped_by_expert() -> None:
   for found in travelled().values():
     np.testing.assert_array_equal(found['unsorted'], found['there'])
     for device in range(U):
-      arriving = found['trip'].arriving_UX[device]
+      arriving = found['trip'].receive_counts_UX[device]
       expert = np.concatenate(
         [np.repeat(np.arange(arriving.shape[1]), row) for row in arriving]
       )

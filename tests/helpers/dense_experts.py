@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.experts.dispatch import Dispatch, Dispatched
 from moe_jax.experts.dropout import dropout_rows
-from moe_jax.experts.feed_forward import ExpertBank
+from moe_jax.experts.mlp import SwiGLUExperts
 from moe_jax.routing.selection import Routing
 
 T, D, F = 64, 16, 24
@@ -141,7 +141,7 @@ def jitted(dispatch: Dispatch, num_experts: int, dropout: bool = False) -> Any:
   """
   graphdef = nnx.graphdef(
     nnx.eval_shape(
-      lambda: ExpertBank(
+      lambda: SwiGLUExperts(
         num_experts,
         D,
         F,

@@ -9,8 +9,7 @@ import jax
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.experts import tokamax_kernels
-from moe_jax.experts.grouped_matmul import case
+from moe_jax.experts.grouped_matmul import case, tokamax
 from moe_jax.model import tuned
 from moe_jax.model.build_matmul import available, chosen
 
@@ -47,7 +46,7 @@ def test_auto_is_what_suits_the_platform() -> None:
 def test_without_tokamax_auto_falls_back_and_says_so(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-  monkeypatch.setattr(tokamax_kernels, 'installed', lambda: False)
+  monkeypatch.setattr(tokamax, 'installed', lambda: False)
   with caplog.at_level(logging.WARNING):
     assert chosen('auto', on('gpu')).name == 'padded'
   assert "pip install 'moe_jax[cuda]'" in caplog.text
@@ -58,7 +57,7 @@ def test_without_tokamax_auto_falls_back_and_says_so(
 def test_a_tokamax_without_the_kernel_is_no_choice(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-  monkeypatch.setattr(tokamax_kernels, 'missing', lambda name: f'no {name}')
+  monkeypatch.setattr(tokamax, 'missing', lambda name: f'no {name}')
   with caplog.at_level(logging.WARNING):
     assert chosen('auto', on('gpu')).name == 'padded'
   assert "says 'no triton'" in caplog.text

@@ -62,39 +62,39 @@ def missing(kernel: str) -> str | None:
 
 
 def multiply(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
 ) -> jax.Array:
   """[M, F]; 0 outside of all groups.
 
   Args:
     rows_MD: as those of `grouped_matmul`, as are the others.
-    bank_NDF: one matrix per group.
+    weights_NDF: one matrix per group.
     sizes_N: of the groups.
     kernel: 'triton', for NVIDIA GPUs from compute capability 8.0; 'mosaic',
       for those of 9.0 and TPUs from generation 5; 'xla', which is
       `lax.ragged_dot`.
   """
-  out_MF = _run(kernel, _MD_NDF, rows_MD, bank_NDF, sizes_N)
+  out_MF = _run(kernel, _MD_NDF, rows_MD, weights_NDF, sizes_N)
   return _in_groups(out_MF, sizes_N)
 
 
 def gradients(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   grad_MF: jax.Array,
   *,
   kernel: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Of the rows and of the bank; see `multiply`."""
-  rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, bank_NDF, sizes_N)
-  bank_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
+  rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, weights_NDF, sizes_N)
+  weights_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
   # tokamax's issue 887: of an empty group Triton's kernel multiplies the rows
   # before it, which may be anything.
   empty_N = (sizes_N == 0)[:, None, None]
   return (
     _in_groups(rows_grad_MD, sizes_N),
-    jnp.where(empty_N, 0, bank_grad_NDF),
+    jnp.where(empty_N, 0, weights_grad_NDF),
   )
 
 

@@ -10,36 +10,36 @@ import jax.numpy as jnp
 
 
 @jax.custom_vjp
-def rows_of_slots(
-  x_TD: jax.Array, slot_M: jax.Array, place_TK: jax.Array
+def permute(
+  x_TD: jax.Array, assignment_M: jax.Array, row_TK: jax.Array
 ) -> jax.Array:
-  """Row m is the token of slot `slot_M[m]`, token t having slots t K + k.
+  """Row m is the token of slot `assignment_M[m]`, token t having slots t K + k.
 
   Args:
     x_TD: tokens.
-    slot_M: int32; T K or more for a row of zeros.
-    place_TK: int32, the row of every slot; M or more where it has none.
+    assignment_M: int32; T K or more for a row of zeros.
+    row_TK: int32, the row of every slot; M or more where it has none.
   """
-  return _take(x_TD, slot_M // place_TK.shape[1])
+  return _take(x_TD, assignment_M // row_TK.shape[1])
 
 
 def _rows_of_slots_backward(
-  place_TK: jax.Array, grad_MD: jax.Array
+  row_TK: jax.Array, grad_MD: jax.Array
 ) -> tuple[jax.Array, None, None]:
-  return _take(grad_MD, place_TK).sum(1), None, None
+  return _take(grad_MD, row_TK).sum(1), None, None
 
 
-rows_of_slots.defvjp(
-  lambda x_TD, slot_M, place_TK: (
-    rows_of_slots(x_TD, slot_M, place_TK),
-    place_TK,
+permute.defvjp(
+  lambda x_TD, assignment_M, row_TK: (
+    permute(x_TD, assignment_M, row_TK),
+    row_TK,
   ),
   _rows_of_slots_backward,
 )
 
 
 @jax.custom_vjp
-def move_rows(
+def gather_rows(
   rows_MD: jax.Array, source: jax.Array, target_M: jax.Array
 ) -> jax.Array:
   """`rows_MD[source]`, where no row is asked for twice.
@@ -59,9 +59,9 @@ def _move_rows_backward(
   return _take(grad.reshape(-1, grad.shape[-1]), target_M), None, None
 
 
-move_rows.defvjp(
+gather_rows.defvjp(
   lambda rows_MD, source, target_M: (
-    move_rows(rows_MD, source, target_M),
+    gather_rows(rows_MD, source, target_M),
     target_M,
   ),
   _move_rows_backward,
@@ -69,27 +69,27 @@ move_rows.defvjp(
 
 
 @jax.custom_vjp
-def combine_rows(
+def combine(
   rows_MD: jax.Array,
   weights_TK: jax.Array,
-  place_TK: jax.Array,
-  slot_M: jax.Array,
+  row_TK: jax.Array,
+  assignment_M: jax.Array,
 ) -> jax.Array:
-  """`sum_k weights_TK[t, k] rows_MD[place_TK[t, k]]`, summed in float32.
+  """`sum_k weights_TK[t, k] rows_MD[row_TK[t, k]]`, summed in float32.
 
   Nothing as large as the slots' rows is kept in between, in either direction.
 
   Args:
     rows_MD: any rows.
     weights_TK: float32.
-    place_TK, slot_M: as in `rows_of_slots`.
+    row_TK, assignment_M: as in `permute`.
 
   Returns:
     [T, D] in the dtype of the rows.
   """
   terms = (
     weights_K[:, None] * _take(rows_MD, place_K).astype(jnp.float32)
-    for weights_K, place_K in zip(weights_TK.T, place_TK.T, strict=True)
+    for weights_K, place_K in zip(weights_TK.T, row_TK.T, strict=True)
   )
   return sum(terms).astype(rows_MD.dtype)
 
@@ -97,18 +97,20 @@ def combine_rows(
 def _combine_rows_backward(
   saved: tuple[jax.Array, ...], grad_TD: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
-  rows_MD, weights_TK, place_TK, slot_M = saved
-  weight_M = weights_TK.reshape(-1).at[slot_M].get(mode='fill', fill_value=0)
-  grad_MD = _take(grad_TD, slot_M // place_TK.shape[1]).astype(jnp.float32)
+  rows_MD, weights_TK, row_TK, assignment_M = saved
+  weight_M = (
+    weights_TK.reshape(-1).at[assignment_M].get(mode='fill', fill_value=0)
+  )
+  grad_MD = _take(grad_TD, assignment_M // row_TK.shape[1]).astype(jnp.float32)
   rows_grad_MD = (weight_M[:, None] * grad_MD).astype(rows_MD.dtype)
   # Of every row on its own, in the order of rows: no second gather of them.
   dot_M = (rows_MD.astype(jnp.float32) * grad_MD).sum(1)
-  weights_grad_TK = dot_M.at[place_TK].get(mode='fill', fill_value=0)
+  weights_grad_TK = dot_M.at[row_TK].get(mode='fill', fill_value=0)
   return rows_grad_MD, weights_grad_TK.astype(weights_TK.dtype), None, None
 
 
-combine_rows.defvjp(
-  lambda *operands: (combine_rows(*operands), operands),
+combine.defvjp(
+  lambda *operands: (combine(*operands), operands),
   _combine_rows_backward,
 )
 
@@ -117,7 +119,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
   return rows.at[index].get(mode='fill', fill_value=0)
 
 
-def follow(
+def segment_offsets(
   sizes_J: jax.Array, to_J: jax.Array, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
   """Where rows go that lie segment after segment and move segment by segment.
@@ -140,6 +142,6 @@ def follow(
   return row_M + (to_J - (ends_J - sizes_J))[segment_M], segment_M
 
 
-def starts(sizes: jax.Array) -> jax.Array:
+def offsets(sizes: jax.Array) -> jax.Array:
   """Where segments of these sizes begin, along the last axis."""
   return jnp.cumsum(sizes, axis=-1) - sizes

@@ -22,7 +22,7 @@ _LIGHT = 1 << 14  # elements of a weight with which waste is cheap ...
 _ONLY = 128  # ... and compiling is not: rows of all blocks
 
 
-class Ladder(NamedTuple):
+class BlockSizes(NamedTuple):
   """Sizes of blocks, in rows.
 
   Attributes:
@@ -35,10 +35,12 @@ class Ladder(NamedTuple):
   last: tuple[int, ...]
 
 
-def ladder(num_rows: int, num_groups: int, weight_elements: int) -> Ladder:
+def choose_sizes(
+  num_rows: int, num_groups: int, weight_elements: int
+) -> BlockSizes:
   """Sizes for groups of about `num_rows / num_groups`, or of fewer rows."""
   if weight_elements <= _LIGHT:
-    return Ladder((min(_ONLY, num_rows),), ())
+    return BlockSizes((min(_ONLY, num_rows),), ())
   mean = -(-num_rows // num_groups)
   sizes = {-(-mean * step // (16 * _GRAIN)) * _GRAIN for step in _STEPS}
   smaller = min(sizes) // 2
@@ -47,7 +49,7 @@ def ladder(num_rows: int, num_groups: int, weight_elements: int) -> Ladder:
     smaller //= 2
   last = sorted({min(size, num_rows) for size in sizes})
   large = min(_LARGE * last[-1], num_rows)
-  return Ladder(tuple(sorted({large, last[-1]}, reverse=True)), tuple(last))
+  return BlockSizes(tuple(sorted({large, last[-1]}, reverse=True)), tuple(last))
 
 
 class _Loop(NamedTuple):
@@ -72,17 +74,19 @@ class _Loop(NamedTuple):
   stop_J: jax.Array
 
 
-def _loops(num_rows: int, sizes_N: jax.Array, rungs: Ladder) -> list[_Loop]:
+def _loops(
+  num_rows: int, sizes_N: jax.Array, block_sizes: BlockSizes
+) -> list[_Loop]:
   """All blocks; the loops that open groups come before the others."""
   num_groups = len(sizes_N)
   stop_N = jnp.cumsum(sizes_N)
   first_N, left_N = stop_N - sizes_N, sizes_N
   whole = []
-  for size in rungs.whole:
-    keep = 1 if rungs.last or size != rungs.whole[-1] else 1 - size
+  for size in block_sizes.whole:
+    keep = 1 if block_sizes.last or size != block_sizes.whole[-1] else 1 - size
     blocks_N = jnp.maximum(left_N - keep, 0) // size
     ends_N = jnp.cumsum(blocks_N)
-    most = -(-num_rows // size) + (0 if rungs.last else num_groups)
+    most = -(-num_rows // size) + (0 if block_sizes.last else num_groups)
     nth_J = jnp.arange(most + 1)
     group_J = jnp.searchsorted(
       ends_N, nth_J, side='right', method='scan_unrolled'
@@ -95,7 +99,7 @@ def _loops(num_rows: int, sizes_N: jax.Array, rungs: Ladder) -> list[_Loop]:
     )
     first_N = first_N + blocks_N * size
     left_N = left_N - blocks_N * size
-  return _last_blocks(left_N, first_N, stop_N, rungs.last) + whole
+  return _last_blocks(left_N, first_N, stop_N, block_sizes.last) + whole
 
 
 def _last_blocks(
@@ -104,11 +108,11 @@ def _last_blocks(
   """One block of every group that has rows, the smallest that holds them."""
   if not sizes:
     return []
-  rung_N = (left_N[:, None] > jnp.array(sizes)).sum(1)
-  rung_N = jnp.where(left_N > 0, rung_N, len(sizes))
-  group_J = jnp.append(jnp.argsort(rung_N), 0)
+  size_N = (left_N[:, None] > jnp.array(sizes)).sum(1)
+  size_N = jnp.where(left_N > 0, size_N, len(sizes))
+  group_J = jnp.append(jnp.argsort(size_N), 0)
   tables = group_J, first_N[group_J], stop_N[group_J]
-  count = (rung_N[:, None] == jnp.arange(len(sizes))).sum(0, dtype=jnp.int32)
+  count = (size_N[:, None] == jnp.arange(len(sizes))).sum(0, dtype=jnp.int32)
   end = jnp.cumsum(count)
   return [
     _Loop(size, True, end[i] - count[i], end[i], *tables)
@@ -129,10 +133,10 @@ def _window(
 
 def multiply(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   *,
-  rungs: Ladder,
+  block_sizes: BlockSizes,
   transposed: bool = False,
 ) -> jax.Array:
   """Every row times its group's matrix, or that matrix transposed.
@@ -146,26 +150,28 @@ def multiply(
   def block(loop: _Loop, i: jax.Array, out_MF: jax.Array) -> jax.Array:
     first, inside = _window(loop, i, num_rows)
     rows = lax.dynamic_slice_in_dim(rows_MD, first, loop.size)
-    weight = lax.dynamic_index_in_dim(bank_NDF, loop.group_J[i], keepdims=False)
+    weight = lax.dynamic_index_in_dim(
+      weights_NDF, loop.group_J[i], keepdims=False
+    )
     product = lax.dot_general(rows, weight, (((1,), (contracted,)), ((), ())))
     others = lax.dynamic_slice_in_dim(out_MF, first, loop.size)
     mine = jnp.where(inside, product, others)
     return lax.dynamic_update_slice_in_dim(out_MF, mine, first, 0)
 
-  width = bank_NDF.shape[2 - contracted]
+  width = weights_NDF.shape[2 - contracted]
   out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
-  for loop in _loops(num_rows, sizes_N, rungs):
+  for loop in _loops(num_rows, sizes_N, block_sizes):
     step = functools.partial(block, loop)
     out_MF = lax.fori_loop(loop.begin, loop.end, step, out_MF)
   return out_MF
 
 
-def bank_gradient(
+def weights_gradient(
   rows_MD: jax.Array,
   grad_MF: jax.Array,
   sizes_N: jax.Array,
   *,
-  rungs: Ladder,
+  block_sizes: BlockSizes,
 ) -> jax.Array:
   """`rows^T grad` of every group [N, D, F], float32; 0 for empty ones."""
   num_rows = len(rows_MD)
@@ -191,7 +197,7 @@ def bank_gradient(
 
   shape = len(sizes_N), rows_MD.shape[1], grad_MF.shape[1]
   out_NDF = jnp.zeros_like(rows_MD, shape=shape, dtype=jnp.float32)
-  for loop in _loops(num_rows, sizes_N, rungs):
+  for loop in _loops(num_rows, sizes_N, block_sizes):
     step = functools.partial(block, loop)
     out_NDF = lax.fori_loop(loop.begin, loop.end, step, out_NDF)
   return out_NDF

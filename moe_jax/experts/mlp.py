@@ -8,19 +8,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dropout import dropout, dropout_rows, split
-from moe_jax.experts.grouped_matmul import Chosen, Multiply
-from moe_jax.experts.recomputed import recomputed
+from moe_jax.experts.grouped_matmul import GroupedMatmul, TunedMatmul
+from moe_jax.experts.remat import remat_method
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
 
-_BY_PLATFORM = Chosen()  # needs no package
+_BY_PLATFORM = TunedMatmul()  # needs no package
 
 # Name of what backward keeps of a feed-forward: before the activation for
 # SwiGLU, after it for ReLU.
 HIDDEN = 'feed_forward_hidden'
 
 
-class FeedForward(nnx.Module):
+class SwiGLU(nnx.Module):
   """`down(silu(gate(x)) * up(x))`, without biases.
 
   Attributes:
@@ -46,7 +46,7 @@ class FeedForward(nnx.Module):
     )
     self.dropout = dropout
 
-  @recomputed(HIDDEN)
+  @remat_method(HIDDEN)
   def __call__(
     self, x_TD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
@@ -84,7 +84,7 @@ class DenseLayer(nnx.Module):
     return dropout(y_TD, self.dropout, output_key), state, None
 
 
-class StackedExperts(nnx.Module):
+class ExpertsBase(nnx.Module):
   """What all banks of N experts have in common.
 
   Attributes:
@@ -93,7 +93,7 @@ class StackedExperts(nnx.Module):
     multiply: the grouped matmul.
   """
 
-  def __init__(self, num_units: int, dropout: float, multiply: Multiply):
+  def __init__(self, num_units: int, dropout: float, multiply: GroupedMatmul):
     self.num_units = num_units
     self.dropout = dropout
     self.multiply = multiply
@@ -118,7 +118,7 @@ class StackedExperts(nnx.Module):
     )
 
 
-class ExpertBank(StackedExperts):
+class SwiGLUExperts(ExpertsBase):
   """N SwiGLU experts, stacked.
 
   Attributes:
@@ -135,7 +135,7 @@ class ExpertBank(StackedExperts):
     init_std: float,
     rngs: nnx.Rngs,
     dropout: float = 0.0,
-    multiply: Multiply = _BY_PLATFORM,
+    multiply: GroupedMatmul = _BY_PLATFORM,
   ):
     super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
@@ -146,7 +146,7 @@ class ExpertBank(StackedExperts):
       init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
     )
 
-  @recomputed(HIDDEN)
+  @remat_method(HIDDEN)
   def grouped(
     self,
     rows_MD: jax.Array,
@@ -172,7 +172,7 @@ class ExpertBank(StackedExperts):
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return self.multiply(hidden_MF, down_NFD, sizes_N)
 
-  @recomputed(HIDDEN)
+  @remat_method(HIDDEN)
   def batched(
     self,
     rows_NCD: jax.Array,
@@ -188,3 +188,143 @@ class ExpertBank(StackedExperts):
     )
     down_NFD = self.down_NFD[...].astype(rows_NCD.dtype)
     return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)
+
+
+# x [..., D] times a bank of weights [N, D, F], every row with its expert's.
+_Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+# A bank of biases [N, F] -> [..., F], every row's expert's.
+_Spread = Callable[[jax.Array], jax.Array]
+
+
+class ReLUMLP(nnx.Module):
+  """`relu(x up + up_bias) down + down_bias`.
+
+  Attributes:
+    up_DF, up_bias_F: float32, into the hidden units.
+    down_FD, down_bias_D: float32, back.
+  """
+
+  def __init__(
+    self,
+    hidden_size: int,
+    width: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+  ):
+    init = nnx.initializers.normal(init_std)
+    self.up_DF = nnx.Param(
+      init(rngs.params(), (hidden_size, width), jnp.float32)
+    )
+    self.up_bias_F = nnx.Param(jnp.zeros((width,), jnp.float32))
+    self.down_FD = nnx.Param(
+      init(rngs.params(), (width, hidden_size), jnp.float32)
+    )
+    self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
+    self.dropout = dropout
+
+  @remat_method(HIDDEN)
+  def __call__(
+    self, x_TD: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    up_DF, up_bias_F, down_FD, down_bias_D = (
+      param[...].astype(x_TD.dtype)
+      for param in (self.up_DF, self.up_bias_F, self.down_FD, self.down_bias_D)
+    )
+    hidden_TF = jax.nn.relu(x_TD @ up_DF + up_bias_F)
+    hidden_TF = checkpoint_name(hidden_TF, HIDDEN)
+    return dropout(hidden_TF, self.dropout, key) @ down_FD + down_bias_D
+
+
+class ReLUExperts(ExpertsBase):
+  """N ReLU experts, stacked.
+
+  Attributes:
+    up_NDF, up_bias_NF: float32, into every expert's hidden units.
+    down_NFD, down_bias_ND: float32, back.
+  """
+
+  def __init__(
+    self,
+    num_experts: int,
+    hidden_size: int,
+    width: int,
+    *,
+    init_std: float,
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+    multiply: GroupedMatmul = _BY_PLATFORM,
+  ):
+    super().__init__(width, dropout, multiply)
+    init = nnx.initializers.normal(init_std)
+    self.up_NDF = nnx.Param(
+      init(rngs.params(), (num_experts, hidden_size, width), jnp.float32)
+    )
+    self.up_bias_NF = nnx.Param(jnp.zeros((num_experts, width), jnp.float32))
+    self.down_NFD = nnx.Param(
+      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
+    )
+    self.down_bias_ND = nnx.Param(
+      jnp.zeros((num_experts, hidden_size), jnp.float32)
+    )
+
+  @remat_method(HIDDEN)
+  def grouped(
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None = None,
+    first_unit: jax.Array | int = 0,
+  ) -> jax.Array:
+    """As `SwiGLUExperts.grouped`."""
+    ends_N = jnp.cumsum(sizes_N)
+    row_M1 = jnp.arange(len(rows_MD))[:, None]
+    member_MN = (row_M1 >= ends_N - sizes_N) & (row_M1 < ends_N)
+    member_MN = member_MN.astype(rows_MD.dtype)
+    return self._apply(
+      rows_MD,
+      lambda x, weights_NDF: self.multiply(x, weights_NDF, sizes_N),
+      # A matmul, because the gradient of a look-up would be a scatter.
+      lambda bias_NF: member_MN @ bias_NF,
+      seeds_M,
+      first_unit,
+    )
+
+  @remat_method(HIDDEN)
+  def batched(
+    self,
+    rows_NCD: jax.Array,
+    seeds_NC: jax.Array | None = None,
+    first_unit: jax.Array | int = 0,
+  ) -> jax.Array:
+    """As `SwiGLUExperts.batched`."""
+    return self._apply(
+      rows_NCD,
+      lambda x, weights_NDF: jnp.einsum('NCD,NDF->NCF', x, weights_NDF),
+      lambda bias_NF: bias_NF[:, None],
+      seeds_NC,
+      first_unit,
+    )
+
+  def _apply(
+    self,
+    x: jax.Array,
+    multiply: _Multiply,
+    spread: _Spread,
+    seeds: jax.Array | None,
+    first_unit: jax.Array | int,
+  ) -> jax.Array:
+    up_NDF, up_bias_NF, down_NFD, down_bias_ND = (
+      param[...].astype(x.dtype)
+      for param in (
+        self.up_NDF,
+        self.up_bias_NF,
+        self.down_NFD,
+        self.down_bias_ND,
+      )
+    )
+    hidden = jax.nn.relu(multiply(x, up_NDF) + spread(up_bias_NF))
+    hidden = checkpoint_name(hidden, HIDDEN)
+    hidden = self._drop(hidden, seeds, first_unit)
+    return multiply(hidden, down_NFD) + spread(down_bias_ND)

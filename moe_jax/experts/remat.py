@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 
-def recompute(function: Callable, *kept: str) -> Callable:
+def remat(function: Callable, *kept: str) -> Callable:
   """`function`, of which backward keeps its operands and `kept` alone.
 
   For what costs little to make again, and would be as large as what is kept
@@ -28,8 +28,8 @@ def recompute(function: Callable, *kept: str) -> Callable:
   )
 
 
-def recomputed(*kept: str) -> Callable[[Callable], Callable]:
-  """Decorates the method of a module as `recompute` does a function.
+def remat_method(*kept: str) -> Callable[[Callable], Callable]:
+  """Decorates the method of a module as `remat` does a function.
 
   Parameters are kept as they are stored, not as what they are cast to or
   joined to for their use.
@@ -43,7 +43,7 @@ def recomputed(*kept: str) -> Callable[[Callable], Callable]:
       def compute(params: nnx.State, *operands: Any) -> Any:
         return method(nnx.merge(graphdef, params), *operands)
 
-      return recompute(compute, *kept)(params, *operands)
+      return remat(compute, *kept)(params, *operands)
 
     return wrapped
 

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 
-class Exchanged(NamedTuple):
+class ExchangeSizes(NamedTuple):
   """What devices along the expert axis exchange in one MoE sub-layer.
 
   Attributes:
@@ -24,7 +24,7 @@ class Exchanged(NamedTuple):
   devices: int
 
 
-def block_rows(sizes: Exchanged, factor: float) -> int:
+def block_rows(sizes: ExchangeSizes, factor: float) -> int:
   """Rows from one device to another: `factor` over the balanced T K / U.
 
   But no more than can be: a token's experts differ.
@@ -33,18 +33,18 @@ def block_rows(sizes: Exchanged, factor: float) -> int:
   return min(math.ceil(factor * balanced), _most_rows(sizes))
 
 
-def buffer_rows(sizes: Exchanged, factor: float) -> int:
+def buffer_rows(sizes: ExchangeSizes, factor: float) -> int:
   """Rows that one device receives of all: `factor` over the balanced T K."""
   balanced = sizes.tokens * sizes.slots
   return min(math.ceil(factor * balanced), sizes.devices * _most_rows(sizes))
 
 
-def queue_rows(sizes: Exchanged, factor: float) -> int:
+def queue_rows(sizes: ExchangeSizes, factor: float) -> int:
   """Rows from one device to one expert: its capacity."""
   return math.ceil(factor * sizes.tokens * sizes.slots / sizes.num_experts)
 
 
-def gather_bytes(sizes: Exchanged, row_bytes: int) -> float:
+def gather_bytes(sizes: ExchangeSizes, row_bytes: int) -> float:
   """Bytes that a device sends when every token goes to every device.
 
   There and, summed up, back. Of every slot its expert and its weight travel,
@@ -58,22 +58,22 @@ def gather_bytes(sizes: Exchanged, row_bytes: int) -> float:
   return others * sizes.tokens * (2 * row_bytes + 8 * sizes.slots)
 
 
-def block_bytes(sizes: Exchanged, row_bytes: int, factor: float) -> float:
+def block_bytes(sizes: ExchangeSizes, row_bytes: int, factor: float) -> float:
   """Bytes that a device sends in blocks of one size to every other device."""
   return 2 * (sizes.devices - 1) * block_rows(sizes, factor) * row_bytes
 
 
-def queue_bytes(sizes: Exchanged, row_bytes: int, factor: float) -> float:
+def queue_bytes(sizes: ExchangeSizes, row_bytes: int, factor: float) -> float:
   """Bytes that a device sends in queues of one size to the others' experts."""
   others = sizes.num_experts * (sizes.devices - 1) / sizes.devices
   return 2 * others * queue_rows(sizes, factor) * row_bytes
 
 
-def ragged_bytes(sizes: Exchanged, row_bytes: int) -> float:
+def ragged_bytes(sizes: ExchangeSizes, row_bytes: int) -> float:
   """Bytes that a device sends when the used rows alone travel, balanced."""
   others = (sizes.devices - 1) / sizes.devices
   return 2 * others * sizes.tokens * sizes.slots * row_bytes
 
 
-def _most_rows(sizes: Exchanged) -> int:
+def _most_rows(sizes: ExchangeSizes) -> int:
   return sizes.tokens * min(sizes.slots, sizes.num_experts // sizes.devices)

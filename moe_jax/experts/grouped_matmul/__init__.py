@@ -14,32 +14,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.experts import padded_rounds, row_blocks, tokamax_kernels
+from moe_jax.experts.grouped_matmul import blocks, padded, tokamax
 
-# (rows_MD, bank_NDF, sizes_N) -> [M, F]
-Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (rows_MD, weights_NDF, sizes_N) -> [M, F]
+GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Implementation(NamedTuple):
   """One way to compute it.
 
   Attributes:
-    forward: (rows_MD, bank_NDF, sizes_N) -> out_MF.
-    backward: (rows_MD, bank_NDF, sizes_N, grad_MF) -> the gradients of rows
+    forward: (rows_MD, weights_NDF, sizes_N) -> out_MF.
+    backward: (rows_MD, weights_NDF, sizes_N, grad_MF) -> the gradients of rows
       and bank.
   """
 
-  forward: Multiply
+  forward: GroupedMatmul
   backward: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def grouped_matmul(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   implementation: str | None = None,
 ) -> jax.Array:
-  """`rows_MD[m] @ bank_NDF[group of m]`, differentiable in rows and bank.
+  """`rows_MD[m] @ weights_NDF[group of m]`, differentiable in rows and bank.
 
   Inside `shard_map` all three must vary over the same mesh axes: a custom
   gradient cannot know of a sum over devices.
@@ -47,7 +47,7 @@ def grouped_matmul(
   Args:
     rows_MD: rows sorted by group: the first sizes_N[0] are group 0's, and so
       on. Rows past sum(sizes_N) belong to none, and are finite all the same.
-    bank_NDF: one matrix per group, of the rows' dtype.
+    weights_NDF: one matrix per group, of the rows' dtype.
     sizes_N: int32 group sizes, each >= 0, at most M in all.
     implementation: a name in `IMPLEMENTATIONS`; None for one that needs no
       package, picked by the platform that the program is lowered for.
@@ -55,11 +55,11 @@ def grouped_matmul(
   Returns:
     [M, F]; rows that belong to no group are 0.
   """
-  return _grouped_matmul(implementation, rows_MD, bank_NDF, sizes_N)
+  return _grouped_matmul(implementation, rows_MD, weights_NDF, sizes_N)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class TunedMatmul:
   """`grouped_matmul` by the implementation that is best for the shapes.
 
   Attributes:
@@ -71,12 +71,12 @@ class Chosen:
   measured: tuple[tuple[str, str], ...] = ()
 
   def __call__(
-    self, rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+    self, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
     measured = dict(self.measured)
-    of_shapes = case(len(rows_MD), *bank_NDF.shape, rows_MD.dtype)
+    of_shapes = case(len(rows_MD), *weights_NDF.shape, rows_MD.dtype)
     name = measured.get(of_shapes, self.name)
-    return grouped_matmul(rows_MD, bank_NDF, sizes_N, name)
+    return grouped_matmul(rows_MD, weights_NDF, sizes_N, name)
 
 
 def case(num_rows: int, num_groups: int, d: int, f: int, dtype: object) -> str:
@@ -86,81 +86,81 @@ def case(num_rows: int, num_groups: int, d: int, f: int, dtype: object) -> str:
 
 
 def _ragged(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  if len(bank_NDF) == 1:
+  if len(weights_NDF) == 1:
     # libtpu 0.0.42 fails on a ragged_dot of one group, in a loop.
-    return rows_MD @ bank_NDF[0]
-  return lax.ragged_dot(rows_MD, bank_NDF, sizes_N)
+    return rows_MD @ weights_NDF[0]
+  return lax.ragged_dot(rows_MD, weights_NDF, sizes_N)
 
 
-def _derived(multiply: Multiply) -> Implementation:
+def _derived(multiply: GroupedMatmul) -> Implementation:
   """With the gradients that `multiply` has of itself."""
 
   def forward(
-    rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+    rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
-    out_MF = multiply(rows_MD, bank_NDF, sizes_N)
+    out_MF = multiply(rows_MD, weights_NDF, sizes_N)
     used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
     return jnp.where(used_M[:, None], out_MF, 0)
 
   def backward(
     rows_MD: jax.Array,
-    bank_NDF: jax.Array,
+    weights_NDF: jax.Array,
     sizes_N: jax.Array,
     grad_MF: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     _, vjp = jax.vjp(
-      lambda rows, bank: forward(rows, bank, sizes_N), rows_MD, bank_NDF
+      lambda rows, bank: forward(rows, bank, sizes_N), rows_MD, weights_NDF
     )
-    rows_grad_MD, bank_grad_NDF = vjp(grad_MF)
+    rows_grad_MD, weights_grad_NDF = vjp(grad_MF)
     used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
-    return jnp.where(used_M[:, None], rows_grad_MD, 0), bank_grad_NDF
+    return jnp.where(used_M[:, None], rows_grad_MD, 0), weights_grad_NDF
 
   return Implementation(forward, backward)
 
 
-def _rungs(rows: jax.Array, bank_NDF: jax.Array) -> row_blocks.Ladder:
-  num_groups, *weight = bank_NDF.shape
-  return row_blocks.ladder(len(rows), num_groups, math.prod(weight))
+def _block_sizes(rows: jax.Array, weights_NDF: jax.Array) -> blocks.BlockSizes:
+  num_groups, *weight = weights_NDF.shape
+  return blocks.choose_sizes(len(rows), num_groups, math.prod(weight))
 
 
 def _blocks(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  rungs = _rungs(rows_MD, bank_NDF)
-  return row_blocks.multiply(rows_MD, bank_NDF, sizes_N, rungs=rungs)
+  block_sizes = _block_sizes(rows_MD, weights_NDF)
+  return blocks.multiply(rows_MD, weights_NDF, sizes_N, block_sizes=block_sizes)
 
 
 def _blocks_backward(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  rungs = _rungs(rows_MD, bank_NDF)
-  rows_grad_MD = row_blocks.multiply(
-    grad_MF, bank_NDF, sizes_N, rungs=rungs, transposed=True
+  block_sizes = _block_sizes(rows_MD, weights_NDF)
+  rows_grad_MD = blocks.multiply(
+    grad_MF, weights_NDF, sizes_N, block_sizes=block_sizes, transposed=True
   )
   # Summed over blocks in float32, whatever the operands are in.
-  bank_grad_NDF = row_blocks.bank_gradient(
-    rows_MD, grad_MF, sizes_N, rungs=rungs
+  weights_grad_NDF = blocks.weights_gradient(
+    rows_MD, grad_MF, sizes_N, block_sizes=block_sizes
   )
-  return rows_grad_MD, bank_grad_NDF.astype(bank_NDF.dtype)
+  return rows_grad_MD, weights_grad_NDF.astype(weights_NDF.dtype)
 
 
 def by_tokamax(kernel: str) -> Implementation:
-  """That of a kernel of `tokamax_kernels.multiply`."""
+  """That of a kernel of `tokamax.multiply`."""
   return Implementation(
-    functools.partial(tokamax_kernels.multiply, kernel=kernel),
-    functools.partial(tokamax_kernels.gradients, kernel=kernel),
+    functools.partial(tokamax.multiply, kernel=kernel),
+    functools.partial(tokamax.gradients, kernel=kernel),
   )
 
 
 IMPLEMENTATIONS = {
   'blocks': Implementation(_blocks, _blocks_backward),
   'ragged_dot': _derived(_ragged),
-  'padded': Implementation(padded_rounds.multiply, padded_rounds.gradients),
+  'padded': Implementation(padded.multiply, padded.gradients),
   'triton': by_tokamax('triton'),
   'mosaic': by_tokamax('mosaic'),
 }
@@ -181,10 +181,10 @@ def _run(implementation: str | None, part: str, *operands: jax.Array) -> object:
 def _grouped_matmul(
   implementation: str | None,
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
 ) -> jax.Array:
-  return _run(implementation, 'forward', rows_MD, bank_NDF, sizes_N)
+  return _run(implementation, 'forward', rows_MD, weights_NDF, sizes_N)
 
 
 def _forward(

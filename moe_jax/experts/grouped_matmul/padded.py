@@ -14,21 +14,21 @@ _GRAIN = 8  # that they are a multiple of
 
 
 def multiply(
-  rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   """[M, F]; 0 outside of all groups."""
-  return _multiply(rows_MD, bank_NDF, sizes_N)
+  return _multiply(rows_MD, weights_NDF, sizes_N)
 
 
 def gradients(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Of the rows and of the bank; the latter summed in float32."""
-  rows_grad_MD = _multiply(grad_MF, bank_NDF, sizes_N, transposed=True)
-  capacity = _capacity(len(rows_MD), len(bank_NDF))
+  rows_grad_MD = _multiply(grad_MF, weights_NDF, sizes_N, transposed=True)
+  capacity = _capacity(len(rows_MD), len(weights_NDF))
 
   def one(i: jax.Array, out_NDF: jax.Array) -> jax.Array:
     rows_NCD = _round(rows_MD, sizes_N, i, capacity)
@@ -37,20 +37,20 @@ def gradients(
       'NCD,NCF->NDF', rows_NCD, grad_NCF, preferred_element_type=jnp.float32
     )
 
-  out_NDF = jnp.zeros_like(rows_MD, shape=bank_NDF.shape, dtype=jnp.float32)
+  out_NDF = jnp.zeros_like(rows_MD, shape=weights_NDF.shape, dtype=jnp.float32)
   out_NDF = lax.fori_loop(0, _rounds(sizes_N, capacity), one, out_NDF)
-  return rows_grad_MD, out_NDF.astype(bank_NDF.dtype)
+  return rows_grad_MD, out_NDF.astype(weights_NDF.dtype)
 
 
 def _multiply(
   rows_MD: jax.Array,
-  bank_NDF: jax.Array,
+  weights_NDF: jax.Array,
   sizes_N: jax.Array,
   *,
   transposed: bool = False,
 ) -> jax.Array:
   """[M, F], or of rows [M, F] and `transposed` [M, D]."""
-  num_rows, num_groups = len(rows_MD), len(bank_NDF)
+  num_rows, num_groups = len(rows_MD), len(weights_NDF)
   capacity = _capacity(num_rows, num_groups)
   ends_N = jnp.cumsum(sizes_N)
   row_M = jnp.arange(num_rows)
@@ -63,12 +63,12 @@ def _multiply(
 
   def one(i: jax.Array, out_MF: jax.Array) -> jax.Array:
     rows_NCD = _round(rows_MD, sizes_N, i, capacity)
-    out_NCF = jnp.einsum(equation, rows_NCD, bank_NDF)
+    out_NCF = jnp.einsum(equation, rows_NCD, weights_NDF)
     now_M = used_M & (nth_M // capacity == i)
     mine_MF = out_NCF[group_M, nth_M % capacity]
     return jnp.where(now_M[:, None], mine_MF, out_MF)
 
-  width = bank_NDF.shape[1 if transposed else 2]
+  width = weights_NDF.shape[1 if transposed else 2]
   out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
   return lax.fori_loop(0, _rounds(sizes_N, capacity), one, out_MF)
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.experts import exchange_size
-from moe_jax.experts.exchange_size import Exchanged
-from moe_jax.experts.rows import starts
-from moe_jax.experts.trip import fitting, static, with_rest
+from moe_jax.experts import exchange_cost
+from moe_jax.experts.exchange import fitting, static, with_rest
+from moe_jax.experts.exchange_cost import ExchangeSizes
+from moe_jax.experts.permute import offsets
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class RaggedTrip:
   """The used rows alone, into a buffer of bounded size.
 
   Attributes:
-    kept_UN, arriving_UX: as in `Trip`.
+    send_counts_UN, receive_counts_UX: as in `Trip`.
     outward: from the rows to the buffer.
     homeward: from the buffer to the rows.
     num_rows: M.
@@ -45,8 +45,8 @@ class RaggedTrip:
     axis: of the devices.
   """
 
-  kept_UN: jax.Array
-  arriving_UX: jax.Array
+  send_counts_UN: jax.Array
+  receive_counts_UX: jax.Array
   outward: Offsets
   homeward: Offsets
   num_rows: int = static()
@@ -78,30 +78,38 @@ class Ragged:
   axis: str
   factor: float
 
-  def __call__(self, sizes_UN: jax.Array, sizes: Exchanged) -> RaggedTrip:
+  def __call__(self, sizes_UN: jax.Array, sizes: ExchangeSizes) -> RaggedTrip:
     """As in `Plan`."""
-    room = exchange_size.buffer_rows(sizes, self.factor)
+    room = exchange_cost.buffer_rows(sizes, self.factor)
     here, devices = lax.axis_index(self.axis), sizes.devices
     # [from, to, expert]: every device knows all, and so all offsets.
     sizes_UUN = lax.all_gather(sizes_UN, self.axis)
     # A buffer is filled device by device, expert by expert.
     queue = sizes_UUN.swapaxes(0, 1).reshape(devices, -1)
-    kept_UUN = fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
-    kept_UU = kept_UUN.sum(2)
-    row_UU = starts(sizes_UUN.sum(2))
-    place_UU = starts(kept_UU.T).T
+    send_counts_UUN = (
+      fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
+    )
+    send_counts_UU = send_counts_UUN.sum(2)
+    row_UU = offsets(sizes_UUN.sum(2))
+    place_UU = offsets(send_counts_UU.T).T
     outward = Offsets(
-      row_UU[here], kept_UU[here], place_UU[here], kept_UU[:, here]
+      row_UU[here],
+      send_counts_UU[here],
+      place_UU[here],
+      send_counts_UU[:, here],
     )
     homeward = Offsets(
-      place_UU[:, here], kept_UU[:, here], row_UU[:, here], kept_UU[here]
+      place_UU[:, here],
+      send_counts_UU[:, here],
+      row_UU[:, here],
+      send_counts_UU[here],
     )
-    arriving_UN = kept_UUN[:, here]
+    receive_counts_UN = send_counts_UUN[:, here]
     last_U = jnp.arange(devices) == devices - 1
-    rest_U = jnp.where(last_U, room - arriving_UN.sum(), 0)
+    rest_U = jnp.where(last_U, room - receive_counts_UN.sum(), 0)
     return RaggedTrip(
-      kept_UUN[here],
-      with_rest(arriving_UN, rest_U),
+      send_counts_UUN[here],
+      with_rest(receive_counts_UN, rest_U),
       outward,
       homeward,
       sizes.tokens * sizes.slots,
