@@ -22,7 +22,7 @@ class Room(NamedTuple):
 
 
 _CONFIG = 'config errors'
-_MODEL = f'{_CONFIG} routing experts parallel.mesh'
+_MODEL = f'{_CONFIG} parameter routing experts parallel.mesh'
 _STATE = 'jax flax optax orbax ml_collections numpy'
 
 # A room imports only from those before it.
@@ -41,10 +41,13 @@ ROOMS = {
   'config_file': Room('errors saved_config', 'ml_collections configs'),
   'cli': Room('allocator config_file errors libtpu', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
-  'routing': Room('', 'jax flax'),
+  'parameter': Room('', 'jax flax'),
+  'routing': Room('parameter', 'jax flax'),
   # An optional package, imported where it is used.
   'experts.grouped_matmul.tokamax': Room('', 'jax tokamax absl'),
-  'experts': Room('routing experts.grouped_matmul.tokamax', 'jax flax'),
+  'experts': Room(
+    'parameter routing experts.grouped_matmul.tokamax', 'jax flax'
+  ),
   'parallel.slices': Room('axes errors', 'jax ml_collections numpy'),
   'parallel.mesh': Room('config errors parallel.slices', 'jax ml_collections'),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),

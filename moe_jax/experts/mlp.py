@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.experts.dropout import dropout, dropout_rows, split
 from moe_jax.experts.grouped_matmul import GroupedMatmul, TunedMatmul
 from moe_jax.experts.remat import remat_method
+from moe_jax.parameter import EMBED, EXPERT, MLP, param
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import State, Tokens
 
@@ -38,11 +39,15 @@ class SwiGLU(nnx.Module):
     dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
-    self.gate_up_D2F = nnx.Param(
-      init(rngs.params(), (hidden_size, 2, width), jnp.float32)
+    self.gate_up_D2F = param(
+      init(rngs.params(), (hidden_size, 2, width), jnp.float32),
+      (EMBED, None, MLP),
+      decay=True,
     )
-    self.down_FD = nnx.Param(
-      init(rngs.params(), (width, hidden_size), jnp.float32)
+    self.down_FD = param(
+      init(rngs.params(), (width, hidden_size), jnp.float32),
+      (MLP, EMBED),
+      decay=True,
     )
     self.dropout = dropout
 
@@ -139,11 +144,15 @@ class SwiGLUExperts(ExpertsBase):
   ):
     super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
-    self.gate_up_ND2F = nnx.Param(
-      init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32)
+    self.gate_up_ND2F = param(
+      init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32),
+      (EXPERT, EMBED, None, MLP),
+      decay=True,
     )
-    self.down_NFD = nnx.Param(
-      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
+    self.down_NFD = param(
+      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
+      (EXPERT, MLP, EMBED),
+      decay=True,
     )
 
   @remat_method(HIDDEN)
@@ -214,14 +223,18 @@ class ReLUMLP(nnx.Module):
     dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
-    self.up_DF = nnx.Param(
-      init(rngs.params(), (hidden_size, width), jnp.float32)
+    self.up_DF = param(
+      init(rngs.params(), (hidden_size, width), jnp.float32),
+      (EMBED, MLP),
+      decay=True,
     )
-    self.up_bias_F = nnx.Param(jnp.zeros((width,), jnp.float32))
-    self.down_FD = nnx.Param(
-      init(rngs.params(), (width, hidden_size), jnp.float32)
+    self.up_bias_F = param(jnp.zeros((width,), jnp.float32))
+    self.down_FD = param(
+      init(rngs.params(), (width, hidden_size), jnp.float32),
+      (MLP, EMBED),
+      decay=True,
     )
-    self.down_bias_D = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
+    self.down_bias_D = param(jnp.zeros((hidden_size,), jnp.float32))
     self.dropout = dropout
 
   @remat_method(HIDDEN)
@@ -258,15 +271,23 @@ class ReLUExperts(ExpertsBase):
   ):
     super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
-    self.up_NDF = nnx.Param(
-      init(rngs.params(), (num_experts, hidden_size, width), jnp.float32)
+    self.up_NDF = param(
+      init(rngs.params(), (num_experts, hidden_size, width), jnp.float32),
+      (EXPERT, EMBED, MLP),
+      decay=True,
     )
-    self.up_bias_NF = nnx.Param(jnp.zeros((num_experts, width), jnp.float32))
-    self.down_NFD = nnx.Param(
-      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32)
+    self.up_bias_NF = param(
+      jnp.zeros((num_experts, width), jnp.float32),
+      (EXPERT, MLP),
     )
-    self.down_bias_ND = nnx.Param(
-      jnp.zeros((num_experts, hidden_size), jnp.float32)
+    self.down_NFD = param(
+      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
+      (EXPERT, MLP, EMBED),
+      decay=True,
+    )
+    self.down_bias_ND = param(
+      jnp.zeros((num_experts, hidden_size), jnp.float32),
+      (EXPERT, EMBED),
     )
 
   @remat_method(HIDDEN)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.remat import remat_method
+from moe_jax.parameter import param
 
 
 class RMSNorm(nnx.Module):
@@ -15,7 +16,7 @@ class RMSNorm(nnx.Module):
   """
 
   def __init__(self, size: int, epsilon: float):
-    self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
+    self.scale_D = param(jnp.ones((size,), jnp.float32))
     self.epsilon = epsilon
 
   @remat_method()
@@ -34,8 +35,8 @@ class LayerNorm(nnx.Module):
   """
 
   def __init__(self, size: int, epsilon: float):
-    self.scale_D = nnx.Param(jnp.ones((size,), jnp.float32))
-    self.shift_D = nnx.Param(jnp.zeros((size,), jnp.float32))
+    self.scale_D = param(jnp.ones((size,), jnp.float32))
+    self.shift_D = param(jnp.zeros((size,), jnp.float32))
     self.epsilon = epsilon
 
   @remat_method()

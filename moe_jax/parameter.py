@@ -1,0 +1,138 @@
+"""What a parameter is, declared where it is made.
+
+`param` makes an `nnx.Param` and writes a `Declaration` into its metadata: how
+its axes are called, whether weight decay reaches it, which part of the model it
+belongs to, what moves it, and how often a token multiplies by it. Sharding, the
+optimizer, counts and exchanges of experts all read that declaration, so nothing
+follows from a parameter's name. A plain `nnx.Param` has the default one: it is
+held whole by every device, trained, not decayed, and counted as a matmul if it
+has two axes or more.
+
+Flax's own metadata for sharding is not used: `nnx.vmap`, which stacks layers,
+does not add the layers' axis to it. A declaration speaks of the last axes of a
+parameter, so that axes which stacking puts in front need no name.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+# Names of axes; `moe_jax.parallel.mesh` says which of them a mesh splits.
+VOCAB, EMBED, MLP, EXPERT = 'vocab', 'embed', 'mlp', 'expert'
+HEADS, KV_HEADS = 'heads', 'kv_heads'
+
+# Parts of a model; `optimizer.freeze` and the sizes of routers ask for them.
+MODEL, ROUTER, CELL = 'model', 'router', 'cell'
+
+# What moves a parameter: its gradient, nothing, or the sign of the experts'
+# load, which its gradient holds.
+TRAINED, FIXED, BIAS_UPDATED = 'trained', 'fixed', 'bias_updated'
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+  """What a parameter is.
+
+  Attributes:
+    axes: A name for each of its last axes, None for one that is never split.
+    decay: Whether weight decay pulls it towards zero.
+    part: `MODEL`, `ROUTER` or `CELL`. A parameter of `CELL` is used by every
+      MoE sub-layer.
+    update: `TRAINED`, `FIXED` or `BIAS_UPDATED`.
+    matmuls: By how many of its elements one multiplies for each token that
+      meets it, as a multiple of its size: 1 for the weights of a matmul, 0 for
+      what is added, multiplied element by element or looked up. None stands for
+      what `complete` makes of it.
+    passes: How many matmuls a step has for each in the forward pass: 3 where
+      the gradient of the inputs and that of the weights follow, 2 without the
+      latter.
+    remembered: Whether attention applies it anew to each remembered position.
+    counted: Whether it counts as a parameter of the model in published sizes.
+  """
+
+  axes: Axes = ()
+  decay: bool = False
+  part: str = MODEL
+  update: str = TRAINED
+  matmuls: int | None = None
+  passes: int = 3
+  remembered: bool = False
+  counted: bool = True
+
+  def complete(self, ndim: int) -> 'Declaration':
+    """Returns the declaration with what follows from a parameter's axes.
+
+    Args:
+      ndim: The number of axes, without those of stacked layers. A parameter
+        with two or more beside that of experts is taken for a matmul's.
+    """
+    if self.matmuls is not None:
+      return self
+    axes = ndim - self.axes.count(EXPERT)
+    return dataclasses.replace(self, matmuls=int(axes >= 2))
+
+
+def param(value: Any, axes: Axes = (), **declared: Any) -> nnx.Param:
+  """Returns a parameter that says what it is.
+
+  Args:
+    value: The array it starts with.
+    axes: A name for every axis of `value`, or () where no axis is ever split.
+    **declared: Other fields of `Declaration`.
+  """
+  if axes and len(axes) != value.ndim:
+    raise ValueError(f'axes {axes} of a parameter of shape {value.shape}')
+  declaration = Declaration(axes, **declared).complete(value.ndim)
+  return nnx.Param(value, declaration=declaration)
+
+
+def declaration(variable: nnx.Variable) -> Declaration:
+  """Returns what a parameter is; the default for one that does not say it."""
+  declared = variable.get_metadata().get('declaration', Declaration())
+  return declared.complete(variable.get_value().ndim)
+
+
+def declare(module: nnx.Module, part: str | None = None) -> None:
+  """Completes the declarations of a module's parameters.
+
+  Whoever stacks modules calls this for each before they are: afterwards a plain
+  `nnx.Param` does not tell how many axes it has without the layers'.
+
+  Args:
+    module: The module, whose parameters are changed.
+    part: The part of the model that all of it belongs to. None leaves what the
+      parameters say themselves.
+  """
+  for _, node in nnx.iter_graph(module):
+    if isinstance(node, nnx.Param):
+      declared = declaration(node)
+      if part is not None:
+        declared = dataclasses.replace(declared, part=part)
+      node.set_metadata(declaration=declared)
+
+
+def declarations(model: nnx.Module) -> dict[str, Any]:
+  """Returns the declarations of a model, a tree like that of its parameters.
+
+  Args:
+    model: Arrays or, after `nnx.eval_shape`, only their shapes.
+  """
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param), declaration)
+
+
+def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+  """Returns the leaves of a tree by the keys that lead to them."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {tuple(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def _key(entry: Any) -> str:
+  """Returns the key of a dict, the name of an attribute or a position."""
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(entry, attribute):
+      return str(getattr(entry, attribute))
+  return str(entry)
