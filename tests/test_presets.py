@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import base, cartesian_moe, quickstart, rmoe, variants
 from moe_jax import config as config_lib
 from moe_jax import config_file, saved_config
-from moe_jax.data import corpora, tokenizers
+from moe_jax.data import sources, tokenizers
 from moe_jax.errors import UserError
 from tests.helpers import published
 
@@ -285,7 +285,7 @@ def test_the_vocabulary_is_known_without_the_data(
   def refuse(*_: object) -> None:
     raise AssertionError('the data was opened')
 
-  monkeypatch.setattr(corpora, 'open_splits', refuse)
+  monkeypatch.setattr(sources, 'open_splits', refuse)
   config = rmoe.get_config(preset)
   size = tokenizers.vocab_size(config.data, config.model.vocab_size)
   vocab_size = config_lib.vocab_size(config, size)

@@ -1,1 +1,1 @@
-"""Text in, batches of token windows out: corpora, tokenizers, the pipeline."""
+"""Text in, batches of token sequences out: sources, tokenizers, pipeline."""

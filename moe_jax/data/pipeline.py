@@ -1,4 +1,4 @@
-"""Batches of token windows: what a step reads.
+"""Batches of token sequences: what a step reads.
 
 The batches are a function of (seed, step) on the whole split. A process makes
 only the rows that it is asked for, so how many processes there are changes
@@ -6,14 +6,14 @@ nothing, and the position that a checkpoint keeps is the number of steps read.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import grain
 import numpy as np
 
-from moe_jax.data.segments import Segments, WholeRows
-from moe_jax.data.windows import Window, Windows
+from moe_jax.data.orders import ORDERS, EvaluationRows
+from moe_jax.data.sequences import TokenSequences
 
 Batch = dict[str, np.ndarray]
 
@@ -47,7 +47,7 @@ class TrainStream:
 
 
 def train_batches(
-  windows: Windows,
+  sequences: TokenSequences,
   *,
   batch_size: int,
   rows: Sequence[int],
@@ -59,8 +59,8 @@ def train_batches(
   """Returns this process's part of the batches from step `start` on.
 
   Args:
-    windows: the split.
-    batch_size: windows per step, over all processes.
+    sequences: the split.
+    batch_size: sequences per step, over all processes.
     rows: the rows of the global batch that this process holds, in its order.
     seed: of the order; only its lowest 32 bits count.
     start: the first step to read, 0 or what `state()` said.
@@ -71,10 +71,10 @@ def train_batches(
     UserError: the split is too small for that order.
   """
   rows = [int(row) for row in rows]
-  window = ORDERS[order](windows, batch_size, seed % 2**32)
+  sequence = ORDERS[order](sequences, batch_size, seed % 2**32)
 
   def read(step: int) -> Batch:
-    return _stack([window(step, row) for row in rows])
+    return _stack([sequence(step, row) for row in rows])
 
   # The elements are whole steps, so one thread hand-over costs one step's rows.
   steps = grain.MapDataset.range(start, sys.maxsize // batch_size).map(read)
@@ -84,31 +84,13 @@ def train_batches(
   return TrainStream(iter(steps.to_iter_dataset(options)), start)
 
 
-def _shuffled(
-  windows: Windows, batch_size: int, seed: int
-) -> Callable[[int, int], Window]:
-  """Elements [s * batch_size, (s + 1) * batch_size) of the windows in step s.
-
-  They are shuffled anew in every epoch; an epoch may end inside a batch.
-  """
-  stream = grain.MapDataset.source(windows).shuffle(seed).repeat()
-  return lambda step, row: stream[step * batch_size + row]
-
-
-# (windows, batch_size, seed) -> the window of (step, row).
-ORDERS = {
-  'shuffled': _shuffled,
-  'contiguous': lambda *arguments: Segments(*arguments).at,
-}
-
-
-def num_batches(windows: Windows, batch_size: int) -> int:
-  """Returns how many batches hold all windows once."""
-  return -(-len(windows) // batch_size)
+def num_batches(sequences: TokenSequences, batch_size: int) -> int:
+  """Returns how many batches hold all sequences once."""
+  return -(-len(sequences) // batch_size)
 
 
 def eval_batches(
-  windows: Windows,
+  sequences: TokenSequences,
   *,
   batch_size: int,
   rows: Sequence[int],
@@ -122,14 +104,14 @@ def eval_batches(
   row goes on in the next batch where it stopped in this one.
   """
   if order == 'contiguous':
-    whole = WholeRows(windows, batch_size)
+    whole = EvaluationRows(sequences, batch_size)
     for step in range(len(whole)):
       yield _stack([whole.at(step, row) for row in rows])
     return
-  for i in range(num_batches(windows, batch_size)):
-    yield _stack([windows.at(i * batch_size + row) for row in rows])
+  for i in range(num_batches(sequences, batch_size)):
+    yield _stack([sequences.at(i * batch_size + row) for row in rows])
 
 
 def _stack(parts: list[Batch]) -> Batch:
-  """Returns the windows as the rows of one batch."""
+  """Returns the sequences as the rows of one batch."""
   return {key: np.stack([part[key] for part in parts]) for key in parts[0]}

@@ -1,4 +1,4 @@
-"""TFDS builders of corpora that are one long text each, cut into three splits.
+"""TFDS builders of sources that are one long text each, cut into three splits.
 
 The examples of a split are pieces of its text, in order, cut at ends of lines
 so that they are small enough to read at random; nothing stands between them.
@@ -23,7 +23,7 @@ SPLITS = ('train', 'validation', 'test')
 _PIECE_BYTES = 2**18  # a batch reads from as many pieces as it has rows
 
 
-class OneText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class SingleDocument(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Pieces `text` of a text in a zip file, in order.
 
   Attributes:
@@ -113,7 +113,7 @@ class OneText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       ) from error
 
 
-class Enwik8(OneText):
+class Enwik8(SingleDocument):
   """The first 10^8 bytes of a dump of the English Wikipedia: 90, 5 and 5 M."""
 
   URL = 'http://mattmahoney.net/dc/enwik8.zip'
@@ -127,7 +127,7 @@ class Enwik8(OneText):
     return io.BytesIO(text[begin:end])
 
 
-class Wikitext103(OneText):
+class Wikitext103(SingleDocument):
   """WikiText-103 (arXiv 1609.07843), at the level of words, with its <unk>s."""
 
   URL = 'https://wikitext.smerity.com/wikitext-103-v1.zip'

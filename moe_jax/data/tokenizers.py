@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import corpora, dictionary
+from moe_jax.data import sources, vocabulary
 
 
 class Tokenizer(Protocol):
@@ -19,14 +19,14 @@ class Tokenizer(Protocol):
     vocab_size: every id is in [0, vocab_size).
     eos_id: the id that stands between documents; where it is also the end of a
       line, `encode` makes it too.
-    digest: tells its table of ids from others of that name; None if there is
-      one table only.
+    fingerprint: tells its table of ids from others of that name; None if there
+      is one table only.
   """
 
   name: str
   vocab_size: int
   eos_id: int
-  digest: str | None
+  fingerprint: str | None
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, int32 [tokens]."""
@@ -41,7 +41,7 @@ class ByteTokenizer:
   name = 'bytes'
   vocab_size = 257
   eos_id = 256
-  digest = None
+  fingerprint = None
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the UTF-8 bytes of `text`, int32 [bytes]."""
@@ -58,7 +58,7 @@ class ByteTokenizer:
 _FIXED = {ByteTokenizer.name: ByteTokenizer}
 _OF_DATA = {
   kind.name: kind
-  for kind in (dictionary.EnwikTokenizer, dictionary.WordTokenizer)
+  for kind in (vocabulary.EnwikTokenizer, vocabulary.WordTokenizer)
 }
 NAMES = (*_FIXED, *_OF_DATA)
 
@@ -77,9 +77,9 @@ def build(data: ConfigDict) -> Tokenizer:
   kind = known[errors.choose('data.tokenizer', data.tokenizer, known)]
   if data.tokenizer in _FIXED:
     return kind()
-  splits = corpora.open_splits(data)
+  splits = sources.open_splits(data)
   folder = splits[0].folder
-  return dictionary.load_or_make(kind, folder, data.text_key, splits)
+  return vocabulary.load_or_make(kind, folder, data.text_key, splits)
 
 
 def vocab_size(data: ConfigDict, declared: int) -> int:

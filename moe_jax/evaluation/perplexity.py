@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.data.pipeline import Windows, eval_batches
+from moe_jax.data.pipeline import TokenSequences, eval_batches
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.training import state
@@ -48,14 +48,14 @@ def evaluate(
   setup = multihost.first_process_first(lambda: state.from_config(config))
   split = split or config.eval.split
   with Store.open(workdir, config, setup.dictionary, read_only=True) as store:
-    windows = multihost.first_process_first(
-      lambda: Windows.open(config.data, split, setup.tokenizer)
+    sequences = multihost.first_process_first(
+      lambda: TokenSequences.open(config.data, split, setup.tokenizer)
     )
     step = store.latest_step() if step is None else step
     wanted = {key: setup.abstract[key] for key in ('step', 'params')}
     restored, _ = store.restore(wanted, step)
     result = evaluate_split(
-      make_eval_step(setup), restored['params'], windows, config, setup.mesh
+      make_eval_step(setup), restored['params'], sequences, config, setup.mesh
     )
   result = {'step': step} | result
   if multihost.is_main_process():
@@ -66,7 +66,7 @@ def evaluate(
 def evaluate_split(
   eval_step: Callable[[Any, Any], dict[str, Any]],
   params: Any,
-  windows: Windows,
+  sequences: TokenSequences,
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
   max_batches: int = 0,
@@ -80,7 +80,7 @@ def evaluate_split(
   Args:
     eval_step: what `make_eval_step` returned.
     params: of the model.
-    windows: of the split.
+    sequences: of the split.
     config: reads the batch size.
     mesh: where the parameters live.
     max_batches: stop after so many; 0 for the whole split.
@@ -93,7 +93,7 @@ def evaluate_split(
   batch_size = config_lib.eval_batch_size(config)
   rows = multihost.Rows(mesh_lib.batch_sharding(mesh), batch_size)
   batches = eval_batches(
-    windows, batch_size=batch_size, rows=rows.local, order=config.data.order
+    sequences, batch_size=batch_size, rows=rows.local, order=config.data.order
   )
   memory = state.empty_memory(config, mesh, batch_size)
   nll, tokens = 0.0, 0
@@ -104,7 +104,7 @@ def evaluate_split(
     nll += float(sums['nll'])
     tokens += int(sums['targets'])
   loss = nll / tokens
-  bytes_per_token = windows.num_bytes / windows.num_tokens
+  bytes_per_token = sequences.num_bytes / sequences.num_tokens
   disabled = config.eval.disable_top
   return ({'disabled_top': disabled} if disabled else {}) | {
     'loss': loss,

@@ -18,7 +18,7 @@ from moe_jax.training.state import Setup
 def make(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
   """The setup of a config on all of the devices.
 
-  A data set is read only where `model.vocab_size` leaves V to its dictionary.
+  A data set is read only where `model.vocab_size` leaves V to its vocabulary.
 
   Raises:
     UserError: anything wrong with the config on so many devices.

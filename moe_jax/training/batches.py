@@ -1,6 +1,6 @@
 """What the steps of a run read: the data pipeline's rows, on the devices."""
 
-from moe_jax.data.pipeline import Windows, train_batches
+from moe_jax.data.pipeline import TokenSequences, train_batches
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
@@ -10,13 +10,15 @@ from moe_jax.training.step import Batch
 class Batches:
   """The batches of a run from a step on, as arrays over the mesh."""
 
-  def __init__(self, setup: Setup, windows: Windows, start: int) -> None:
+  def __init__(
+    self, setup: Setup, sequences: TokenSequences, start: int
+  ) -> None:
     """Begins to read; UserError if the split is too small for its order."""
     config = setup.config
     size = config.train.batch_size
     self._rows = multihost.Rows(mesh_lib.batch_sharding(setup.mesh), size)
     self._stream = train_batches(
-      windows,
+      sequences,
       batch_size=size,
       rows=self._rows.local,
       seed=config.seed,

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax import allocator
-from moe_jax.data.pipeline import Windows
+from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
 from moe_jax.parallel import multihost
@@ -28,8 +28,8 @@ class Prepared(NamedTuple):
   """What a config stands for, before anything is compiled or written."""
 
   setup: Setup
-  train_windows: Windows
-  eval_windows: Windows | None
+  train_sequences: TokenSequences
+  eval_sequences: TokenSequences | None
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -40,13 +40,13 @@ def prepare(config: ConfigDict) -> Prepared:
   """
   setup = state_lib.from_config(config)
 
-  def windows(split: str) -> Windows:
-    return Windows.open(config.data, split, setup.tokenizer)
+  def sequences(split: str) -> TokenSequences:
+    return TokenSequences.open(config.data, split, setup.tokenizer)
 
   return Prepared(
     setup,
-    windows(config.data.train_split),
-    windows(config.eval.split) if config.eval.every else None,
+    sequences(config.data.train_split),
+    sequences(config.eval.split) if config.eval.every else None,
   )
 
 
@@ -67,14 +67,14 @@ def train(config: ConfigDict, workdir: str) -> None:
       no longer finite.
     SystemExit: 128 + the number of the signal that stopped it.
   """
-  setup, train_windows, eval_windows = multihost.first_process_first(
+  setup, train_sequences, eval_sequences = multihost.first_process_first(
     lambda: prepare(config)
   )
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
   given = origin.params(setup) if newest is None else None
   start = newest or 0
-  batches = Batches(setup, train_windows, start)
+  batches = Batches(setup, train_sequences, start)
   with (
     contextlib.closing(batches),
     Store.open(workdir, config, setup.dictionary) as store,
@@ -88,8 +88,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     with multihost.fail_together(
       lambda: Journal(setup, workdir, start)
     ) as journal:
-      journal.say(describe(setup, train_windows))
-      run = _Run(setup, batches, eval_windows, store, journal, interrupt)
+      journal.say(describe(setup, train_sequences))
+      run = _Run(setup, batches, eval_sequences, store, journal, interrupt)
       done = _steps(run, state, start)
       journal.say(journal.summary(done))
   if interrupt.signal is not None:
@@ -117,7 +117,7 @@ class _Run(NamedTuple):
 
   setup: Setup
   batches: Batches
-  eval_windows: Windows | None
+  eval_sequences: TokenSequences | None
   store: Store
   journal: Journal
   interrupt: Interrupt
@@ -141,7 +141,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
       journal.note(step, metrics)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
-    if run.eval_windows and _due(config.eval.every, step, step == steps):
+    if run.eval_sequences and _due(config.eval.every, step, step == steps):
       _evaluate(run, eval_step, state, step)
     if _due(config.checkpoint.every, step, last):
       # Last: what is written of a step outlives a kill during the save.
@@ -168,7 +168,7 @@ def _evaluate(
   result = perplexity.evaluate_split(
     eval_step,
     state['params'],
-    run.eval_windows,
+    run.eval_sequences,
     config,
     run.setup.mesh,
     max_batches=config.eval.batches,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.data.pipeline import Windows
+from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
@@ -50,7 +50,7 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
   return metrics
 
 
-def describe(setup: Setup, windows: Windows) -> str:
+def describe(setup: Setup, sequences: TokenSequences) -> str:
   """Model, devices and data of a run, one line each."""
   config, mesh = setup.config, setup.mesh
   counts = sizes.count_parameters(config, setup.abstract['params'])
@@ -61,12 +61,12 @@ def describe(setup: Setup, windows: Windows) -> str:
     if multihost.is_single_process()
     else f', {jax.process_count()} processes'
   )
-  epochs = config.train.steps * config.train.batch_size / len(windows)
+  epochs = config.train.steps * config.train.batch_size / len(sequences)
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
     f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
-    f'data     {config.data.name}: {windows.num_tokens:,} tokens,'
+    f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps'
   )
 

@@ -51,7 +51,7 @@ class Setup:
   @property
   def dictionary(self) -> str | None:
     """Which table of ids the data has; None for a tokenizer with one only."""
-    return self.tokenizer.digest if self.tokenizer else None
+    return self.tokenizer.fingerprint if self.tokenizer else None
 
   def init(self, params: Any = None) -> TrainState:
     """Makes the state from `config.seed`, every leaf already in its place.

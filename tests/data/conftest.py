@@ -1,4 +1,4 @@
-"""Small corpora for the tests of moe_jax.data."""
+"""Small sources for the tests of moe_jax.data."""
 
 import functools
 import pathlib
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.data import corpora, folders
+from moe_jax.data import folders, sources
 
 
 def _config(**keys: object) -> ConfigDict:
@@ -54,14 +54,14 @@ def make_data(
 @pytest.fixture
 def documents(
   make_data: Callable[[dict[str, bytes]], ConfigDict],
-) -> corpora.Documents:
+) -> sources.Documents:
   """Forty training documents of 0 to 60 characters, some beyond ASCII."""
   rng = np.random.default_rng(0)
   letters = list('abc def\nαβ→')
   texts = [''.join(rng.choice(letters, rng.integers(1, 60))) for _ in range(40)]
   names = _names_of('train', 40)
   files = dict(zip(names, (text.encode() for text in texts), strict=True))
-  return corpora.open_documents(make_data(files), 'train')
+  return sources.open_documents(make_data(files), 'train')
 
 
 @pytest.fixture(scope='session')

@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import corpora, pipeline, token_index, tokenizers
-from moe_jax.data import windows as windows_lib
+from moe_jax.data import lengths, pipeline, sources, tokenizers
+from moe_jax.data import sequences as sequences_lib
 
 MakeData = Callable[[dict[str, bytes]], ConfigDict]
 NamesOf = Callable[[str, int], list[str]]
@@ -21,11 +21,11 @@ TOKENIZER = tokenizers.ByteTokenizer()
 
 
 @pytest.fixture
-def windows(documents: corpora.Documents) -> pipeline.Windows:
-  return pipeline.Windows(documents, TOKENIZER, L)
+def sequences(documents: sources.Documents) -> pipeline.TokenSequences:
+  return pipeline.TokenSequences(documents, TOKENIZER, L)
 
 
-def _stream(documents: corpora.Documents) -> list[int]:
+def _stream(documents: sources.Documents) -> list[int]:
   """The token stream of a split, built in plain Python."""
   tokens = [256]
   for i in range(len(documents)):
@@ -34,11 +34,11 @@ def _stream(documents: corpora.Documents) -> list[int]:
 
 
 def _train(
-  windows: pipeline.Windows, steps: int, **keys: object
+  sequences: pipeline.TokenSequences, steps: int, **keys: object
 ) -> list[pipeline.Batch]:
   """Returns the first batches of a stream."""
   keys = {'batch_size': 8, 'rows': range(8), 'seed': 0, 'start': 0} | keys
-  stream = pipeline.train_batches(windows, **({'threads': 2} | keys))
+  stream = pipeline.train_batches(sequences, **({'threads': 2} | keys))
   batches = list(itertools.islice(stream, steps))
   stream.close()
   return batches
@@ -55,42 +55,44 @@ def _assert_same(
 
 @pytest.mark.parametrize('seq_len', [1, 7, 16, 5000])
 def test_every_token_is_a_target_once(
-  documents: corpora.Documents, seq_len: int
+  documents: sources.Documents, seq_len: int
 ) -> None:
-  windows = pipeline.Windows(documents, TOKENIZER, seq_len)
+  sequences = pipeline.TokenSequences(documents, TOKENIZER, seq_len)
   stream = _stream(documents)
-  rows = [windows[i] for i in range(len(windows))]
+  rows = [sequences[i] for i in range(len(sequences))]
   for key, expected in ('token_ids', stream[:-1]), ('targets', stream[1:]):
     got = np.concatenate([row[key][row['padding_mask']] for row in rows])
     np.testing.assert_array_equal(got, expected)
-  assert windows.num_tokens == len(stream) - 1
-  assert windows.num_bytes == sum(token != 256 for token in stream)
+  assert sequences.num_tokens == len(stream) - 1
+  assert sequences.num_bytes == sum(token != 256 for token in stream)
 
 
-def test_shapes_types_and_padding(windows: pipeline.Windows) -> None:
-  last = windows[len(windows) - 1]
+def test_shapes_types_and_padding(sequences: pipeline.TokenSequences) -> None:
+  last = sequences[len(sequences) - 1]
   assert {key: array.dtype for key, array in last.items()} == {
     'token_ids': np.int32,
     'targets': np.int32,
     'padding_mask': np.bool_,
   }
   assert all(value.shape == (L,) for value in last.values())
-  real = windows.num_tokens - L * (len(windows) - 1)
-  assert 0 < real < L  # the corpus of this test does not fill its last window
+  real = sequences.num_tokens - L * (len(sequences) - 1)
+  assert 0 < real < L  # the corpus of this test does not fill its last sequence
   np.testing.assert_array_equal(last['padding_mask'], np.arange(L) < real)
   assert not last['token_ids'][real:].any()
   assert not last['targets'][real:].any()
 
 
-def test_number_outside_the_windows(windows: pipeline.Windows) -> None:
-  for i in (-1, len(windows)):
+def test_number_outside_the_windows(sequences: pipeline.TokenSequences) -> None:
+  for i in (-1, len(sequences)):
     with pytest.raises(IndexError):
-      windows[i]
+      sequences[i]
 
 
-def test_two_processes_read_what_one_reads(windows: pipeline.Windows) -> None:
-  one = _train(windows, 12)
-  halves = [_train(windows, 12, rows=range(h, h + 4)) for h in (0, 4)]
+def test_two_processes_read_what_one_reads(
+  sequences: pipeline.TokenSequences,
+) -> None:
+  one = _train(sequences, 12)
+  halves = [_train(sequences, 12, rows=range(h, h + 4)) for h in (0, 4)]
   joined = [
     {key: np.concatenate([a[key], b[key]]) for key in a}
     for a, b in zip(*halves, strict=True)
@@ -98,38 +100,40 @@ def test_two_processes_read_what_one_reads(windows: pipeline.Windows) -> None:
   _assert_same(one, joined)
 
 
-def test_rows_in_the_order_asked_for(windows: pipeline.Windows) -> None:
+def test_rows_in_the_order_asked_for(
+  sequences: pipeline.TokenSequences,
+) -> None:
   order = [5, 0, 2]
   expected = [
     {key: value[order] for key, value in batch.items()}
-    for batch in _train(windows, 3)
+    for batch in _train(sequences, 3)
   ]
-  _assert_same(_train(windows, 3, rows=np.array(order)), expected)
+  _assert_same(_train(sequences, 3, rows=np.array(order)), expected)
 
 
 @pytest.mark.parametrize('threads', [0, 1, 3])
 def test_resuming_goes_on_where_it_stopped(
-  windows: pipeline.Windows, threads: int
+  sequences: pipeline.TokenSequences, threads: int
 ) -> None:
   stream = pipeline.train_batches(
-    windows, batch_size=8, rows=range(8), seed=0, start=0, threads=threads
+    sequences, batch_size=8, rows=range(8), seed=0, start=0, threads=threads
   )
   straight = [next(stream) for _ in range(5)]
   assert stream.state() == {'step': 5}
   straight += [next(stream) for _ in range(7)]
   stream.close()
-  _assert_same(straight[5:], _train(windows, 7, start=5, threads=threads))
+  _assert_same(straight[5:], _train(sequences, 7, start=5, threads=threads))
 
 
 def test_epochs_are_permutations_that_differ(
-  windows: pipeline.Windows,
+  sequences: pipeline.TokenSequences,
 ) -> None:
-  # Three epochs of batches of one window each.
-  count = len(windows)
-  batches = _train(windows, 3 * count, batch_size=1, rows=[0])
+  # Three epochs of batches of one sequence each.
+  count = len(sequences)
+  batches = _train(sequences, 3 * count, batch_size=1, rows=[0])
   rows = [b['token_ids'].tobytes() + b['targets'].tobytes() for b in batches]
   plain = [
-    windows[i]['token_ids'].tobytes() + windows[i]['targets'].tobytes()
+    sequences[i]['token_ids'].tobytes() + sequences[i]['targets'].tobytes()
     for i in range(count)
   ]
   epochs = [rows[i : i + count] for i in range(0, 3 * count, count)]
@@ -138,49 +142,53 @@ def test_epochs_are_permutations_that_differ(
   assert len({tuple(epoch) for epoch in [plain, *epochs]}) == 4
 
 
-def test_seed_decides_the_order(windows: pipeline.Windows) -> None:
-  first, other = _train(windows, 2), _train(windows, 2, seed=7)
+def test_seed_decides_the_order(sequences: pipeline.TokenSequences) -> None:
+  first, other = _train(sequences, 2), _train(sequences, 2, seed=7)
   assert (first[0]['token_ids'] != other[0]['token_ids']).any()
-  _assert_same(_train(windows, 2, seed=-1), _train(windows, 2, seed=2**32 - 1))
+  _assert_same(
+    _train(sequences, 2, seed=-1), _train(sequences, 2, seed=2**32 - 1)
+  )
 
 
 def test_fewer_windows_than_a_batch(
   make_data: MakeData, names_of: NamesOf
 ) -> None:
   data = make_data({names_of('train', 1)[0]: b'a few words of text'})
-  documents = corpora.open_documents(data, 'train')
-  windows = pipeline.Windows(documents, TOKENIZER, L)
-  assert len(windows) == 2
-  # Four epochs in a batch: each window four times.
-  (batch,) = _train(windows, 1)
+  documents = sources.open_documents(data, 'train')
+  sequences = pipeline.TokenSequences(documents, TOKENIZER, L)
+  assert len(sequences) == 2
+  # Four epochs in a batch: each sequence four times.
+  (batch,) = _train(sequences, 1)
   seen = collections.Counter(row.tobytes() for row in batch['token_ids'])
   assert sorted(seen.values()) == [4, 4]
 
 
 @pytest.mark.parametrize('batch_size', [1, 6, 8, 1000])
 def test_evaluation_reads_the_split_once(
-  windows: pipeline.Windows, batch_size: int
+  sequences: pipeline.TokenSequences, batch_size: int
 ) -> None:
   rows = range(batch_size)
   batches = list(
-    pipeline.eval_batches(windows, batch_size=batch_size, rows=rows)
+    pipeline.eval_batches(sequences, batch_size=batch_size, rows=rows)
   )
-  assert len(batches) == pipeline.num_batches(windows, batch_size)
+  assert len(batches) == pipeline.num_batches(sequences, batch_size)
   got = np.concatenate([b['targets'][b['padding_mask']] for b in batches])
-  plain = [windows[i] for i in range(len(windows))]
+  plain = [sequences[i] for i in range(len(sequences))]
   expected = np.concatenate([w['targets'][w['padding_mask']] for w in plain])
   np.testing.assert_array_equal(got, expected)
   assert batches[-1]['token_ids'].shape == (batch_size, L)
-  filler = pipeline.num_batches(windows, batch_size) * batch_size - len(windows)
+  filler = pipeline.num_batches(sequences, batch_size) * batch_size - len(
+    sequences
+  )
   assert not batches[-1]['padding_mask'][batch_size - filler :].any()
 
 
 def test_evaluation_shared_by_two_processes(
-  windows: pipeline.Windows,
+  sequences: pipeline.TokenSequences,
 ) -> None:
-  whole = pipeline.eval_batches(windows, batch_size=6, rows=range(6))
+  whole = pipeline.eval_batches(sequences, batch_size=6, rows=range(6))
   halves = [
-    pipeline.eval_batches(windows, batch_size=6, rows=range(h, h + 3))
+    pipeline.eval_batches(sequences, batch_size=6, rows=range(h, h + 3))
     for h in (0, 3)
   ]
   joined = [
@@ -191,59 +199,59 @@ def test_evaluation_shared_by_two_processes(
 
 
 def test_small_cache_and_many_threads(
-  documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
+  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(
-    windows_lib, '_CACHE_BYTES', 200
+    sequences_lib, '_CACHE_BYTES', 200
   )  # two or three documents
-  windows = pipeline.Windows(documents, TOKENIZER, L)
-  order = np.random.default_rng(0).permutation(len(windows)).repeat(8)
+  sequences = pipeline.TokenSequences(documents, TOKENIZER, L)
+  order = np.random.default_rng(0).permutation(len(sequences)).repeat(8)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    rows = list(pool.map(windows.__getitem__, order))
+    rows = list(pool.map(sequences.__getitem__, order))
   stream = np.array(_stream(documents))
   for i, row in zip(order, rows, strict=True):
     expected = stream[i * L + 1 : (i + 1) * L + 1]
     np.testing.assert_array_equal(row['targets'][row['padding_mask']], expected)
-  kept = windows._pieces
+  kept = sequences._pieces
   assert kept._bytes == sum(array.nbytes for array in kept._kept.values())
   assert kept._bytes <= 200
 
 
 def test_document_larger_than_the_cache_is_kept(
-  documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
+  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(windows_lib, '_CACHE_BYTES', 0)
-  windows = pipeline.Windows(documents, TOKENIZER, L)
-  assert windows._pieces[3] is windows._pieces[3]
+  monkeypatch.setattr(sequences_lib, '_CACHE_BYTES', 0)
+  sequences = pipeline.TokenSequences(documents, TOKENIZER, L)
+  assert sequences._pieces[3] is sequences._pieces[3]
 
 
 def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   """Returns a list that grows with every document read."""
   reads = []
-  read = corpora.Documents.__getitem__
+  read = sources.Documents.__getitem__
 
-  def counted(self: corpora.Documents, i: int) -> str:
+  def counted(self: sources.Documents, i: int) -> str:
     reads.append(i)
     return read(self, i)
 
-  monkeypatch.setattr(corpora.Documents, '__getitem__', counted)
+  monkeypatch.setattr(sources.Documents, '__getitem__', counted)
   return reads
 
 
 def test_lengths_are_measured_once(
-  documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
+  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   reads = _count_reads(monkeypatch)
-  first = token_index.lengths(documents, TOKENIZER)
+  first = lengths.document_lengths(documents, TOKENIZER)
   assert len(reads) == len(documents)
   np.testing.assert_array_equal(
-    token_index.lengths(documents, TOKENIZER), first
+    lengths.document_lengths(documents, TOKENIZER), first
   )
   assert len(reads) == len(documents)
   (file,) = pathlib.Path(documents.folder).glob('lengths*')
   file.write_bytes(file.read_bytes()[:100])  # as a full disk leaves it
   np.testing.assert_array_equal(
-    token_index.lengths(documents, TOKENIZER), first
+    lengths.document_lengths(documents, TOKENIZER), first
   )
   assert len(reads) == 2 * len(documents)
 
@@ -256,8 +264,8 @@ def test_parts_of_a_split_have_their_own_lengths(
   )
   data = make_data(files)
   tokens = [
-    pipeline.Windows(
-      corpora.open_documents(data, split), TOKENIZER, L
+    pipeline.TokenSequences(
+      sources.open_documents(data, split), TOKENIZER, L
     ).num_tokens
     for split in ('train[:2]', 'train[2:]', 'train')
   ]
@@ -265,15 +273,15 @@ def test_parts_of_a_split_have_their_own_lengths(
 
 
 def test_data_folder_that_may_only_be_read(
-  documents: corpora.Documents, monkeypatch: pytest.MonkeyPatch
+  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  expected = token_index._measure(documents, TOKENIZER)
+  expected = lengths._measure(documents, TOKENIZER)
 
   def refuse(self: epath.Path, target: epath.Path) -> None:
     raise PermissionError(target)
 
   monkeypatch.setattr(type(documents.folder), 'replace', refuse)
-  got = token_index.lengths(documents, TOKENIZER)
+  got = lengths.document_lengths(documents, TOKENIZER)
   np.testing.assert_array_equal(got, expected)
   assert not list(pathlib.Path(documents.folder).glob('lengths*'))
 
@@ -283,14 +291,14 @@ def test_text_that_is_not_utf8_stops_before_training(
 ) -> None:
   good, bad = names_of('train', 2)
   data = make_data({good: b'fine', bad: b'\xc3('})
-  documents = corpora.open_documents(data, 'train')
+  documents = sources.open_documents(data, 'train')
   with pytest.raises(errors.UserError, match=rf'\({bad}\) is not UTF-8 at by'):
-    pipeline.Windows(documents, TOKENIZER, L)
+    pipeline.TokenSequences(documents, TOKENIZER, L)
 
 
 def test_real_text(stdlib: ConfigDict) -> None:
-  documents = corpora.open_documents(stdlib, 'validation')
-  windows = pipeline.Windows(documents, TOKENIZER, 256)
-  batches = pipeline.eval_batches(windows, batch_size=64, rows=range(64))
+  documents = sources.open_documents(stdlib, 'validation')
+  sequences = pipeline.TokenSequences(documents, TOKENIZER, 256)
+  batches = pipeline.eval_batches(sequences, batch_size=64, rows=range(64))
   got = np.concatenate([b['targets'][b['padding_mask']] for b in batches])
   np.testing.assert_array_equal(got, _stream(documents)[1:])

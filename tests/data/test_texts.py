@@ -13,8 +13,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import corpora, dictionary, pipeline, texts, tokenizers
-from moe_jax.data.segments import Segments
+from moe_jax.data import pipeline, sources, texts, tokenizers, vocabulary
+from moe_jax.data.orders import ContiguousRows
 
 DataConfig = Callable[..., ConfigDict]
 
@@ -70,15 +70,15 @@ def wikitext(tmp_path: pathlib.Path, data_config: DataConfig) -> ConfigDict:
   return data_config(name='wikitext103', path=str(path), tokenizer='words')
 
 
-def stream(windows: pipeline.Windows) -> np.ndarray:
-  return windows._tokens(0, windows.num_stream_tokens)
+def stream(sequences: pipeline.TokenSequences) -> np.ndarray:
+  return sequences._tokens(0, sequences.num_stream_tokens)
 
 
-def open_windows(
+def open_sequences(
   data: ConfigDict, split: str, seq_len: int = 8
-) -> pipeline.Windows:
-  documents = corpora.open_documents(data, split)
-  return pipeline.Windows(documents, tokenizers.build(data), seq_len)
+) -> pipeline.TokenSequences:
+  documents = sources.open_documents(data, split)
+  return pipeline.TokenSequences(documents, tokenizers.build(data), seq_len)
 
 
 @pytest.mark.parametrize('split', PARTS)
@@ -87,31 +87,31 @@ def test_enwik8_is_its_bytes(
 ) -> None:
   """Many pieces, nothing between them, not even where a character is cut."""
   monkeypatch.setattr(texts, '_PIECE_BYTES', 16)
-  windows = open_windows(enwik8, split)
+  sequences = open_sequences(enwik8, split)
   tokenizer = tokenizers.build(enwik8)
   values = np.frombuffer(PARTS[split], np.uint8)
-  names = [dictionary.EOS if v == 10 else str(v) for v in values]
-  assert [tokenizer.tokens[i] for i in stream(windows)] == names
-  assert windows.num_tokens == len(values) - 1
-  assert windows.num_bytes == len(values)
+  names = [vocabulary.EOS if v == 10 else str(v) for v in values]
+  assert [tokenizer.tokens[i] for i in stream(sequences)] == names
+  assert sequences.num_tokens == len(values) - 1
+  assert sequences.num_bytes == len(values)
   if split == 'train':
-    assert len(corpora.open_documents(enwik8, split)) > 10
+    assert len(sources.open_documents(enwik8, split)) > 10
 
 
 def test_ids_by_order_of_appearance(enwik8: ConfigDict) -> None:
   tokenizer = tokenizers.build(enwik8)
   order = list(dict.fromkeys(ENWIK))
-  expected = [dictionary.EOS if v == 10 else str(v) for v in order]
+  expected = [vocabulary.EOS if v == 10 else str(v) for v in order]
   assert tokenizer.tokens == expected
   assert tokenizer.vocab_size == len(set(ENWIK))
-  assert tokenizer.tokens[tokenizer.eos_id] == dictionary.EOS
+  assert tokenizer.tokens[tokenizer.eos_id] == vocabulary.EOS
   text = '<page>\nté'
   assert tokenizer.decode(tokenizer.encode(text)) == text
   with pytest.raises(errors.UserError, match='the byte 90 .0x5a. is in none'):
     tokenizer.encode('Z')
 
 
-def test_words_as_the_released_dictionary(wikitext: ConfigDict) -> None:
+def test_words_as_the_released_vocabulary(wikitext: ConfigDict) -> None:
   """Its loop, restated: split every line, add <eos>, number as they appear."""
   index: dict[str, int] = {}
   ids = {}
@@ -125,34 +125,34 @@ def test_words_as_the_released_dictionary(wikitext: ConfigDict) -> None:
   assert tokenizer.tokens == list(index)
   for name, split in zip(WIKI, texts.SPLITS, strict=True):
     np.testing.assert_array_equal(
-      stream(open_windows(wikitext, split)), ids[name]
+      stream(open_sequences(wikitext, split)), ids[name]
     )
   assert tokenizer.decode(ids['valid']) == 'the new\n'
   with pytest.raises(errors.UserError, match="the word 'unseen' is in none"):
     tokenizer.encode('the unseen')
 
 
-def test_the_dictionary_is_made_once(
+def test_the_vocabulary_is_made_once(
   wikitext: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   first = tokenizers.build(wikitext)
 
-  def refuse(self: corpora.Documents, i: int) -> str:
+  def refuse(self: sources.Documents, i: int) -> str:
     raise AssertionError('read again')
 
-  monkeypatch.setattr(corpora.Documents, '__getitem__', refuse)
+  monkeypatch.setattr(sources.Documents, '__getitem__', refuse)
   assert tokenizers.build(wikitext).tokens == first.tokens
 
 
-def test_a_dictionary_is_kept_by_feature_and_kind(
+def test_a_vocabulary_is_kept_by_feature_and_kind(
   tmp_path: pathlib.Path,
 ) -> None:
   folder = epath.Path(tmp_path)
 
   def tokens(kind: type, text_key: str, *splits: list[str]) -> list[str]:
-    return dictionary.load_or_make(kind, folder, text_key, splits).tokens
+    return vocabulary.load_or_make(kind, folder, text_key, splits).tokens
 
-  words, values = dictionary.WordTokenizer, dictionary.EnwikTokenizer
+  words, values = vocabulary.WordTokenizer, vocabulary.EnwikTokenizer
   made = tokens(words, 'text', ['b a\nb', 'c'], ['d a'])
   assert made == ['b', 'a', '<eos>', 'c', 'd']
   assert tokens(words, 'a/b', ['z']) == ['z', '<eos>']
@@ -173,13 +173,13 @@ def test_a_dictionary_is_kept_by_feature_and_kind(
 
 def test_splits_are_opened_in_the_order_of_ids(data_config: DataConfig) -> None:
   data = data_config(name='songs', text_key='title')
-  found = corpora.open_splits(data)
+  found = sources.open_splits(data)
   assert [each.split for each in found] == ['train', 'test', 'extra', 'zero']
   assert [each[0] for each in found] == [f'on {each.split}' for each in found]
   assert len({each.folder for each in found}) == 1
 
 
-def test_every_text_of_a_data_set_has_its_dictionary(
+def test_every_text_of_a_data_set_has_its_vocabulary(
   data_config: DataConfig,
 ) -> None:
   keys = {'name': 'songs', 'tokenizer': 'words'}
@@ -192,15 +192,15 @@ def test_every_text_of_a_data_set_has_its_dictionary(
     assert tokenizers.build(data).tokens == tokens
 
 
-def test_digests_tell_tables_apart() -> None:
-  def digest(*tokens: str) -> str:
-    return dictionary.WordTokenizer(tokens).digest
+def test_fingerprints_tell_tables_apart() -> None:
+  def fingerprint(*tokens: str) -> str:
+    return vocabulary.WordTokenizer(tokens).fingerprint
 
-  assert digest('a', 'b') == digest('a', 'b', '<eos>')
-  others = [digest(*t) for t in (['a', 'b'], ['b', 'a'], ['a'], ['ab'])]
+  assert fingerprint('a', 'b') == fingerprint('a', 'b', '<eos>')
+  others = [fingerprint(*t) for t in (['a', 'b'], ['b', 'a'], ['a'], ['ab'])]
   assert len(set(others)) == 4
-  assert digest('caf\udce9')  # half a character of one text
-  assert tokenizers.ByteTokenizer().digest is None
+  assert fingerprint('caf\udce9')  # half a character of one text
+  assert tokenizers.ByteTokenizer().fingerprint is None
 
 
 def test_declared_sizes_need_no_data(data_config: DataConfig) -> None:
@@ -221,7 +221,7 @@ def test_every_member_tells_zip_files_apart(
         archive.writestr(name, '')
       archive.writestr('a/enwik8', text)
     data = data_config(name='enwik8', path=str(path))
-    text = corpora.open_documents(data, 'train')[0]
+    text = sources.open_documents(data, 'train')[0]
     read.append(text.encode(errors='surrogateescape'))
   assert read == [ENWIK[:900], ENWIK[::-1][:900]]
 
@@ -230,12 +230,12 @@ def test_bad_zip_files(
   tmp_path: pathlib.Path, data_config: DataConfig, wikitext: ConfigDict
 ) -> None:
   with pytest.raises(errors.UserError, match='data.path = .*not a zip file'):
-    corpora.open_documents(
+    sources.open_documents(
       data_config(name='enwik8', path=str(tmp_path / 'no.zip')), 'train'
     )
   other = data_config(name='enwik8', path=wikitext.path)
   with pytest.raises(errors.UserError, match=r'holds 0 files \*enwik8'):
-    corpora.open_documents(other, 'train')
+    sources.open_documents(other, 'train')
 
 
 @pytest.mark.parametrize('name', ['enwik8', 'wikitext103'])
@@ -247,7 +247,7 @@ def test_a_download_that_fails_says_what_to_put_where(
 
   monkeypatch.setattr(tfds.download.DownloadManager, 'download', fail)
   with pytest.raises(errors.UserError) as caught:
-    corpora.open_documents(data_config(name=name), 'train')
+    sources.open_documents(data_config(name=name), 'train')
   message = str(caught.value)
   assert '\n' not in message
   for part in (name, texts.BUILDERS[name].URL, 'data.path'):
@@ -261,15 +261,15 @@ def test_downloads_are_read(
     tfds.download.DownloadManager, 'download', lambda self, url: enwik8.path
   )
   data = data_config(name='enwik8', tokenizer='enwik8')
-  assert open_windows(data, 'train').num_bytes == 900
+  assert open_sequences(data, 'train').num_bytes == 900
 
 
 def epochs(
-  windows: pipeline.Windows, rows: int, steps: int, **keys: int
+  sequences: pipeline.TokenSequences, rows: int, steps: int, **keys: int
 ) -> list[pipeline.Batch]:
   options = {'seed': 0, 'start': 0, 'threads': 1} | keys
   batches = pipeline.train_batches(
-    windows, batch_size=rows, rows=range(rows), order='contiguous', **options
+    sequences, batch_size=rows, rows=range(rows), order='contiguous', **options
   )
   found = [next(batches) for _ in range(steps)]
   batches.close()
@@ -278,9 +278,9 @@ def epochs(
 
 def test_rows_go_on_where_they_stopped(enwik8: ConfigDict) -> None:
   """Within an epoch; then from another offset, and with a fresh memory."""
-  windows = open_windows(enwik8, 'train', seq_len=32)
-  whole, row_tokens = stream(windows), 900 // 4
-  batches = epochs(windows, rows=4, steps=40)
+  sequences = open_sequences(enwik8, 'train', seq_len=32)
+  whole, row_tokens = stream(sequences), 900 // 4
+  batches = epochs(sequences, rows=4, steps=40)
   offsets, fresh_at = [], []
   for step, batch in enumerate(batches):
     assert batch['padding_mask'].all()
@@ -311,13 +311,13 @@ def test_rows_go_on_where_they_stopped(enwik8: ConfigDict) -> None:
 
 
 def test_contiguous_is_a_function_of_seed_and_step(enwik8: ConfigDict) -> None:
-  windows = open_windows(enwik8, 'train', seq_len=32)
-  straight = epochs(windows, rows=4, steps=20)
-  resumed = epochs(windows, rows=4, steps=8, start=12)
+  sequences = open_sequences(enwik8, 'train', seq_len=32)
+  straight = epochs(sequences, rows=4, steps=20)
+  resumed = epochs(sequences, rows=4, steps=8, start=12)
   for a, b in zip(straight[12:], resumed, strict=True):
     for key, value in a.items():
       np.testing.assert_array_equal(value, b[key])
-  other = epochs(windows, rows=4, steps=20, seed=1)
+  other = epochs(sequences, rows=4, steps=20, seed=1)
   assert any(
     (a['token_ids'] != b['token_ids']).any()
     for a, b in zip(straight, other, strict=True)
@@ -325,12 +325,12 @@ def test_contiguous_is_a_function_of_seed_and_step(enwik8: ConfigDict) -> None:
 
 
 def test_two_processes_read_what_one_reads(enwik8: ConfigDict) -> None:
-  windows = open_windows(enwik8, 'train', seq_len=32)
-  one = epochs(windows, rows=4, steps=15)
+  sequences = open_sequences(enwik8, 'train', seq_len=32)
+  one = epochs(sequences, rows=4, steps=15)
   halves = []
   for rows in (range(2), range(2, 4)):
     batches = pipeline.train_batches(
-      windows,
+      sequences,
       batch_size=4,
       rows=rows,
       seed=0,
@@ -346,8 +346,8 @@ def test_two_processes_read_what_one_reads(enwik8: ConfigDict) -> None:
 
 
 def test_offsets_lie_below_a_segment(enwik8: ConfigDict) -> None:
-  windows = open_windows(enwik8, 'train', seq_len=32)
-  segments = Segments(windows, 4, seed=3)
+  sequences = open_sequences(enwik8, 'train', seq_len=32)
+  segments = ContiguousRows(sequences, 4, seed=3)
   segments.at(2000, 0)
   counts = collections.Counter(segments._offsets)
   assert segments._offsets[0] == 0
@@ -355,11 +355,11 @@ def test_offsets_lie_below_a_segment(enwik8: ConfigDict) -> None:
 
 
 def test_rows_shorter_than_a_segment(enwik8: ConfigDict) -> None:
-  windows = open_windows(enwik8, 'train', seq_len=32)
+  sequences = open_sequences(enwik8, 'train', seq_len=32)
   with pytest.raises(errors.UserError, match='rows of 30, but data.seq_len ='):
-    epochs(windows, rows=30, steps=1)
+    epochs(sequences, rows=30, steps=1)
   # 33 tokens: one segment, always the same.
-  (only,) = {b['token_ids'].tobytes() for b in epochs(windows, 27, 5)}
+  (only,) = {b['token_ids'].tobytes() for b in epochs(sequences, 27, 5)}
   assert only
 
 
@@ -367,10 +367,10 @@ def test_rows_shorter_than_a_segment(enwik8: ConfigDict) -> None:
 def test_contiguous_evaluation_predicts_every_token_once(
   enwik8: ConfigDict, rows: int
 ) -> None:
-  windows = open_windows(enwik8, 'validation')
+  sequences = open_sequences(enwik8, 'validation')
   batches = list(
     pipeline.eval_batches(
-      windows, batch_size=rows, rows=range(rows), order='contiguous'
+      sequences, batch_size=rows, rows=range(rows), order='contiguous'
     )
   )
   assert batches[0]['segment_start'].all()
@@ -379,7 +379,7 @@ def test_contiguous_evaluation_predicts_every_token_once(
     np.concatenate([b['targets'][row][b['padding_mask'][row]] for b in batches])
     for row in range(rows)
   ]
-  np.testing.assert_array_equal(np.concatenate(by_row), stream(windows)[1:])
+  np.testing.assert_array_equal(np.concatenate(by_row), stream(sequences)[1:])
   for row in range(rows):
     masks = np.concatenate([b['padding_mask'][row] for b in batches])
     assert not masks[masks.sum() :].any()  # padding only at a row's end

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax import plan
-from moe_jax.data.pipeline import WholeRows
+from moe_jax.data.pipeline import EvaluationRows
 from moe_jax.evaluation import perplexity
 from moe_jax.training import loop
 from moe_jax.training.step import make_eval_step
@@ -83,10 +83,10 @@ def test_evaluation_carries_its_memory(
   """Restated: row by row, segment by segment."""
   result = perplexity.evaluate(config, str(workdir), split='train')
   prepared = loop.prepare(config)
-  windows = prepared.train_windows
+  sequences = prepared.train_sequences
   params = runs.restore(config, workdir, 14)['params']
   eval_step = make_eval_step(prepared.setup)
-  rows = WholeRows(windows, config.train.batch_size)
+  rows = EvaluationRows(sequences, config.train.batch_size)
   nll, memory = 0.0, None
   for step in range(len(rows)):
     parts = [rows.at(step, row) for row in range(config.train.batch_size)]

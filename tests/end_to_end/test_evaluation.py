@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.data import corpora
-from moe_jax.data.pipeline import Windows, eval_batches
+from moe_jax.data import sources
+from moe_jax.data.pipeline import TokenSequences, eval_batches
 from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.evaluation import perplexity
 from moe_jax.parallel import mesh as mesh_lib
@@ -50,11 +50,11 @@ def workdir(
 
 def documents(config: ConfigDict) -> list[bytes]:
   """The validation documents, in the order of the stream."""
-  found = corpora.open_documents(config.data, 'validation')
+  found = sources.open_documents(config.data, 'validation')
   return [found[i].encode() for i in range(len(found))]
 
 
-def windows(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
+def sequences(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
   """Inputs and targets of every window, the last one as short as it is."""
   pieces = [[EOS, *text] for text in documents(config)]
   stream = np.concatenate([*pieces, [EOS]])
@@ -68,7 +68,7 @@ def windows(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
 def nats(config: ConfigDict, params: Any, disable_top: int = 0) -> float:
   """Minus the log probability of the whole stream, in float64."""
   total = 0.0
-  for inputs_L, targets_L in windows(config):
+  for inputs_L, targets_L in sequences(config):
     sequence = oracle.Sequence(config, params, disable_top=disable_top)
     logits_LV = sequence.run(inputs_L)
     shares_LV = oracle.softmax(logits_LV)
@@ -81,7 +81,7 @@ def test_the_split_is_what_the_tests_below_need(
 ) -> None:
   files = [path.read_bytes() for path in texts.iterdir()]
   assert len(documents(config)) == 2 and set(documents(config)) < set(files)
-  cut = windows(config)
+  cut = sequences(config)
   assert len(cut) % config.eval.batch_size > 0
   assert 0 < len(cut[-1][0]) < config.data.seq_len
 
@@ -148,8 +148,8 @@ def test_training_marks_evaluations_without_the_best_experts(
 
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
-  split = Windows(
-    corpora.open_documents(config.data, 'validation'),
+  split = TokenSequences(
+    sources.open_documents(config.data, 'validation'),
     tokenizer,
     config.data.seq_len,
   )
@@ -183,17 +183,17 @@ def test_padding_is_not_counted_as_routed(
   prepared = loop.prepare(config)
   size = config.eval.batch_size
   *_, last = eval_batches(
-    prepared.eval_windows, batch_size=size, rows=range(size)
+    prepared.eval_sequences, batch_size=size, rows=range(size)
   )
   assert not last['padding_mask'].all()
   params = runs.restore(config, workdir, STEPS)['params']
   load = make_eval_step(prepared.setup)(params, last)['load']
 
-  full = len(windows(config)) // size * size
+  full = len(sequences(config)) // size * size
   counts = np.zeros(load.counts_N.shape)
   entropy = np.zeros(load.entropy.shape)
   tokens = 0
-  for inputs_L, _ in windows(config)[full:]:
+  for inputs_L, _ in sequences(config)[full:]:
     sequence = oracle.Sequence(config, params)
     sequence.run(inputs_L)
     tokens += len(inputs_L)

@@ -9,11 +9,11 @@ import numpy as np
 from etils import epath
 
 from moe_jax import errors
-from moe_jax.data.corpora import Documents
+from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
 
 
-def lengths(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
+def document_lengths(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   """Returns int64 [documents, 2]: tokens and UTF-8 bytes of every document.
 
   The first call reads the whole split and leaves the result beside the

@@ -1,6 +1,6 @@
 """Tokenizers whose ids are those of the tokens that a data set holds.
 
-As in the CompeteSMoE code base, a dictionary is read off the splits train,
+As in the CompeteSMoE code base, a vocabulary is read off the splits train,
 validation and test, in order of appearance, so every token of the data has an
 id and no id is idle; the end of a line is the token `<eos>`. A fixed table
 would say the same of enwik8 and be wrong of any other text.
@@ -31,7 +31,7 @@ class Texts(Protocol):
   def __getitem__(self, i: int) -> str: ...
 
 
-class DictionaryTokenizer:
+class VocabularyTokenizer:
   """Ids by order of appearance; see the module.
 
   Attributes:
@@ -41,13 +41,13 @@ class DictionaryTokenizer:
   name: ClassVar[str]
 
   def __init__(self, tokens: Sequence[str]) -> None:
-    """Takes the dictionary; `<eos>` is added to it if it is not there."""
+    """Takes the vocabulary; `<eos>` is added to it if it is not there."""
     self.tokens = [*tokens] if EOS in tokens else [*tokens, EOS]
     self.index = {token: i for i, token in enumerate(self.tokens)}
     self.vocab_size = len(self.tokens)
     self.eos_id = self.index[EOS]
     table = json.dumps(self.tokens).encode()
-    self.digest = hashlib.sha256(table).hexdigest()
+    self.fingerprint = hashlib.sha256(table).hexdigest()
 
   @staticmethod
   def distinct(text: str) -> Iterable[str]:
@@ -55,7 +55,7 @@ class DictionaryTokenizer:
     raise NotImplementedError
 
 
-class WordTokenizer(DictionaryTokenizer):
+class WordTokenizer(VocabularyTokenizer):
   """One token per word, words being what white space separates."""
 
   name = 'words'
@@ -68,7 +68,7 @@ class WordTokenizer(DictionaryTokenizer):
     """Returns the ids of the words and ends of lines, int32.
 
     Raises:
-      UserError: a word is not in the dictionary.
+      UserError: a word is not in the vocabulary.
     """
     try:
       return np.array([self.index[word] for word in _words(text)], np.int32)
@@ -81,7 +81,7 @@ class WordTokenizer(DictionaryTokenizer):
     return text.replace(f' {EOS}', '\n').replace(EOS, '\n').replace('\n ', '\n')
 
 
-class EnwikTokenizer(DictionaryTokenizer):
+class EnwikTokenizer(VocabularyTokenizer):
   """One token per byte value, named by its number; the newline is `<eos>`."""
 
   name = 'enwik8'
@@ -102,7 +102,7 @@ class EnwikTokenizer(DictionaryTokenizer):
     """Returns an id for each byte, int32.
 
     Raises:
-      UserError: a byte is not in the dictionary.
+      UserError: a byte is not in the vocabulary.
     """
     values = _bytes(text)
     ids = self._ids[values]
@@ -117,20 +117,20 @@ class EnwikTokenizer(DictionaryTokenizer):
 
 
 def load_or_make(
-  kind: type[DictionaryTokenizer],
+  kind: type[VocabularyTokenizer],
   folder: epath.Path,
   text_key: str,
   splits: Iterable[Texts],
-) -> DictionaryTokenizer:
+) -> VocabularyTokenizer:
   """The tokenizer of a data set.
 
-  The first call reads all splits and leaves the dictionary beside the prepared
+  The first call reads all splits and leaves the vocabulary beside the prepared
   data, for the next run and for other processes.
 
   Args:
     kind: of the tokenizer.
     folder: of the prepared data.
-    text_key: the feature of the texts; another one has its own dictionary.
+    text_key: the feature of the texts; another one has its own vocabulary.
     splits: in the order in which tokens get their ids; read only if needed.
   """
   feature = urllib.parse.quote(text_key, safe='')
@@ -172,5 +172,5 @@ def _bytes(text: str) -> np.ndarray:
 def _unknown(name: str, what: str) -> errors.UserError:
   return errors.UserError(
     f'data.tokenizer = {name!r}: {what} is in none of the splits that the'
-    ' dictionary was made of; read the data set it was made of'
+    ' vocabulary was made of; read the data set it was made of'
   )

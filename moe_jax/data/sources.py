@@ -52,9 +52,9 @@ class Documents:
     split: the split, in TFDS's notation.
     text_key: the feature that holds the text.
     folder: where the prepared data set lies.
-    one_text: whether the documents are pieces of one text, with nothing in
-      between. Where its split begins or ends inside a character, the bytes of
-      that are escaped: `encode(errors='surrogateescape')` gives them back.
+    single_document: whether the documents are pieces of one text, with nothing
+      in between. Where its split begins or ends inside a character, the bytes
+      of that are escaped: `encode(errors='surrogateescape')` gives them back.
   """
 
   records: Sequence[dict]
@@ -62,7 +62,7 @@ class Documents:
   split: str
   text_key: str
   folder: epath.Path
-  one_text: bool
+  single_document: bool
 
   def __len__(self) -> int:
     return len(self.records)
@@ -70,7 +70,7 @@ class Documents:
   def __getitem__(self, i: int) -> str:
     """Returns document `i`; UserError where its text is not UTF-8."""
     record = self.records[i]
-    mistakes = 'surrogateescape' if self.one_text else 'strict'
+    mistakes = 'surrogateescape' if self.single_document else 'strict'
     try:
       return record[self.text_key].decode(errors=mistakes)
     except UnicodeDecodeError as error:

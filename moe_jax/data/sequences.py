@@ -1,4 +1,4 @@
-"""A split as one long stream of token ids, and windows of it.
+"""A split as one long stream of token ids, and sequences of it.
 
 The stream is `eos doc eos doc ... eos`, or, where the documents are the pieces
 of one text, that text.
@@ -12,27 +12,28 @@ from typing import Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax.data import corpora, token_index
-from moe_jax.data.corpora import Documents
+from moe_jax.data import sources
+from moe_jax.data.lengths import document_lengths
+from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
 
 # 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
 # and in a contiguous order 'segment_start' bool [].
-Window = dict[str, np.ndarray]
+TokenSequence = dict[str, np.ndarray]
 
 # Encoded documents that a split keeps at hand; python_stdlib fits whole.
 _CACHE_BYTES = 64 * 2**20
 
 
-class Windows:
-  """The windows of a split, by number; safe to read from several threads.
+class TokenSequences:
+  """The sequences of a split, by number; safe to read from several threads.
 
   Every token of the stream but the first is a target exactly once. The last
-  window is filled up with zeros, where its mask is False.
+  sequence is filled up with zeros, where its mask is False.
 
   Attributes:
     seq_len: L.
-    num_tokens: targets in all windows.
+    num_tokens: targets in all sequences.
     num_stream_tokens: in the stream; one more.
     num_bytes: UTF-8 bytes of the text, without what separates documents.
   """
@@ -41,46 +42,46 @@ class Windows:
     self, documents: Documents, tokenizer: Tokenizer, seq_len: int
   ) -> None:
     """Measures the documents; UserError if one of them is not UTF-8."""
-    lengths = token_index.lengths(documents, tokenizer)
+    measured = document_lengths(documents, tokenizer)
     self._documents = documents
     self._tokenizer = tokenizer
     self.seq_len = seq_len
     # Piece d of the stream is eos and document d; one more eos ends it. In one
     # text it is document d.
-    self._separated = not documents.one_text
-    sizes = lengths[:, 0] + self._separated
+    self._separated = not documents.single_document
+    sizes = measured[:, 0] + self._separated
     self._starts = np.concatenate([[0], np.cumsum(sizes)])
     self._pieces = _Cache(self._make_piece, _CACHE_BYTES)
     self.num_stream_tokens = int(self._starts[-1]) + self._separated
     self.num_tokens = self.num_stream_tokens - 1
-    self.num_bytes = int(lengths[:, 1].sum())
+    self.num_bytes = int(measured[:, 1].sum())
 
   @classmethod
   def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
-    """The windows of a split of the data set that a config names.
+    """The sequences of a split of the data set that a config names.
 
     Args:
       data: the keys `config.data`.
-      split: as in `corpora.open_documents`, which says what is raised.
+      split: as in `sources.open_documents`, which says what is raised.
       tokenizer: that of the config.
     """
-    return cls(corpora.open_documents(data, split), tokenizer, data.seq_len)
+    return cls(sources.open_documents(data, split), tokenizer, data.seq_len)
 
   def __len__(self) -> int:
     return -(-self.num_tokens // self.seq_len)
 
-  def __getitem__(self, i: int) -> Window:
-    """Returns inputs, targets int32 [L] and mask bool [L] of window `i`."""
+  def __getitem__(self, i: int) -> TokenSequence:
+    """Returns inputs, targets int32 [L] and mask bool [L] of sequence `i`."""
     if not 0 <= i < len(self):
-      raise IndexError(f'window {i} of {len(self)}')
+      raise IndexError(f'sequence {i} of {len(self)}')
     return self.at(i)
 
-  def at(self, i: int) -> Window:
-    """Returns window `i`; past the last one it is all padding."""
+  def at(self, i: int) -> TokenSequence:
+    """Returns sequence `i`; past the last one it is all padding."""
     return self.read(i * self.seq_len, self.seq_len)
 
-  def read(self, begin: int, count: int) -> Window:
-    """Returns a window that begins anywhere in the stream.
+  def read(self, begin: int, count: int) -> TokenSequence:
+    """Returns a sequence that begins anywhere in the stream.
 
     Args:
       begin: number of the first input.

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import corpora, folders
+from moe_jax.data import folders, sources
 
 MakeData = Callable[[dict[str, bytes]], ConfigDict]
 DataConfig = Callable[..., ConfigDict]
@@ -58,7 +58,7 @@ def nine(make_data: MakeData, every_split: dict[str, bytes]) -> ConfigDict:
 
 
 def _texts(data: ConfigDict, split: str) -> list[str]:
-  documents = corpora.open_documents(data, split)
+  documents = sources.open_documents(data, split)
   return [documents[i] for i in range(len(documents))]
 
 
@@ -139,7 +139,7 @@ def test_parts_of_splits(nine: ConfigDict, split: str, count: int) -> None:
 )
 def test_bad_split(nine: ConfigDict, split: str, message: str) -> None:
   with pytest.raises(errors.UserError, match=message) as caught:
-    corpora.open_documents(nine, split)
+    sources.open_documents(nine, split)
   assert '\n' not in str(caught.value)
 
 
@@ -151,7 +151,7 @@ def test_split_without_files_is_called_empty(
     r"'test' of text_folder.* is empty \(train: 1 documents\); take part"
   )
   with pytest.raises(errors.UserError, match=message):
-    corpora.open_documents(data, 'test')
+    sources.open_documents(data, 'test')
 
 
 def test_text_that_is_not_utf8_is_named(
@@ -159,7 +159,7 @@ def test_text_that_is_not_utf8_is_named(
 ) -> None:
   (name,) = names_of('train', 1)
   data = make_data({name: b'caf\xe9 au lait'})
-  documents = corpora.open_documents(data, 'train')
+  documents = sources.open_documents(data, 'train')
   message = (
     rf"text_folder/.*, split 'train': document 0 \({name}\) is not UTF-8 at"
     r' byte 3 \(0xe9\); save its text as UTF-8'
@@ -183,13 +183,13 @@ def test_bad_name_or_path(
   data_config: DataConfig, keys: dict[str, str], message: str
 ) -> None:
   with pytest.raises(errors.UserError, match=message) as caught:
-    corpora.open_documents(data_config(**keys), 'train')
+    sources.open_documents(data_config(**keys), 'train')
   assert '\n' not in str(caught.value)
 
 
 def test_folder_without_text(make_data: MakeData) -> None:
   with pytest.raises(errors.UserError, match='holds no text'):
-    corpora.open_documents(make_data({'empty.txt': b''}), 'train')
+    sources.open_documents(make_data({'empty.txt': b''}), 'train')
 
 
 def test_unknown_text_key(nine: ConfigDict) -> None:
@@ -197,14 +197,14 @@ def test_unknown_text_key(nine: ConfigDict) -> None:
   nine.text_key = 'txt'
   message = "'txt' is not a text feature of .*mean 'text'.*features: text, name"
   with pytest.raises(errors.UserError, match=message):
-    corpora.open_documents(nine, 'train')
+    sources.open_documents(nine, 'train')
 
 
 def test_data_folder_that_cannot_be_made(nine: ConfigDict) -> None:
 
   nine.dir = str(pathlib.Path(nine.path, '0.txt', 'below'))
   with pytest.raises(errors.UserError, match='cannot be'):
-    corpora.open_documents(nine, 'train')
+    sources.open_documents(nine, 'train')
 
 
 def test_losing_the_race_to_prepare(
@@ -220,7 +220,7 @@ def test_losing_the_race_to_prepare(
     """Lets another process begin and end after this one has begun."""
     started.append(self)
     if len(started) == 1:
-      assert len(corpora.open_documents(nine, 'train')) == 3
+      assert len(sources.open_documents(nine, 'train')) == 3
     return generate(self, dl_manager)
 
   monkeypatch.setattr(folders.FolderBuilder, '_split_generators', overtaken)
@@ -231,13 +231,13 @@ def test_losing_the_race_to_prepare(
 
 
 def test_silence(nine: ConfigDict, capfd: pytest.CaptureFixture) -> None:
-  corpora.open_documents(nine, 'train')
+  sources.open_documents(nine, 'train')
   printed = capfd.readouterr()
   assert printed.out == printed.err == ''
 
 
 def test_stdlib_is_the_running_pythons(stdlib: ConfigDict) -> None:
-  documents = corpora.open_documents(stdlib, 'train')
+  documents = sources.open_documents(stdlib, 'train')
   assert platform.python_version() in documents.full_name
   names = {record['name'].decode() for record in documents.records}
   assert 'ast.py' in names
@@ -249,7 +249,7 @@ def test_stdlib_is_the_running_pythons(stdlib: ConfigDict) -> None:
 
 
 def test_stdlib_shares(stdlib: ConfigDict) -> None:
-  counts = [len(corpora.open_documents(stdlib, s)) for s in folders.SPLITS]
+  counts = [len(sources.open_documents(stdlib, s)) for s in folders.SPLITS]
   shares = np.array(counts) / sum(counts)
   # 500 files or more: three deviations of a share of 5 % are 3 %.
   np.testing.assert_allclose(shares, [0.9, 0.05, 0.05], atol=0.04)
@@ -274,17 +274,18 @@ def test_stdlib_without_tests_or_utf8(
 
 
 def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
-  corpora.open_documents(stdlib, 'train')
+  sources.open_documents(stdlib, 'train')
   code = (
     'import sys\n'
     'from ml_collections import ConfigDict\n'
-    'from moe_jax.data import corpora, pipeline, tokenizers\n'
+    'from moe_jax.data import sources, pipeline, tokenizers\n'
     "assert not any(m.startswith('moe_jax.') and m.split('.')[1] not in"
     " ('data', 'errors') for m in sys.modules)\n"
     f'data = ConfigDict({stdlib.to_dict()!r})\n'
-    "documents = corpora.open_documents(data, 'validation')\n"
-    'windows = pipeline.Windows(documents, tokenizers.ByteTokenizer(), 64)\n'
-    'next(pipeline.eval_batches(windows, batch_size=2, rows=[0, 1]))\n'
+    "documents = sources.open_documents(data, 'validation')\n"
+    'tokenizer = tokenizers.ByteTokenizer()\n'
+    'sequences = pipeline.TokenSequences(documents, tokenizer, 64)\n'
+    'next(pipeline.eval_batches(sequences, batch_size=2, rows=[0, 1]))\n'
     "assert 'tensorflow' not in sys.modules\n"
   )
   subprocess.run([sys.executable, '-c', code], check=True)
@@ -292,22 +293,22 @@ def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
 
 def test_any_registered_data_set(data_config: DataConfig) -> None:
   data = data_config(name='poems', text_key='verse')
-  documents = corpora.open_documents(data, 'train')
+  documents = sources.open_documents(data, 'train')
   good = 0 if documents.records[0]['words'] == 3 else 1
   assert documents[good] == 'a rose is'
   message = rf"poems/1.0.0, split 'train': document {1 - good} is not UTF-8"
   with pytest.raises(errors.UserError, match=message):
     documents[1 - good]
   with pytest.raises(errors.UserError, match='.words. is not a text feature'):
-    corpora.open_documents(data_config(name='poems', text_key='words'), 'train')
+    sources.open_documents(data_config(name='poems', text_key='words'), 'train')
   with pytest.raises(errors.UserError, match='.validation. .* is not known'):
-    corpora.open_documents(data, 'validation')
+    sources.open_documents(data, 'validation')
 
 
 def test_data_set_prepared_in_another_format(data_config: DataConfig) -> None:
   data = data_config(name='poems', text_key='verse')
-  documents = corpora.open_documents(data, 'train')
+  documents = sources.open_documents(data, 'train')
   info = pathlib.Path(documents.folder, 'dataset_info.json')
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(errors.UserError, match='cannot be opened: .*TFRECORD'):
-    corpora.open_documents(data, 'train')
+    sources.open_documents(data, 'train')

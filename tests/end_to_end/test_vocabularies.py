@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.data import dictionary, folders
+from moe_jax.data import folders, vocabulary
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
 from moe_jax.interop import programs, workdirs
@@ -123,19 +123,19 @@ def test_a_start_makes_its_tokenizer_once(
   config: ConfigDict, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   calls = []
-  load = dictionary.load_or_make
+  load = vocabulary.load_or_make
 
   def counted(*arguments: object) -> object:
     calls.append(arguments)
     return load(*arguments)
 
-  monkeypatch.setattr(dictionary, 'load_or_make', counted)
+  monkeypatch.setattr(vocabulary, 'load_or_make', counted)
   made = config.copy_and_resolve_references()
   made.eval.every = 1
   prepared = loop.prepare(made)
   assert len(calls) == 1
   # Lines of six words and their end, between two separators.
-  assert prepared.eval_windows.num_stream_tokens == 40 * 7 + 2
+  assert prepared.eval_sequences.num_stream_tokens == 40 * 7 + 2
   perplexity.evaluate(config, str(workdir))
   assert len(calls) == 2
 

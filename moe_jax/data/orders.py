@@ -1,0 +1,118 @@
+"""Orders in which a run reads the token sequences of a split.
+
+`shuffled` draws them anew in every epoch. `contiguous` is for models with a
+memory: the stream of a split is cut into as many equal parts as a batch has
+rows, and step s reads the next segment of every part, so a row's memory of the
+segment before is right for this one. Where it is not, the batch says so:
+`segment_start` is True.
+"""
+
+import bisect
+import threading
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from moe_jax import errors
+from moe_jax.data.sequences import TokenSequence, TokenSequences
+
+
+class ContiguousRows:
+  """The segments of a run's steps, a function of (seed, step) on the stream.
+
+  An epoch ends where not every row has a whole segment left, and the next one
+  begins at an offset below the length of a segment, so that it cuts the text
+  elsewhere (as released). The first begins at 0.
+  """
+
+  def __init__(
+    self, sequences: TokenSequences, num_rows: int, seed: int
+  ) -> None:
+    """Cuts the stream; what does not fill the rows is left out.
+
+    Args:
+      sequences: the split.
+      num_rows: of a batch, over all processes.
+      seed: of the offsets.
+
+    Raises:
+      UserError: the rows are shorter than a segment.
+    """
+    self._sequences = sequences
+    self._seed = seed
+    self._row_tokens = sequences.num_stream_tokens // num_rows
+    if self._row_tokens <= sequences.seq_len:
+      raise errors.UserError(
+        f"data.order = 'contiguous': train.batch_size = {num_rows} cuts the"
+        f' {sequences.num_stream_tokens} tokens into rows of'
+        f' {self._row_tokens}, but data.seq_len = {sequences.seq_len} needs'
+        f' {sequences.seq_len + 1}; lower one of them'
+      )
+    self._lock = threading.Lock()
+    self._first_steps = [0]  # of every epoch known so far, and of the next
+    self._offsets: list[int] = []
+
+  def at(self, step: int, row: int) -> TokenSequence:
+    """Returns the sequence of a row at a step; says if the row starts anew."""
+    nth, offset = self._locate(step)
+    length = self._sequences.seq_len
+    begin = row * self._row_tokens + offset + nth * length
+    sequence = self._sequences.read(begin, length)
+    return sequence | {'segment_start': np.bool_(nth == 0)}
+
+  def _locate(self, step: int) -> tuple[int, int]:
+    """The number of a step in its epoch, and the epoch's offset."""
+    with self._lock:
+      while self._first_steps[-1] <= step:
+        self._add_epoch()
+      epoch = bisect.bisect_right(self._first_steps, step) - 1
+      return step - self._first_steps[epoch], self._offsets[epoch]
+
+  def _add_epoch(self) -> None:
+    epoch, length = len(self._offsets), self._sequences.seq_len
+    rng = np.random.default_rng((self._seed, epoch))
+    # One segment, and the token after it, fit whatever the offset.
+    bound = min(length, self._row_tokens - length)
+    offset = int(rng.integers(bound)) if epoch else 0
+    steps = (self._row_tokens - 1 - offset) // length
+    self._offsets.append(offset)
+    self._first_steps.append(self._first_steps[-1] + steps)
+
+
+class EvaluationRows:
+  """A split in order, once: every token is the target of one row and step."""
+
+  def __init__(self, sequences: TokenSequences, num_rows: int) -> None:
+    self._sequences = sequences
+    self._row_tokens = -(-sequences.num_tokens // num_rows)
+
+  def __len__(self) -> int:
+    """Returns the number of steps."""
+    return -(-self._row_tokens // self._sequences.seq_len)
+
+  def at(self, step: int, row: int) -> TokenSequence:
+    """Returns the sequence of a row at a step, masked after the row's end."""
+    begin = step * self._sequences.seq_len
+    left = self._row_tokens - begin
+    count = min(self._sequences.seq_len, left)
+    sequence = self._sequences.read(row * self._row_tokens + begin, count)
+    return sequence | {'segment_start': np.bool_(step == 0)}
+
+
+def _shuffled(
+  sequences: TokenSequences, batch_size: int, seed: int
+) -> Callable[[int, int], TokenSequence]:
+  """Returns a function to sequence s * batch_size + row of a shuffled stream.
+
+  The stream is shuffled anew in every epoch; an epoch may end inside a batch.
+  """
+  stream = grain.MapDataset.source(sequences).shuffle(seed).repeat()
+  return lambda step, row: stream[step * batch_size + row]
+
+
+# (sequences, batch_size, seed) -> the sequence of (step, row).
+ORDERS = {
+  'shuffled': _shuffled,
+  'contiguous': lambda *arguments: ContiguousRows(*arguments).at,
+}
