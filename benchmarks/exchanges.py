@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, build_block, build_exchange, build_matmul
+from moe_jax.model import build, implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
@@ -74,7 +74,7 @@ class Layer:
     self._mesh = mesh_lib.make_mesh(shape, jax.devices())
     self._dtype = build.compute_dtype(config, self._mesh)
     self._tokens = config.train.batch_size * config.data.seq_len
-    self.exchanges = tuple(build_exchange.EXCHANGES[config.moe.dispatch])
+    self.exchanges = tuple(implementations.EXCHANGES[config.moe.dispatch])
     self.slots = self._tokens * config.moe.top_k
     all_chosen = config.router.selection == 'top_p'
     self._slots_of_token = (
@@ -106,8 +106,8 @@ class Layer:
 
   def compiled(self, exchange: str) -> Program:
     """Compiles the forward pass, for its bytes, and the gradient."""
-    dispatch = build_exchange.across(self._config, self._mesh, exchange)
-    estimates = build_exchange.exchange_bytes(
+    dispatch = implementations.across(self._config, self._mesh, exchange)
+    estimates = implementations.exchange_bytes(
       self._config, self._mesh.shape, self._dtype
     )
 
@@ -146,7 +146,7 @@ class Layer:
 
   def _experts(self) -> tuple[nnx.GraphDef, nnx.State]:
     model, moe = self._config.model, self._config.moe
-    _, bank = build_block.FEED_FORWARDS[model.activation]
+    _, bank = build.FEED_FORWARDS[model.activation]
 
     def create() -> Any:
       return bank(
@@ -155,7 +155,7 @@ class Layer:
         moe.expert_width // moe.factors,
         init_std=model.init_std,
         rngs=nnx.Rngs(params=0),
-        multiply=build_matmul.matmul(self._config, self._mesh),
+        multiply=implementations.grouped_matmul(self._config, self._mesh),
       )
 
     graphdef = nnx.graphdef(nnx.eval_shape(create))

@@ -104,7 +104,7 @@ def measure(
 
   from benchmarks import common, timing
   from moe_jax.experts.grouped_matmul import case, grouped_matmul
-  from moe_jax.model.build_matmul import available
+  from moe_jax.model.implementations import available_matmuls
 
   chosen = timing.choices(kind, rows, 1, groups)
   sizes_N = jnp.bincount(chosen.reshape(-1), length=groups).astype(jnp.int32)
@@ -131,7 +131,7 @@ def measure(
   device = jax.devices()[0]
   names = [
     name
-    for name in available(device)
+    for name in available_matmuls(device)
     if slow or device.platform != 'cpu' or name not in _SLOW_ON_CPU
   ]
   operands = rows_MD, weights_NDF[0], grad_MF

@@ -163,7 +163,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
   from benchmarks import timing
   from moe_jax.experts import dispatch
   from moe_jax.experts.mlp import SwiGLUExperts
-  from moe_jax.model.build_matmul import chosen
+  from moe_jax.model.implementations import chosen_matmul
   from moe_jax.routing.selection import Routing
 
   chosen_TK = jnp.asarray(_choices(sizes, kind))
@@ -174,7 +174,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
     sizes['width'],
     init_std=0.02,
     rngs=nnx.Rngs(params=0),
-    multiply=chosen('auto', jax.devices()[0]),
+    multiply=chosen_matmul('auto', jax.devices()[0]),
   )
   graphdef, params = nnx.split(bank)
   params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)

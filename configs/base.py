@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
   config.model.norm_place = 'pre'  # pre | post: norm(x + f(x)), no final norm
   config.model.norm_epsilon = 1e-6
   config.model.positions = 'rotary'  # rotary | span: learned relative keys
-  # auto | xla | blocks | cudnn | splash: see build_attention.py
+  # auto | xla | blocks | cudnn | splash: implementations.py
   config.model.attention = 'auto'  # positions = rotary: how it is computed
   config.model.span = 0  # positions = span: tokens seen before a token
   config.model.activation = 'swiglu'  # swiglu | relu, which has biases
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
   config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
   # position | probability: who is kept, earlier tokens or heavier ones
   config.moe.priority = 'position'
-  # auto | blocks | ragged_dot | padded | triton | mosaic: see build_matmul.py
+  # auto | blocks | ragged_dot | padded | triton | mosaic: implementations.py
   config.moe.grouped_matmul = 'auto'  # how dropless experts are computed
   # auto | gather | all_to_all | ragged: of tokens between devices along
   # mesh.expert; auto is what sends the fewest bytes

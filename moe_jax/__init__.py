@@ -23,10 +23,10 @@ experts that live there.
 
 In these files a letter stands for something else:
 
-  C  tokens whose logits are made together     `model.cross_entropy`
+  C  tokens whose logits are made together     `model.loss`
   J  blocks, segments of rows                  `experts.grouped_matmul`,
                                                `experts.permute`
-  M  query heads of a group, times queries     `model.causal`
+  M  query heads of a group, times queries     `model.attention_blocks`
   N  after U, the experts of each device       `experts.exchange`,
                                                `experts.ragged_exchange`
   X  parts that a device's rows arrive in      the same

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from moe_jax import cli
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.model import build, build_exchange, sizes
+from moe_jax.model import build, implementations, sizes
 from moe_jax.planning import (
   compiled,
   estimate,
@@ -188,7 +188,7 @@ def _exchange(
   """How tokens get to experts on other devices, and what each way sends."""
   if not split:
     return {'expert_parallelism': 'none'}
-  sent = build_exchange.exchange_bytes(config, mesh, config.model.dtype)
+  sent = implementations.exchange_bytes(config, mesh, config.model.dtype)
   return {'expert_parallelism': config.moe.exchange, 'exchange_bytes': sent}
 
 

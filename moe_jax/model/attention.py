@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.dropout import dropout
-from moe_jax.model import causal
+from moe_jax.model import attention_blocks
 from moe_jax.model.layers import rotate
 
 # query_BLHA, key_BLGA, value_BLGA -> attended_BLHA: every position sees itself
@@ -124,7 +124,9 @@ class RotaryAttend:
     query_BLHA = rotate(query_BLHA, self.theta)
     key_BLGA = rotate(key_BLGA, self.theta)
     if self.dropout and key is not None:
-      return causal.blocks(query_BLHA, key_BLGA, value_BLGA, self.dropout, key)
+      return attention_blocks.blocks(
+        query_BLHA, key_BLGA, value_BLGA, self.dropout, key
+      )
     return self.causal(query_BLHA, key_BLGA, value_BLGA)
 
 

@@ -1,11 +1,8 @@
-"""From a config to a `Decoder`: here, once, strings become objects.
-
-The blocks are made in `build_block`, the routers in `build_router`, and how
-tokens meet experts on other devices in `build_exchange`.
-"""
+"""From a config to a `Decoder`: here, once, strings become objects."""
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +10,78 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
-from moe_jax.model import (
-  build_attention,
-  build_block,
-  build_exchange,
-  build_matmul,
-  build_router,
-  embedding,
+from moe_jax.errors import choose
+from moe_jax.experts.cartesian import (
+  Chain,
+  Norm,
+  PostNormChain,
+  SubLayer,
 )
-from moe_jax.model.block import Period
-from moe_jax.model.build_block import Parts
+from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.grouped_matmul import GroupedMatmul
+from moe_jax.experts.mlp import (
+  DenseLayer,
+  ReLUExperts,
+  ReLUMLP,
+  SwiGLU,
+  SwiGLUExperts,
+)
+from moe_jax.experts.moe import (
+  CoefficientMixing,
+  FixedMixing,
+  Mixing,
+  MoELayer,
+  SumMixing,
+)
+from moe_jax.model import embedding, implementations
+from moe_jax.model.attention import Attend, Attention
+from moe_jax.model.block import Block, Period, PostNormBlock
 from moe_jax.model.decoder import Decoder
+from moe_jax.model.layers import LayerNorm, RMSNorm
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.routing import recurrent
+from moe_jax.routing.cells import CELLS, Cell
+from moe_jax.routing.router import Features, Router
+from moe_jax.routing.scores import SCORES, ScoreOptions
+from moe_jax.routing.selection import SCALES, SELECTIONS, Select
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+# Of the dense and shared feed-forward, and of the bank of experts.
+FEED_FORWARDS = {
+  'swiglu': (SwiGLU, SwiGLUExperts),
+  'relu': (ReLUMLP, ReLUExperts),
+}
+
+MIXINGS = {
+  'sum': lambda config, rngs: SumMixing(),
+  'fixed': lambda config, rngs: FixedMixing(
+    config.moe.shared.routed_weight, config.moe.shared.shared_weight
+  ),
+  'coefficient': lambda config, rngs: CoefficientMixing(
+    config.model.hidden_size, init_std=config.model.init_std, rngs=rngs
+  ),
+}
+
+
+class Parts(NamedTuple):
+  """What every block of a model is made of.
+
+  Attributes:
+    config: the whole config.
+    vocab_size: V.
+    dispatch: of all MoE layers.
+    attend: of all layers.
+    multiply: the grouped matmul of all banks of experts.
+    disable_top: experts left out of every choice; see `Select`.
+  """
+
+  config: ConfigDict
+  vocab_size: int
+  dispatch: Dispatch
+  attend: Attend
+  multiply: GroupedMatmul
+  disable_top: int
 
 
 def build(
@@ -55,16 +112,16 @@ def build(
   parts = Parts(
     config,
     vocab_size,
-    build_exchange.dispatch(config, mesh, dtype),
-    build_attention.attend(config, mesh, dtype),
-    build_matmul.matmul(config, mesh),
+    implementations.dispatch(config, mesh, dtype),
+    implementations.attention(config, mesh, dtype),
+    implementations.grouped_matmul(config, mesh),
     disable_top,
   )
-  make_block = functools.partial(build_block.block, parts)
+  block = functools.partial(make_block, parts)
 
   def make_period(rngs: nnx.Rngs) -> Period:
     pattern = kinds[first : first + period]
-    return Period([make_block(kind, rngs) for kind in pattern])
+    return Period([block(kind, rngs) for kind in pattern])
 
   periods, repeats = None, (len(kinds) - first) // period
   if repeats:
@@ -77,15 +134,15 @@ def build(
     head_DV = nnx.Param(init(rngs.params(), (model.hidden_size, vocab_size)))
   return Decoder(
     embed_VD,
-    build_router.cell(config, rngs),
-    Period([make_block(kind, rngs) for kind in kinds[:first]]),
+    make_cell(config, rngs),
+    Period([block(kind, rngs) for kind in kinds[:first]]),
     periods,
-    build_block.norm(config) if model.norm_place == 'pre' else None,
+    make_norm(config) if model.norm_place == 'pre' else None,
     head_DV,
     head_bias_V=nnx.Param(jnp.zeros(vocab_size)) if model.head_bias else None,
     key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
-    num_residual_logits=build_router.num_residual_logits(config),
+    num_residual_logits=num_residual_logits(config),
     dtype=dtype,
     remat=model.remat,
     unroll=model.unroll,
@@ -129,3 +186,184 @@ def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:
     return None
   shape = head_dim(config), config.model.span
   return nnx.Param(jax.random.normal(rngs.params(), shape))  # as released
+
+
+def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
+  """A layer of that kind, 'moe' or 'dense'."""
+  config, model = parts.config, parts.config.model
+  attention = Attention(
+    model.hidden_size,
+    model.num_heads,
+    model.num_kv_heads,
+    head_dim(config),
+    attend=parts.attend,
+    init_std=model.init_std,
+    rngs=rngs,
+  )
+  make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
+  sub_layers = make(parts, rngs)
+  norms = [make_norm(config) for _ in sub_layers]
+  place = {'pre': _pre_norm, 'post': _post_norm}[model.norm_place]
+  return place(config, attention, norms, sub_layers)
+
+
+def make_norm(config: ConfigDict) -> Norm:
+  """Of the model's kind, over its hidden size."""
+  return NORMS[config.model.norm](
+    config.model.hidden_size, config.model.norm_epsilon
+  )
+
+
+def _pre_norm(
+  config: ConfigDict,
+  attention: Attention,
+  norms: Sequence[Norm],
+  sub_layers: Sequence[SubLayer],
+) -> Block:
+  return Block(make_norm(config), attention, Chain(norms, sub_layers))
+
+
+def _post_norm(
+  config: ConfigDict,
+  attention: Attention,
+  norms: Sequence[Norm],
+  sub_layers: Sequence[SubLayer],
+) -> Block:
+  chain = PostNormChain(norms, sub_layers)
+  return PostNormBlock(make_norm(config), attention, chain, make_norm(config))
+
+
+def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
+  model = parts.config.model
+  feed_forward, _ = FEED_FORWARDS[model.activation]
+  dense = feed_forward(
+    model.hidden_size,
+    model.ffn_width,
+    init_std=model.init_std,
+    rngs=rngs,
+    dropout=model.dropout,
+  )
+  return [DenseLayer(dense, model.dropout)]
+
+
+def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
+  """One MoE sub-layer per factor; all together cost what one would."""
+  config, moe, model = parts.config, parts.config.moe, parts.config.model
+
+  def sub_layer(place: int) -> MoELayer:
+    _, bank = FEED_FORWARDS[model.activation]
+    experts = bank(
+      moe.num_experts,
+      model.hidden_size,
+      moe.expert_width // moe.factors,
+      init_std=model.init_std,
+      rngs=rngs,
+      dropout=model.dropout,
+      multiply=parts.multiply,
+    )
+    shared, mixing = _shared(config, rngs)
+    bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
+    return MoELayer(
+      make_router(config, parts.vocab_size, place, rngs=rngs),
+      make_select(config, parts.disable_top),
+      parts.dispatch,
+      experts,
+      shared=shared,
+      shared_parts=moe.shared.parts,
+      mixing=mixing,
+      bias_D=bias_D,
+      dropout=model.dropout,
+    )
+
+  return [sub_layer(place) for place in range(moe.factors)]
+
+
+def _shared(
+  config: ConfigDict, rngs: nnx.Rngs
+) -> tuple[nnx.Module | None, Mixing | None]:
+  shared = config.moe.shared
+  if not shared.width:
+    return None, None
+  feed_forward, _ = FEED_FORWARDS[config.model.activation]
+  expert = feed_forward(
+    config.model.hidden_size,
+    shared.width // config.moe.factors,
+    init_std=config.model.init_std,
+    rngs=rngs,
+    dropout=config.model.dropout,
+  )
+  name = choose('moe.shared.mixing', shared.mixing, MIXINGS)
+  return expert, MIXINGS[name](config, rngs)
+
+
+def make_cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
+  """The recurrent cell of all routers; without recurrence, `Memoryless`."""
+  router = config.router
+  shared = router.projector == 'shared'
+  input_size = config.model.hidden_size if shared else router.state_size
+  make = CELLS[choose('router.recurrent', router.recurrent, CELLS)]
+  return make(input_size, router.state_size, rngs=rngs)
+
+
+def num_residual_logits(config: ConfigDict) -> int:
+  """How many logits each MoE sub-layer hands to the next."""
+  return config.moe.num_experts if config.router.residual else 0
+
+
+def make_router(
+  config: ConfigDict, vocab_size: int, place: int, rngs: nnx.Rngs
+) -> Router:
+  """The router of the sub-layer at `place` in its layer."""
+  keys = config.router
+  features, num_features = _features(config, rngs)
+  options = ScoreOptions(
+    num_features=num_features,
+    num_experts=config.moe.num_experts,
+    vocab_size=vocab_size,
+    width=keys.mlp_width,
+    reduced_size=keys.reduced_size,
+    bias=keys.bias,
+    salt=place,
+    init_std=config.model.init_std,
+  )
+  score = SCORES[choose('router.score', keys.score, SCORES)]
+  return Router(
+    features,
+    score(options, rngs=rngs),
+    residual=keys.residual,
+    detached=keys.residual_detached,
+    jitter=keys.jitter,
+  )
+
+
+def make_select(config: ConfigDict, disable_top: int) -> Select:
+  """Of one sub-layer; `disable_top` as in `Select`."""
+  router = config.router
+  pick = choose('router.selection', router.selection, SELECTIONS)
+  return Select(
+    config.moe.num_experts,
+    SELECTIONS[pick](config),
+    weights=choose('router.weights', router.weights, SCALES),
+    renormalize=config.moe.renormalize,
+    groups=router.groups,
+    top_groups=router.top_groups,
+    disable_top=disable_top,
+    biased=config.loss.bias_rate > 0,
+  )
+
+
+def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
+  """What the score reads, and its width."""
+  router, hidden_size = config.router, config.model.hidden_size
+  if router.recurrent == 'none':
+    return recurrent.HiddenFeatures(), hidden_size
+  project = recurrent.whole
+  if router.projector == 'layerwise':
+    project = recurrent.Projector(
+      hidden_size,
+      router.state_size,
+      init_std=config.model.init_std,
+      rngs=rngs,
+    )
+  features = recurrent.RecurrentFeatures(project, router.passing)
+  return features, router.state_size

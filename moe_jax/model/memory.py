@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.moe import MoELayer
-from moe_jax.model import build_attention, build_exchange, causal, cross_entropy
+from moe_jax.model import attention_blocks, implementations, loss
+from moe_jax.model.attention_span import BLOCK
 from moe_jax.model.build import build, compute_dtype, repetition
-from moe_jax.model.span import BLOCK
 from moe_jax.parallel import mesh as mesh_lib
 
 _Shape = jax.ShapeDtypeStruct
@@ -76,7 +76,7 @@ def temporaries(
   working = whole * len(period) // config.model.num_layers
   held += period.count('moe')
   tokens = rows * config.data.seq_len
-  together = min(tokens, cross_entropy.chunk_of(device.platform))
+  together = min(tokens, loss.chunk_of(device.platform))
   return Temporaries(
     activations=rows * (kept + working + _scores(one, alike)),
     dispatch=rows * held * dispatch,
@@ -97,7 +97,7 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
 
   Float32 arrays of the scores of the queries computed together: with a span
   four, their gradients, shifted and not; and where blocks of queries are
-  remat_method one at a time, so that none is among what is kept, as many again.
+  recomputed one at a time, so that none is among what is kept, as many again.
   The fours are what compiled programs come to. Of rotary attention in blocks
   scores, weights and the gradients of both; of others nothing that is not
   among what is kept.
@@ -105,10 +105,12 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
     dtype = compute_dtype(config, mesh)
-    case = build_attention.case_of(config, mesh, dtype)
-    if build_attention.name(model.attention, case) != 'blocks':
+    case = implementations.attention_case(config, mesh, dtype)
+    if implementations.attention_name(model.attention, case) != 'blocks':
       return 0
-    return 4 * 4 * model.num_heads * min(length, causal.BLOCK) * length
+    return (
+      4 * 4 * model.num_heads * min(length, attention_blocks.BLOCK) * length
+    )
   queries, arrays = (length, 4) if length <= BLOCK else (BLOCK, 8)
   return arrays * 4 * model.num_heads * queries * (model.span + queries)
 
@@ -129,7 +131,7 @@ def _dispatches(
 
 
 def _kept_layers(config: ConfigDict) -> int:
-  """MoE layers of which backward keeps all: the scan's, unless remat_method."""
+  """MoE layers of which backward keeps all: the scan's, unless recomputed."""
   kinds = layer_kinds(config)
   if config.model.remat != 'none':
     kinds = kinds[: repetition(kinds, config.moe.every)[0]]
@@ -237,9 +239,9 @@ def _across(
 ) -> Dispatch:
   """The dispatch on so many devices of this kind, real or not."""
   mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
-  exchange = build_exchange.resolve(config, mesh, dtype, device)
+  exchange = implementations.exchange_name(config, mesh, dtype, device)
   abstract = mesh_lib.abstract_mesh(mesh)
-  return build_exchange.across(config, abstract, exchange)
+  return implementations.across(config, abstract, exchange)
 
 
 def _residuals(run: Callable[[Any], Any], params: Any) -> list[_Shape]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.data import tokenizers
-from moe_jax.model import build_exchange
+from moe_jax.model import implementations
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
@@ -57,7 +57,9 @@ def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
   dtype = compute_dtype(config, setup.mesh)
   device = setup.mesh.devices.flat[0]
   config.model.dtype = str(dtype)
-  config.moe.exchange = build_exchange.resolve(config, mesh, dtype, device)
+  config.moe.exchange = implementations.exchange_name(
+    config, mesh, dtype, device
+  )
   return config
 
 

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.model.cross_entropy import Targets, cross_entropy
 from moe_jax.model.decoder import Decoder, Hidden
+from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.training import optimizer

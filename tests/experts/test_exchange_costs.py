@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.experts.mlp import SwiGLUExperts
-from moe_jax.model import build_exchange
+from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
@@ -85,7 +85,7 @@ def estimates(dispatch: str) -> dict[str, int]:
     }
   )
   mesh = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {'expert': U}
-  return build_exchange.exchange_bytes(config, mesh, jnp.float32)
+  return implementations.exchange_bytes(config, mesh, jnp.float32)
 
 
 @pytest.mark.parametrize(

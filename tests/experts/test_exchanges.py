@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.experts.dispatch import dropless
-from moe_jax.model import build_exchange
+from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import dense_experts, tiny
 from tests.helpers.dense_experts import T
@@ -38,7 +38,7 @@ def across(
   config = tiny.config(
     **{f'moe.{key}': value for key, value in (settings | moe).items()}
   )
-  return build_exchange.across(config, mesh, exchange)
+  return implementations.across(config, mesh, exchange)
 
 
 def overflows(

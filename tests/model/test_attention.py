@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from moe_jax.errors import UserError
-from moe_jax.model import build_attention, causal, kernels
+from moe_jax.model import attention_blocks, attention_kernels, implementations
 from moe_jax.model.build import build
-from moe_jax.model.build_attention import IMPLEMENTATIONS, Case
+from moe_jax.model.implementations import IMPLEMENTATIONS, Case
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
@@ -85,8 +85,8 @@ def test_parts_of_several_blocks_equal_the_oracle(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """Long sequences: two parts, of three blocks and of two, one not full."""
-  monkeypatch.setattr(causal, '_PARTS', 2)
-  check(causal.blocks, (1, 4 * causal.BLOCK + 70, 2, 1, 4))
+  monkeypatch.setattr(attention_blocks, '_PARTS', 2)
+  check(attention_blocks.blocks, (1, 4 * attention_blocks.BLOCK + 70, 2, 1, 4))
 
 
 @pytest.mark.parametrize('name', RUN_HERE)
@@ -108,11 +108,11 @@ def test_nothing_that_is_kept_grows_with_the_square() -> None:
   def kept(length: int) -> int:
     q, k, v, _ = random_arrays((1, length, 2, 1, 4))
     shapes = jax.eval_shape(
-      lambda q, k, v: jax.vjp(causal.blocks, q, k, v)[1], q, k, v
+      lambda q, k, v: jax.vjp(attention_blocks.blocks, q, k, v)[1], q, k, v
     )
     return sum(a.size for a in jax.tree.leaves(shapes))
 
-  block = causal.BLOCK
+  block = attention_blocks.BLOCK
   assert kept(16 * block) < 2.1 * kept(8 * block)
 
 
@@ -120,11 +120,13 @@ def test_long_sequences_do_not_grow_the_program() -> None:
   def lines(length: int) -> int:
     q, k, v, _ = random_arrays((1, length, 2, 1, 4))
     lowered = jax.jit(
-      jax.grad(lambda *a: causal.blocks(*a).sum(), (0, 1, 2))
+      jax.grad(lambda *a: attention_blocks.blocks(*a).sum(), (0, 1, 2))
     ).lower(q, k, v)
     return len(lowered.as_text().splitlines())
 
-  assert lines(64 * causal.BLOCK) < 1.02 * lines(16 * causal.BLOCK)
+  assert lines(64 * attention_blocks.BLOCK) < 1.02 * lines(
+    16 * attention_blocks.BLOCK
+  )
 
 
 def test_dropout_scales_what_it_keeps() -> None:
@@ -133,17 +135,21 @@ def test_dropout_scales_what_it_keeps() -> None:
   q, k, v = q[:1], k[:1], v[:1]
   keys = jax.random.split(jax.random.key(0), 400)
   dropped = jax.jit(
-    jax.vmap(lambda key: causal.blocks(q, k, v, rate=0.5, dropout_key=key))
+    jax.vmap(
+      lambda key: attention_blocks.blocks(q, k, v, rate=0.5, dropout_key=key)
+    )
   )(keys)
   first = np.asarray(dropped[:, :, 0] / v[:, 0])
   assert set(np.unique(first.round(5))) == {0.0, 2.0}
-  np.testing.assert_allclose(dropped.mean(0), causal.blocks(q, k, v), atol=0.3)
+  np.testing.assert_allclose(
+    dropped.mean(0), attention_blocks.blocks(q, k, v), atol=0.3
+  )
 
 
 @pytest.mark.slow
 def test_splash_equals_the_oracle() -> None:
   """The kernel's program, interpreted: grouped heads, lanes not full."""
-  attention = functools.partial(kernels.splash, interpret=True)
+  attention = functools.partial(attention_kernels.splash, interpret=True)
   check(attention, (1, 200, 2, 1, 128))
 
 
@@ -155,9 +161,9 @@ def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
 
   def attention(q: Any, k: Any, v: Any) -> Any:
     seen.append((q.shape, k.shape))
-    return causal.blocks(q, k, v)
+    return attention_blocks.blocks(q, k, v)
 
-  check(kernels.sharded(attention, mesh), (4, 9, 4, 2, 8))
+  check(attention_kernels.sharded(attention, mesh), (4, 9, 4, 2, 8))
   assert seen[0] == ((1, 9, 2, 8), (1, 9, 1, 8))
 
 
@@ -184,7 +190,7 @@ def case(
   ],
 )
 def test_auto_takes_the_best_that_fits(of: Case, expected: str) -> None:
-  assert build_attention.name('auto', of) == expected
+  assert implementations.attention_name('auto', of) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_auto_takes_the_best_that_fits(of: Case, expected: str) -> None:
 )
 def test_what_cannot_run_is_refused(asked: str, of: Case, message: str) -> None:
   with pytest.raises(UserError, match=message):
-    build_attention.name(asked, of)
+    implementations.attention_name(asked, of)
 
 
 def test_a_model_is_not_built_with_what_cannot_run() -> None:

@@ -5,11 +5,9 @@ import pytest
 from moe_jax import ranges
 from moe_jax.experts import grouped_matmul
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
-from moe_jax.model.build import repetition
-from moe_jax.model.build_attention import IMPLEMENTATIONS
-from moe_jax.model.build_block import MIXINGS
-from moe_jax.model.build_exchange import EXCHANGES
+from moe_jax.model.build import MIXINGS, repetition
 from moe_jax.model.decoder import REMAT_POLICIES
+from moe_jax.model.implementations import EXCHANGES, IMPLEMENTATIONS
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.scores import SCORES
 

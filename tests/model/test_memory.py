@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax import plan
 from moe_jax.errors import UserError
-from moe_jax.model import cross_entropy, memory
+from moe_jax.model import loss, memory
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import topologies
 from moe_jax.training import state
@@ -164,7 +164,7 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   one, parts = of(), of(train__accumulation=4)
   assert parts.activations * 4 == one.activations
   # Of 16 sequences a chunk of tokens, of 4 all 256.
-  chunk = cross_entropy.CHUNK['cpu']
+  chunk = loss.CHUNK['cpu']
   assert one.logits == 2 * 4 * chunk * BYTES
   assert parts.logits == 2 * 4 * 4 * 64 * BYTES
   # Data parallelism splits all of it. Along the expert axis, if tokens are

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.experts import grouped_matmul
-from moe_jax.model import build_matmul
+from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.compiled import abstract_batch
 from moe_jax.training.step import make_train_step
@@ -35,7 +35,9 @@ def test_triton_is_traced_for_many_devices(
 ) -> None:
   """Per sub-layer two grouped matmuls with two gradients each, at least."""
   monkeypatch.setitem(
-    build_matmul.OBSTACLES, 'triton', build_matmul.OBSTACLES['blocks']
+    implementations.MATMUL_OBSTACLES,
+    'triton',
+    implementations.MATMUL_OBSTACLES['blocks'],
   )
   made = setup(config(exchange, remat, 'triton'), **EVERY_AXIS)
   traced = make_train_step(made).trace(made.abstract, abstract_batch(made))

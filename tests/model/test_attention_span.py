@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.attention import group_logits
-from moe_jax.model.span import SpanAttend, shift_rows
+from moe_jax.model.attention_span import SpanAttend, shift_rows
 from tests.helpers import oracle_span, tiny
 
 SPAN = {

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model import cross_entropy as module
-from moe_jax.model.cross_entropy import Targets, cross_entropy
+from moe_jax.model import loss as module
 from moe_jax.model.decoder import Head
+from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 
 MESHES = {

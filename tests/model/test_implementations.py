@@ -11,7 +11,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.experts.grouped_matmul import case, tokamax
 from moe_jax.model import tuned
-from moe_jax.model.build_matmul import available, chosen
+from moe_jax.model.implementations import available_matmuls, chosen_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_auto_is_what_suits_the_platform() -> None:
-  assert chosen('auto', on('cpu')).name == 'blocks'
-  assert chosen('auto', on('gpu')).name == 'triton'
-  assert chosen('auto', on('gpu', '7.5')).name == 'padded'
-  assert chosen('auto', on('gpu', 'gfx942')).name == 'padded'  # AMD's
-  assert chosen('auto', on('tpu')).name == 'ragged_dot'
-  assert chosen('auto', on('rocm')).name == 'ragged_dot'
+  assert chosen_matmul('auto', on('cpu')).name == 'blocks'
+  assert chosen_matmul('auto', on('gpu')).name == 'triton'
+  assert chosen_matmul('auto', on('gpu', '7.5')).name == 'padded'
+  assert chosen_matmul('auto', on('gpu', 'gfx942')).name == 'padded'  # AMD's
+  assert chosen_matmul('auto', on('tpu')).name == 'ragged_dot'
+  assert chosen_matmul('auto', on('rocm')).name == 'ragged_dot'
 
 
 def test_without_tokamax_auto_falls_back_and_says_so(
@@ -48,10 +48,10 @@ def test_without_tokamax_auto_falls_back_and_says_so(
 ) -> None:
   monkeypatch.setattr(tokamax, 'installed', lambda: False)
   with caplog.at_level(logging.WARNING):
-    assert chosen('auto', on('gpu')).name == 'padded'
+    assert chosen_matmul('auto', on('gpu')).name == 'padded'
   assert "pip install 'moe_jax[cuda]'" in caplog.text
   with pytest.raises(UserError, match=r'needs the package tokamax: pip'):
-    chosen('triton', on('gpu'))
+    chosen_matmul('triton', on('gpu'))
 
 
 def test_a_tokamax_without_the_kernel_is_no_choice(
@@ -59,10 +59,10 @@ def test_a_tokamax_without_the_kernel_is_no_choice(
 ) -> None:
   monkeypatch.setattr(tokamax, 'missing', lambda name: f'no {name}')
   with caplog.at_level(logging.WARNING):
-    assert chosen('auto', on('gpu')).name == 'padded'
+    assert chosen_matmul('auto', on('gpu')).name == 'padded'
   assert "says 'no triton'" in caplog.text
   with pytest.raises(UserError, match=r'is not in tokamax [0-9.]+, which says'):
-    chosen('triton', on('gpu'))
+    chosen_matmul('triton', on('gpu'))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_cannot_run_is_one_clear_line(
   asked: str, where: Device, message: str
 ) -> None:
   with pytest.raises(UserError, match=message) as error:
-    chosen(asked, where)
+    chosen_matmul(asked, where)
   assert str(error.value).startswith(f'moe.grouped_matmul = {asked!r}')
   assert '\n' not in str(error.value)
 
@@ -89,12 +89,12 @@ def test_auto_takes_what_was_measured_on_this_device() -> None:
   device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
   tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0, 'triton': 0.1}})
   tuned.store(device, {'others': {'blocks': 1.0}})
-  assert dict(chosen('auto', device).measured) == {
+  assert dict(chosen_matmul('auto', device).measured) == {
     shapes: 'padded',  # triton cannot run here
     'others': 'blocks',
   }
-  assert not chosen('padded', device).measured
-  assert not chosen('auto', on('cpu')).measured  # of another kind
+  assert not chosen_matmul('padded', device).measured
+  assert not chosen_matmul('auto', on('cpu')).measured  # of another kind
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_broken_file_is_ignored_and_named(
   cache.parent.mkdir()
   cache.write_text(text)
   device = jax.devices()[0]
-  assert chosen('auto', device).name == 'blocks'
+  assert chosen_matmul('auto', device).name == 'blocks'
   assert f'ignored {cache}' in caplog.text
   tuned.store(device, {'c': {'blocks': 1.0}})
   assert json.loads(cache.read_text()) == {
@@ -115,8 +115,8 @@ def test_a_broken_file_is_ignored_and_named(
 
 
 def test_available_lists_what_has_no_obstacle() -> None:
-  assert available(on('cpu')) == ['blocks', 'ragged_dot', 'padded']
-  assert available(on('gpu')) == [
+  assert available_matmuls(on('cpu')) == ['blocks', 'ragged_dot', 'padded']
+  assert available_matmuls(on('gpu')) == [
     'blocks',
     'ragged_dot',
     'padded',

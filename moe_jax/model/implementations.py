@@ -1,0 +1,389 @@
+"""Which implementation runs: the one that is asked for, or the best.
+
+Of attention, of the grouped matmul of experts and of the exchange of tokens
+between devices, `auto` means the first or cheapest that can run; one that is
+named and cannot run is refused with the reason, its obstacle.
+"""
+
+import importlib.metadata
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from moe_jax.config import BATCH_AXES, head_dim
+from moe_jax.errors import UserError, choose
+from moe_jax.experts import exchange_cost
+from moe_jax.experts.dispatch import DISPATCHES, Dispatch
+from moe_jax.experts.exchange import (
+  AllGather,
+  Blocks,
+  BufferedAllToAll,
+  CapacityAllToAll,
+)
+from moe_jax.experts.exchange_cost import ExchangeSizes
+from moe_jax.experts.expert_parallel import ExpertParallel, Layout
+from moe_jax.experts.grouped_matmul import IMPLEMENTATIONS as MATMULS
+from moe_jax.experts.grouped_matmul import TunedMatmul, tokamax
+from moe_jax.experts.ragged_exchange import Ragged
+from moe_jax.model import attention_blocks, attention_kernels, tuned
+from moe_jax.model.attention import Attend, Causal, RotaryAttend
+from moe_jax.model.attention_kernels import capability
+from moe_jax.model.attention_span import SpanAttend
+from moe_jax.parallel import mesh as mesh_lib
+
+_LOG = logging.getLogger(__name__)
+
+
+class Case(NamedTuple):
+  """What decides which implementations are possible.
+
+  Attributes:
+    device: of the kind that the program is for; it need not be here.
+    mesh: None for one device.
+    dtype: of queries, keys and values.
+    head_dim: A.
+  """
+
+  device: jax.Device
+  mesh: jax.sharding.Mesh | None
+  dtype: jnp.dtype
+  head_dim: int
+
+
+class Implementation(NamedTuple):
+  """One way to compute causal attention.
+
+  Attributes:
+    make: from a case that it fits.
+    obstacle: why it does not fit a case: 'runs on ..., not on ...'; or None.
+  """
+
+  make: Callable[[Case], Causal]
+  obstacle: Callable[[Case], str | None]
+
+
+def attention(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+) -> Attend:
+  """The attention of a validated config.
+
+  Args:
+    config: the whole config.
+    mesh: where it will run; None for one device of the default platform.
+    dtype: of the arithmetic.
+
+  Raises:
+    UserError: `model.attention` names what cannot run there.
+  """
+  model = config.model
+  if model.positions == 'span':
+    return SpanAttend(model.dropout)
+  case = attention_case(config, mesh, dtype)
+  chosen = IMPLEMENTATIONS[attention_name(model.attention, case)]
+  return RotaryAttend(model.rope_theta, model.dropout, chosen.make(case))
+
+
+def attention_case(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+) -> Case:
+  """What `attention` chooses by."""
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return Case(next(iter(devices)), mesh, dtype, head_dim(config))
+
+
+def attention_name(asked: str, case: Case) -> str:
+  """The implementation that `model.attention` means; see `attention`."""
+  if asked == 'auto':
+    return next(
+      n for n in _PREFERRED_ATTENTIONS if not IMPLEMENTATIONS[n].obstacle(case)
+    )
+  chosen = IMPLEMENTATIONS[choose('model.attention', asked, IMPLEMENTATIONS)]
+  obstacle = chosen.obstacle(case)
+  if obstacle:
+    raise UserError(
+      f"model.attention = {asked!r} {obstacle}; 'auto' is what fits here,"
+      f' {attention_name("auto", case)!r}'
+    )
+  return asked
+
+
+def _square(
+  query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+) -> jax.Array:
+  return jax.nn.dot_product_attention(
+    query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='xla'
+  )
+
+
+def _cudnn_obstacle(case: Case) -> str | None:
+  if case.device.platform != 'gpu':
+    return f'runs on NVIDIA GPUs, not on {case.device.platform}'
+  version = attention_kernels.capability(case.device)
+  if version < (8, 0):
+    has = getattr(case.device, 'compute_capability', 'none')
+    return f'needs compute capability 8.0, and the device has {has}'
+  if case.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
+  largest = 256 if version >= (9, 0) else 128
+  if case.head_dim % 8 or case.head_dim > largest:
+    return (
+      f'takes head sizes that are multiples of 8 up to {largest}, not'
+      f' {case.head_dim}'
+    )
+  return None
+
+
+def _splash_obstacle(case: Case) -> str | None:
+  if case.device.platform != 'tpu':
+    return f'runs on TPUs, not on {case.device.platform}'
+  return None
+
+
+IMPLEMENTATIONS = {
+  'xla': Implementation(lambda case: _square, lambda case: None),
+  'blocks': Implementation(
+    lambda case: attention_blocks.blocks, lambda case: None
+  ),
+  'cudnn': Implementation(
+    lambda case: attention_kernels.sharded(attention_kernels.cudnn, case.mesh),
+    _cudnn_obstacle,
+  ),
+  'splash': Implementation(
+    lambda case: attention_kernels.sharded(attention_kernels.splash, case.mesh),
+    _splash_obstacle,
+  ),
+}
+# Of those that are possible the first is taken.
+_PREFERRED_ATTENTIONS = ('cudnn', 'splash', 'blocks')
+
+
+def grouped_matmul(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None
+) -> TunedMatmul:
+  """The grouped matmul of a validated config.
+
+  Args:
+    config: the whole config.
+    mesh: where it will run; None for one device of the default platform.
+
+  Raises:
+    UserError: `moe.grouped_matmul` names what cannot run there.
+  """
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return chosen_matmul(config.moe.grouped_matmul, next(iter(devices)))
+
+
+def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
+  """What a value of `moe.grouped_matmul` means; see `grouped_matmul`.
+
+  Args:
+    asked: the value.
+    device: of the kind that the program is for; it need not be here.
+
+  Raises:
+    UserError: the value names what cannot run there.
+  """
+  if asked == 'auto':
+    possible = available_matmuls(device)
+    preferred = _PREFERRED_MATMULS.get(device.platform, _MATMULS_ELSEWHERE)
+    name = next(n for n in preferred if n in possible)
+    if name != preferred[0]:
+      why = MATMUL_OBSTACLES[preferred[0]](device)
+      _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
+    measured = tuned.best(device, possible)
+    return TunedMatmul(name, tuple(sorted(measured.items())))
+  obstacle = MATMUL_OBSTACLES[
+    choose('moe.grouped_matmul', asked, MATMUL_OBSTACLES)
+  ](device)
+  if obstacle:
+    raise UserError(
+      f'moe.grouped_matmul = {asked!r} {obstacle}; here it can be auto,'
+      f' {", ".join(available_matmuls(device))}'
+    )
+  return TunedMatmul(asked)
+
+
+def available_matmuls(device: jax.Device) -> list[str]:
+  """The implementations that can run there."""
+  return [name for name in MATMULS if not MATMUL_OBSTACLES[name](device)]
+
+
+def _triton_obstacle(device: jax.Device) -> str | None:
+  return _gpu_obstacle(device, (8, 0)) or _tokamax_obstacle('triton', 'cuda')
+
+
+def _mosaic_obstacle(device: jax.Device) -> str | None:
+  on_tpu = device.platform == 'tpu'
+  if not on_tpu and (obstacle := _gpu_obstacle(device, (9, 0))):
+    return obstacle
+  if device not in jax.devices():
+    return 'is compiled only where such a device is'
+  return _tokamax_obstacle('mosaic', 'tpu' if on_tpu else 'cuda')
+
+
+def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
+  if device.platform != 'gpu':
+    return f'does not run on {device.platform}'
+  if capability(device) < least:
+    needed = '.'.join(map(str, least))
+    has = getattr(device, 'compute_capability', 'none')
+    return f'needs compute capability {needed}, and this is {has}'
+  return None
+
+
+def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
+  if not tokamax.installed():
+    return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
+  if said := tokamax.missing(kernel):
+    version = importlib.metadata.version('tokamax')
+    return f'is not in tokamax {version}, which says {said!r}'
+  return None
+
+
+def _none(device: jax.Device) -> None:
+  del device
+
+
+# Of each implementation, why it cannot run somewhere, or None.
+MATMUL_OBSTACLES: dict[str, Callable[[jax.Device], str | None]] = {
+  'blocks': _none,
+  'ragged_dot': _none,
+  'padded': _none,
+  'triton': _triton_obstacle,
+  'mosaic': _mosaic_obstacle,
+}
+
+# By platform, the first that can run is taken where nothing was measured.
+_PREFERRED_MATMULS = {
+  'cpu': ('blocks',),
+  'gpu': ('triton', 'padded'),
+  'tpu': ('ragged_dot',),
+}
+_MATMULS_ELSEWHERE = ('ragged_dot',)
+
+_EXPERT = 'expert'  # the mesh axis
+
+# For every `moe.dispatch` the values of `moe.exchange`, from the config and the
+# dispatch of one device.
+EXCHANGES: dict[str, dict[str, Callable[[ConfigDict, Dispatch], Dispatch]]] = {
+  'dropless': {
+    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: BufferedAllToAll(
+      Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
+    ),
+    'ragged': lambda moe, inner: BufferedAllToAll(
+      Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
+    ),
+  },
+  'capacity': {
+    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
+    'all_to_all': lambda moe, inner: CapacityAllToAll(inner, _EXPERT),
+  },
+}
+
+# What each sends, from the config, the sizes and the bytes of a hidden state.
+_SENT: dict[
+  str, dict[str, Callable[[ConfigDict, ExchangeSizes, int], float]]
+] = {
+  'dropless': {
+    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_cost.block_bytes(
+      sizes, row, moe.buffer_factor
+    ),
+    'ragged': lambda moe, sizes, row: exchange_cost.ragged_bytes(sizes, row),
+  },
+  'capacity': {
+    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
+    'all_to_all': lambda moe, sizes, row: exchange_cost.queue_bytes(
+      sizes, row, moe.capacity_factor
+    ),
+  },
+}
+
+# XLA has no `ragged_all_to_all` on CPU, and a slow one on GPUs.
+_RAGGED_PLATFORMS = ('tpu',)
+
+
+def dispatch(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+) -> Dispatch:
+  """The dispatch of all MoE layers; `dtype` is that of their arithmetic."""
+  name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
+  if mesh is None or mesh.size == 1:
+    return DISPATCHES[name](config.moe)
+  device = next(iter(mesh.devices.flat))
+  return across(config, mesh, exchange_name(config, mesh.shape, dtype, device))
+
+
+def across(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  exchange: str,
+) -> ExpertParallel:
+  """The dispatch on the devices of a mesh, by an exchange of that name."""
+  moe = config.moe
+  inner = DISPATCHES[moe.dispatch](moe)
+  if mesh.shape[_EXPERT] > 1:
+    inner = EXCHANGES[moe.dispatch][exchange](moe, inner)
+  return ExpertParallel(mesh, inner, Layout(mesh_lib.BATCH_AXES))
+
+
+def exchange_name(
+  config: ConfigDict,
+  mesh: Mapping[str, int],
+  dtype: jnp.dtype,
+  device: jax.Device,
+) -> str:
+  """`moe.exchange`; auto is what sends the fewest bytes on such devices.
+
+  Raises:
+    UserError: it is not known, or does not compile for so many devices.
+  """
+  asked, count = config.moe.exchange, math.prod(mesh.values())
+  limited = mesh_lib.limited_routing(device, count)
+  sent = exchange_bytes(config, mesh, dtype)
+  if device.platform not in _RAGGED_PLATFORMS or limited:
+    sent.pop('ragged', None)
+  best = min(sent, key=sent.get)
+  if asked == 'auto':
+    return best
+  if asked == 'ragged' and limited and mesh[_EXPERT] > 1:
+    raise UserError(
+      f"moe.exchange = 'ragged' does not compile for {count} x"
+      f" {device.device_kind}; 'auto' takes {best!r}, which does"
+    )
+  return choose('moe.exchange', asked, EXCHANGES[config.moe.dispatch])
+
+
+def exchange_bytes(
+  config: ConfigDict, mesh: Mapping[str, int], dtype: jnp.dtype
+) -> dict[str, int]:
+  """What one device sends, by exchange, in one MoE sub-layer's forward pass.
+
+  Of one micro-batch; backward sends as much again. Where slots travel on their
+  own it counts balanced experts. Not counted are a few numbers per expert.
+
+  Args:
+    config: validated.
+    mesh: devices along every axis.
+    dtype: of hidden states.
+  """
+  moe, shards = config.moe, math.prod(mesh[axis] for axis in BATCH_AXES)
+  rows = config.train.batch_size // config.train.accumulation // shards
+  used = config.router.selection == 'top_k'
+  sizes = ExchangeSizes(
+    tokens=rows * config.data.seq_len,
+    slots=moe.top_k if used else moe.num_experts,
+    num_experts=moe.num_experts,
+    devices=mesh[_EXPERT],
+  )
+  row_bytes = config.model.hidden_size * jnp.dtype(dtype).itemsize
+  return {
+    name: round(sent(moe, sizes, row_bytes))
+    for name, sent in _SENT[moe.dispatch].items()
+  }
