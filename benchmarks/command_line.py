@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from moe_jax import allocator
+from moe_jax import runtime
 from moe_jax.errors import UserError
 
 
@@ -55,7 +55,7 @@ def main(
   """Runs it with the allocator set; a `UserError` is one line and exit 2."""
   try:
     args = made.parse_args(arguments)
-    allocator.tune()
+    runtime.configure_malloc()
     if args.rounds < 1:
       raise UserError(f'--rounds = {args.rounds} must be at least 1')
     program(args)

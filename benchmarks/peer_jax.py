@@ -8,13 +8,13 @@ import sys
 from ml_collections import ConfigDict
 
 from benchmarks.peer_sizes import Sizes
-from configs import base
-from moe_jax import allocator
+from moe_jax import config as config_lib
+from moe_jax import runtime
 
 
 def main(sizes_json: str) -> None:
   """Trains on random tokens, one step at a time."""
-  tuned = allocator.tune()  # before jax is imported
+  tuned = runtime.configure_malloc()  # before jax is imported
   import jax
 
   from benchmarks import common, duel
@@ -46,7 +46,7 @@ def main(sizes_json: str) -> None:
 
 def _config(sizes: Sizes) -> ConfigDict:
   """The same model and training in our words."""
-  config = base.get_config()
+  config = config_lib.get_config()
   values = {
     'model': ('hidden_size num_layers num_heads num_kv_heads vocab_size'),
     'moe': 'expert_width num_experts top_k',

@@ -11,12 +11,13 @@ import sys
 from typing import Any
 
 from benchmarks.peer_sizes import Sizes
-from moe_jax import allocator
+from moe_jax import runtime
 
 
 def main(sizes_json: str, experts: str, malloc: str) -> None:
   """Trains on random tokens, one step at a time."""
-  tuned = malloc == 'tuned' and allocator.tune()  # before torch takes memory
+  # Before torch takes memory.
+  tuned = malloc == 'tuned' and runtime.configure_malloc()
   import torch
 
   from benchmarks import duel

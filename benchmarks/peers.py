@@ -7,7 +7,7 @@ the same; every one trains in a process of its own, a step of each in turn (see
 `benchmarks.duel`). On CPU all compute in float32, on a GPU in bfloat16 with
 parameters in float32. The peer has its two implementations of experts, and
 grouped_mm also without the allocator's settings that we use
-(`moe_jax.allocator`).
+(`moe_jax.runtime`).
 """
 
 import argparse

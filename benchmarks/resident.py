@@ -6,7 +6,7 @@ import resource
 import sys
 from pathlib import Path
 
-from moe_jax import allocator
+from moe_jax import runtime
 
 _STATUS = Path('/proc/self/status')
 _CLEAR = Path('/proc/self/clear_refs')
@@ -28,7 +28,7 @@ def start_anew() -> bool:
   What the process has freed goes back to the system first. Only Linux forgets
   a peak, and only glibc gives back what lies between blocks in use.
   """
-  allocator.give_back()
+  runtime.trim_malloc()
   try:
     _CLEAR.write_text('5', 'utf-8')
   except OSError:

@@ -46,12 +46,13 @@ has the paper's 32,000 entries whatever they are.
 
 from ml_collections import ConfigDict
 
-from configs import base, variants
+from moe_jax import config as config_lib
+from moe_jax.config import presets
 
 
 def get_config(names: str = '') -> ConfigDict:
-  """Returns the config; `names` are a preset and variants."""
-  return variants.build(names, base.get_config(), PRESETS, VARIANTS)
+  """Returns the config; `names` are a preset and presets."""
+  return presets.build(names, config_lib.get_config(), PRESETS, VARIANTS)
 
 
 def base_size(config: ConfigDict) -> None:
@@ -141,14 +142,14 @@ def three_factors(config: ConfigDict) -> None:
 
 PRESETS = {'base': base_size, 'large': large_size, '7b': seven_b}
 VARIANTS = {
-  'dense': variants.sets({'moe.num_experts': 0}),
-  'smoe_share': variants.sets({'moe.factors': 1}),
+  'dense': presets.sets({'moe.num_experts': 0}),
+  'smoe_share': presets.sets({'moe.factors': 1}),
   'smoe_top3': smoe_top3,
   # A fixed random table says which two experts a token of the vocabulary has.
-  'hash': variants.sets({'moe.factors': 1, 'router.score': 'hash'}),
+  'hash': presets.sets({'moe.factors': 1, 'router.score': 'hash'}),
   'fine_grained': fine_grained,
   # The weights are the kept probabilities as they are.
-  'top_p': variants.sets(
+  'top_p': presets.sets(
     {
       'moe.factors': 1,
       'moe.renormalize': False,
@@ -156,7 +157,7 @@ VARIANTS = {
       'router.top_p': 0.4,
     }
   ),
-  'no_shared': variants.sets({'moe.shared.width': 0}),
+  'no_shared': presets.sets({'moe.shared.width': 0}),
   'three_factors': three_factors,
-  'recurrent': variants.sets({'router.recurrent': 'gru'}),
+  'recurrent': presets.sets({'router.recurrent': 'gru'}),
 }

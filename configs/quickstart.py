@@ -12,12 +12,13 @@ download. Variants leave parts of the method out, at equal expert parameters:
 
 from ml_collections import ConfigDict
 
-from configs import base, variants
+from moe_jax import config as config_lib
+from moe_jax.config import presets
 
 
 def get_config(names: str = '') -> ConfigDict:
   """Returns the config; `names` are variants with commas between."""
-  config = base.get_config()
+  config = config_lib.get_config()
   config.moe.factors = 2
   config.router.recurrent = 'gru'
   # Wide and shallow, short sequences and small batches: what learns most in
@@ -41,7 +42,7 @@ def get_config(names: str = '') -> ConfigDict:
   config.eval.split = 'validation[:30%]'
   config.eval.batches = 8
   config.eval.batch_size = 64
-  return variants.build(names, config, {}, VARIANTS)
+  return presets.build(names, config, {}, VARIANTS)
 
 
 def linear(config: ConfigDict) -> None:

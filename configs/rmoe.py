@@ -65,12 +65,13 @@ tokens.
 
 from ml_collections import ConfigDict
 
-from configs import base, variants
+from moe_jax import config as config_lib
+from moe_jax.config import presets
 
 
 def get_config(names: str = '') -> ConfigDict:
-  """Returns the config; `names` are a preset and variants."""
-  config = variants.build(names, base.get_config(), PRESETS, VARIANTS)
+  """Returns the config; `names` are a preset and presets."""
+  config = presets.build(names, config_lib.get_config(), PRESETS, VARIANTS)
   # Of these scores alone does the code of the small models have a bias.
   biased = config.router.score in ('linear', 'mlp', 'hyper')
   config.router.bias = config.router.bias and biased
@@ -261,9 +262,9 @@ def detach_residual(config: ConfigDict) -> None:
   config.router.residual_detached = True
 
 
-def _router(score: str, **values: int) -> variants.Change:
+def _router(score: str, **values: int) -> presets.Change:
   """A router of the paper's Table 1: that score, without recurrence."""
-  return variants.sets(
+  return presets.sets(
     {'router.score': score, 'router.recurrent': 'none'}
     | {f'router.{name}': value for name, value in values.items()}
   )
@@ -287,23 +288,21 @@ VARIANTS = {
   'xmoe32': _router('xmoe', reduced_size=32),
   'hyper': _router('hyper', mlp_width=256),
   # On the GRU's state, in as many dimensions as were set.
-  'xmoe_gru': variants.sets(
-    {'router.score': 'xmoe', 'router.recurrent': 'gru'}
-  ),
+  'xmoe_gru': presets.sets({'router.score': 'xmoe', 'router.recurrent': 'gru'}),
   # Ablations of the recurrent router.
-  'np': variants.sets({'router.passing': 'none'}),
-  'detach': variants.sets({'router.passing': 'detached'}),
-  'r0.5': variants.sets({'router.residual': 0.5}),
-  'r1.0': variants.sets({'router.residual': 1.0}),
+  'np': presets.sets({'router.passing': 'none'}),
+  'detach': presets.sets({'router.passing': 'detached'}),
+  'r0.5': presets.sets({'router.residual': 0.5}),
+  'r1.0': presets.sets({'router.residual': 1.0}),
   'detach_r': detach_residual,
-  's_proj': variants.sets({'router.projector': 'shared'}),
-  'rnn': variants.sets({'router.recurrent': 'rnn'}),
-  'lstm': variants.sets({'router.recurrent': 'lstm'}),
-  'p256': variants.sets({'router.state_size': 256}),
-  'p512': variants.sets({'router.state_size': 512}),
+  's_proj': presets.sets({'router.projector': 'shared'}),
+  'rnn': presets.sets({'router.recurrent': 'rnn'}),
+  'lstm': presets.sets({'router.recurrent': 'lstm'}),
+  'p256': presets.sets({'router.state_size': 256}),
+  'p512': presets.sets({'router.state_size': 512}),
   # Fine-tuning.
-  'freeze_router': variants.sets({'optimizer.freeze': 'router'}),
-  'freeze_router_and_cell': variants.sets(
+  'freeze_router': presets.sets({'optimizer.freeze': 'router'}),
+  'freeze_router_and_cell': presets.sets(
     {'optimizer.freeze': 'router_and_cell'}
   ),
 }

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax import allocator, config_file, libtpu
+from moe_jax import runtime
+from moe_jax.config import loading
 from moe_jax.errors import UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
@@ -37,8 +38,8 @@ def main(
   """
   try:
     config, values = parse(sys.argv, define_flags, workdir)
-    allocator.tune()
-    libtpu.quiet()
+    runtime.configure_malloc()
+    runtime.silence_libtpu()
     run(config, **values)
     sys.stdout.flush()
   except UserError as error:
@@ -116,7 +117,7 @@ def parse(
   for name in ('config', 'workdir'):
     if name in values and not values[name]:
       raise UserError(f'--{name} is missing: {known[name].help}')
-  config = config_file.load(values.pop('config'))
+  config = loading.load(values.pop('config'))
   _refuse_unknown(rest[1:], [f'--{name}' for name in known])
   return _overridden(config, rest), values
 
@@ -143,11 +144,11 @@ def _flags(define_flags: DefineFlags | None, workdir: bool) -> flags.FlagValues:
 
 def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
   """Refuses misspelt flags and config keys, naming the nearest real one."""
-  keys = config_file.known_keys()
+  keys = loading.known_keys()
   for argument in arguments:
     override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
     if override and override[1] not in keys:
-      raise UserError(config_file.unknown_key(override[1], keys))
+      raise UserError(loading.unknown_key(override[1], keys))
     flag = re.match(r'--?[A-Za-z][^=]*', argument)
     if flag and not override:
       raise UserError(f'there is no flag {flag[0]}{nearest(flag[0], known)}')

@@ -6,9 +6,9 @@ import pathlib
 # Tests compile far longer than they compute. Processes they start inherit it.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
-from moe_jax import libtpu  # noqa: E402
+from moe_jax import runtime  # noqa: E402
 
-libtpu.quiet()
+runtime.silence_libtpu()
 
 import jax  # noqa: E402 (reads the flags above)
 

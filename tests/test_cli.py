@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from moe_jax import allocator, cli, config_file
+from moe_jax import cli, runtime
+from moe_jax.config import loading
 from moe_jax.errors import UserError
 
 BASE = '--config=configs/base.py'
@@ -95,20 +96,23 @@ def test_mistakes_on_the_command_line(name: str) -> None:
   assert '\n' not in str(error.value)
 
 
-HEAD = 'from configs import base\n\ndef get_config(names=""):\n  '
+HEAD = (
+  'from configs import base; from ml_collections import ConfigDict\n\n'
+  'def get_config(names=""):\n  '
+)
 BAD_FILES = {
   'config = base.get_config(); config.moe.topk = 1': [':4: ', "'moe.top_k'"],
   'config = base.get_config(); config.trian.steps = 1': ["'train'"],
   'base.get_config().moe.evry': ["'moe.every'", "'eval.every'"],
   'config = base.get_config(); config.moe.top_k = "2"': [':4: TypeError'],
-  'return base.ConfigDict()': ['is missing'],
+  'return ConfigDict()': ['is missing'],
   'return {}': ['returned a dict'],
   'return 1 / 0': [':4: ZeroDivisionError'],
   'return (': [':4: '],
   'config = base.get_config().unlock(); config.new = 1; return config': [
     "no config key 'new'"
   ],
-  'return base.ConfigDict({**base.get_config(), "seed": "1"})': [
+  'return ConfigDict({**base.get_config(), "seed": "1"})': [
     "seed = '1' is not of type int"
   ],
 }
@@ -119,7 +123,7 @@ def test_mistakes_in_a_config_file(body: str, tmp_path: Path) -> None:
   path = tmp_path / 'mine.py'
   path.write_text(HEAD + body + '\n')
   with pytest.raises(UserError) as error:
-    config_file.load(f'{path}:small')
+    loading.load(f'{path}:small')
   for fragment in [str(path), *BAD_FILES[body]]:
     assert fragment in str(error.value)
 
@@ -132,7 +136,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
   ):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=fragment):
-      config_file.load(str(tmp_path / name))
+      loading.load(str(tmp_path / name))
 
 
 def run_main(
@@ -140,7 +144,7 @@ def run_main(
 ) -> int:
   """The exit status of a program whose work is `run`."""
   monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x', *arguments])
-  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv(runtime.SWITCH, '0')
   with pytest.raises(SystemExit) as stop:
     cli.main(run)
   return stop.value.code
@@ -199,7 +203,7 @@ def test_another_pipe_that_breaks_is_an_error(
     raise BrokenPipeError
 
   monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
-  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv(runtime.SWITCH, '0')
   with pytest.raises(BrokenPipeError):
     cli.main(fail)
 
@@ -211,7 +215,7 @@ def test_a_programming_error_keeps_its_traceback(
     raise ValueError('a bug')
 
   monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
-  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv(runtime.SWITCH, '0')
   with pytest.raises(ValueError, match='a bug'):
     cli.main(fail)
 
@@ -223,7 +227,7 @@ def test_a_backend_that_is_not_there_is_one_line(
     raise RuntimeError("Unable to initialize backend 'tpu':\n not found")
 
   monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
-  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv(runtime.SWITCH, '0')
   monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
   with pytest.raises(SystemExit) as stop:
     cli.main(fail)
@@ -273,14 +277,14 @@ def test_the_allocator_is_set_on_cpus_only(
   tuned: bool,
 ) -> None:
   monkeypatch.setenv('JAX_PLATFORMS', platforms)
-  monkeypatch.setattr(allocator.glob, 'glob', lambda pattern: devices)
-  assert allocator._runs_on_cpu() == tuned
+  monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: devices)
+  assert runtime._runs_on_cpu() == tuned
 
 
 def test_the_allocator_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  monkeypatch.setenv(allocator.SWITCH, '0')
-  assert not allocator.tune()
+  monkeypatch.setenv(runtime.SWITCH, '0')
+  assert not runtime.configure_malloc()
 
 
 def tuned(code: str) -> str:
@@ -292,10 +296,10 @@ def tuned(code: str) -> str:
     [
       sys.executable,
       '-c',
-      f'from moe_jax import allocator as a; print(a.tune()){code}',
+      f'from moe_jax import runtime as a; print(a.configure_malloc()){code}',
     ],
     cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', allocator.SWITCH: '1'},
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', runtime.SWITCH: '1'},
     capture_output=True,
     text=True,
   ).stdout
@@ -317,6 +321,6 @@ def resident():
   return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20
 bytearray(256 << 20)
 print(resident() > 256)
-a.give_back()
+a.trim_malloc()
 print(resident() < 64)""")
   assert said == 'True\n' * 3

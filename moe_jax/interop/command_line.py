@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_jax import libtpu
+from moe_jax import runtime
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, programs, tensor_writer
 
@@ -19,7 +19,7 @@ def main(doc: str) -> NoReturn:
   try:
     arguments = vars(_parser(doc).parse_args())
     run = arguments.pop('run')
-    libtpu.quiet()
+    runtime.silence_libtpu()
     print(run(**arguments))
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)

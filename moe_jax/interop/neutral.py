@@ -9,7 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import ranges, saved_config
 
 # Values with which a key changes nothing about a Llama-like model.
 NEUTRAL = {
@@ -111,9 +110,9 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
   what `moe.renormalize` does is part of `router.weights`.
   """
   kinds = config_lib.layer_kinds(config)
-  neutral = saved_config.flatten({name: NEUTRAL[name] for name in _SECTIONS})
+  neutral = config_lib.flatten({name: NEUTRAL[name] for name in _SECTIONS})
   # In this order: a key that makes others idle comes before them.
-  flat = {key: ranges.get(config, key) for key in neutral}
+  flat = {key: config_lib.get(config, key) for key in neutral}
   flat['model.head_dim'] = config_lib.head_dim(config)
   for key in _unread(config, kinds):
     flat[key] = neutral[key]
@@ -135,7 +134,7 @@ def _unread(config: ConfigDict, kinds: tuple[str, ...]) -> list[str]:
   """Keys of the sections that another key makes idle."""
   moe, router = config.moe, config.router
   of_shared = [f'moe.shared.{key}' for key in NEUTRAL['moe']['shared']]
-  of_moe = saved_config.flatten(
+  of_moe = config_lib.flatten(
     {'moe': NEUTRAL['moe'], 'router': NEUTRAL['router']}
   )
   rules = {

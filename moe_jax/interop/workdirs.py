@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import config_file
+from moe_jax.config import loading
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError, choose
 from moe_jax.interop.released_keys import is_file, read_json
@@ -57,7 +57,7 @@ def full_config(
   Raises:
     UserError: the config is not valid.
   """
-  config = config_file.schema()
+  config = config_lib.get_config()
   with config.unlocked():
     for name in ('model', 'moe', 'router'):
       config[name].update(sections[name])
@@ -165,7 +165,7 @@ def config_of(workdir: Path) -> ConfigDict:
       ' workdir of a run; export and verify take the workdir first and the'
       ' checkpoint second, import the other way round'
     )
-  return config_file.load(str(path))
+  return loading.load(str(path))
 
 
 def _setup(config: ConfigDict) -> state_lib.Setup:

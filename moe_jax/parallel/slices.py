@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from ml_collections import ConfigDict
 
-from moe_jax import axes
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def slice_shape(
   fixed = math.prod(size for size in asked.values() if size > 0)
   attribute = _attribute(devices, fixed)
   count = len({getattr(device, attribute, 0) for device in devices})
-  dcn = axes.fill(asked, 'mesh.dcn', count, 'slices')
+  dcn = config_lib.fill(asked, 'mesh.dcn', count, 'slices')
   for axis, size in dcn.items():
     if shape[axis] % size:
       fitting = [name for name in shape if shape[name] % count == 0]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from moe_jax import libtpu
+from moe_jax import runtime
 from moe_jax.errors import UserError, nearest
 
 _GIB = 1 << 30
@@ -74,7 +74,7 @@ def target(name: str, slices: int = 1) -> Target:
     options['chips_per_host_bounds'] = (1, 1, 1)  # otherwise 2 x 2
   if chip == 'v4':
     options['chip_config_name'] = 'megacore'  # one device, as jax runs them
-  libtpu.quiet()
+  runtime.silence_libtpu()
   try:
     made = topologies.get_topology_desc(
       f'{chip}:{sizes}', platform='tpu', **options

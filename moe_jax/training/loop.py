@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax import allocator
+from moe_jax import runtime
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
@@ -133,7 +133,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
     journal.write()  # of the step before, now that this one runs
     if step == start + 1:
       journal.compiled(metrics)
-      allocator.give_back()  # what compiling took
+      runtime.trim_malloc()  # what compiling took
 
     stopped = interrupt.stops(step)
     last = stopped or step == steps
@@ -174,7 +174,7 @@ def _evaluate(
     max_batches=config.eval.batches,
   )
   seconds = time.perf_counter() - began
-  allocator.give_back()  # the first time, evaluation is compiled
+  runtime.trim_malloc()  # the first time, evaluation is compiled
   name = config.eval.split + perplexity.suffix(result)
   journal.evaluation(step, name, result, seconds)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from moe_jax import saved_config
+from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.training import workdir as workdir_lib
 from moe_jax.training.checkpoint import Store

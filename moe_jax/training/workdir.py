@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import config_file, saved_config
+from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 
@@ -132,7 +132,7 @@ def _saved_config(workdir: str) -> dict | None:
   try:
     with open(path, encoding='utf-8') as file:
       text = file.read()
-    return saved_config.from_json(text, config_file.schema()).to_dict()
+    return saved_config.from_json(text).to_dict()
   except FileNotFoundError:
     return None
   except ValueError as error:

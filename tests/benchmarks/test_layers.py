@@ -8,14 +8,14 @@ import jax
 import pytest
 
 from benchmarks import grouped_matmul, moe_layer, timing
-from moe_jax import allocator
+from moe_jax import runtime
 from moe_jax.model import tuned
 
 
 @pytest.fixture(autouse=True)
 def no_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
   """The settings would stay for the tests that come after."""
-  monkeypatch.setenv(allocator.SWITCH, '0')
+  monkeypatch.setenv(runtime.SWITCH, '0')
 
 
 def test_grouped_matmul_measures_all_that_runs_here(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
-from moe_jax import allocator, saved_config
+from moe_jax import config as config_lib
+from moe_jax import runtime
 from moe_jax.training import loop
 from moe_jax.training.checkpoint import Store
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 def arguments(config: ConfigDict, workdir: Path | str) -> list[str]:
   """The command line of a run with `config`."""
-  old = saved_config.flatten(base.get_config().to_dict())
-  new = saved_config.flatten(config.to_dict())
+  old = config_lib.flatten(config_lib.get_config().to_dict())
+  new = config_lib.flatten(config.to_dict())
   changed = [f'--config.{k}={v}' for k, v in new.items() if v != old[k]]
   return ['--config=configs/base.py', f'--workdir={workdir}', *changed]
 
@@ -47,7 +47,7 @@ def call(program: str, flags: list[str]) -> int:
     patch.chdir(ROOT)
     patch.setattr(sys, 'argv', [program, *flags])
     # It would tune malloc for the rest of the tests too.
-    patch.setenv(allocator.SWITCH, '0')
+    patch.setenv(runtime.SWITCH, '0')
     runpy.run_path(str(ROOT / program), run_name='__main__')
   return stop.value.code
 

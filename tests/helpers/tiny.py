@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import base
+from moe_jax import config as config_lib
 from moe_jax.model.build import build
 from moe_jax.model.decoder import Decoder
 from moe_jax.routing.selection import Select, TopK
@@ -24,7 +24,7 @@ MODELS = {
 
 def config(**overrides: Any) -> ConfigDict:
   """A tiny model; `moe__top_k=1` or `**{'moe.top_k': 1}` changes a key."""
-  made = base.get_config()
+  made = config_lib.get_config()
   sizes = {
     'model.num_layers': 2,
     'model.hidden_size': 32,

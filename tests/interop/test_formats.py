@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import cartesian_moe
-from moe_jax import saved_config
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf, neutral, released
 from tests.helpers import tiny
@@ -178,7 +178,7 @@ def test_every_key_is_part_of_the_meaning_or_named_as_free() -> None:
   keys = {
     key
     for section in ('model', 'moe', 'router')
-    for key in saved_config.flatten({section: neutral.NEUTRAL[section]})
+    for key in config_lib.flatten({section: neutral.NEUTRAL[section]})
   }
   meant = neutral.meaning(tiny.config()).keys() - {'layers'}
   assert meant == keys - {'moe.renormalize'}

@@ -12,8 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from configs import base
-from moe_jax import saved_config
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.interop import hf, neutral
 from moe_jax.routing import balance
@@ -101,8 +100,8 @@ def test_what_was_loaded_is_released_again_unchanged(name: str) -> None:
 def test_the_neutral_values_are_of_the_keys_that_there_are(
   section: str,
 ) -> None:
-  schema = saved_config.flatten(base.get_config()[section].to_dict())
-  ours = saved_config.flatten(neutral.NEUTRAL[section])
+  schema = config_lib.flatten(config_lib.get_config()[section].to_dict())
+  ours = config_lib.flatten(neutral.NEUTRAL[section])
   assert {key: type(value) for key, value in ours.items()} == {
     key: type(value) for key, value in schema.items()
   }

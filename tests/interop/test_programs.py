@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from configs import base
-from moe_jax import saved_config
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.interop import hf, programs, released, workdirs
 from tests.helpers import tiny
@@ -79,9 +78,9 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 def test_an_imported_workdir_has_every_key(imported: Path) -> None:
   config = json.loads((imported / 'config.json').read_text())
-  schema = base.get_config().to_dict()
-  assert saved_config.flatten(config).keys() == (
-    saved_config.flatten(schema).keys()
+  schema = config_lib.get_config().to_dict()
+  assert config_lib.flatten(config).keys() == (
+    config_lib.flatten(schema).keys()
   )
   assert config['data']['seq_len'] == 64  # its max_position_embeddings
   assert config['moe']['factors'] == 2

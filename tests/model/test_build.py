@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax import ranges
+from moe_jax.config import ranges
 from moe_jax.experts import grouped_matmul
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import MIXINGS, repetition

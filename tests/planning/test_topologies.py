@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from moe_jax import libtpu
+from moe_jax import runtime
 from moe_jax.errors import UserError
 from moe_jax.planning import topologies
 
@@ -67,10 +67,10 @@ def test_libtpu_is_quiet_where_there_are_no_tpus(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   monkeypatch.setattr(os, 'environ', {'TPU_LOG_DIR': '/logs'})
-  monkeypatch.setattr(libtpu.glob, 'glob', lambda pattern: ['/dev/accel0'])
-  libtpu.quiet()
+  monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: ['/dev/accel0'])
+  runtime.silence_libtpu()
   assert os.environ == {'TPU_LOG_DIR': '/logs'}
-  monkeypatch.setattr(libtpu.glob, 'glob', lambda pattern: [])
-  libtpu.quiet()
+  monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: [])
+  runtime.silence_libtpu()
   assert os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] == '1'
   assert os.environ['TPU_LOG_DIR'] == '/logs'

@@ -13,14 +13,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from configs import base
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.training import checkpoint, workdir
 
 
 def make(**values: object) -> ConfigDict:
   """The base config, every step due, with keys changed: `moe__top_k=2`."""
-  config = base.get_config()
+  config = config_lib.get_config()
   config.checkpoint.every = 1
   config.update_from_flattened_dict(
     {key.replace('__', '.'): value for key, value in values.items()}

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import routing_rules
+from moe_jax.config import conflicts
 from moe_jax.errors import UserError
 from tests.helpers import tiny
 
-# What breaks each rule, in the order of `routing_rules.RULES`.
+# What breaks each rule, in the order of `conflicts.RULES`.
 BROKEN = (
   {'router.score': 'hash', 'router.recurrent': 'gru'},
   {'router.score': 'hash', 'router.jitter': 0.1},
@@ -73,16 +73,16 @@ def message(values: dict[str, Any]) -> str:
   return str(error.value)
 
 
-@pytest.mark.parametrize('place', range(len(routing_rules.RULES)))
+@pytest.mark.parametrize('place', range(len(conflicts.RULES)))
 def test_a_conflict_names_both_keys_and_the_remedy(place: int) -> None:
-  rule, said = routing_rules.RULES[place], message(BROKEN[place])
+  rule, said = conflicts.RULES[place], message(BROKEN[place])
   for key in rule.keys:
     assert f'{key} = ' in said
   assert said.endswith(rule.why)
 
 
 def test_every_rule_has_its_case() -> None:
-  assert len(BROKEN) == len(routing_rules.RULES)
+  assert len(BROKEN) == len(conflicts.RULES)
 
 
 @pytest.mark.parametrize('name', NUMBERS)

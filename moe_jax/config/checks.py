@@ -1,19 +1,23 @@
-"""What a config means: its checks, its mesh and the kinds of its layers.
+"""Refuses configs that cannot run: keys that contradict each other.
 
-The keys, their defaults and their meaning are `configs/base.py`. Nothing here
-imports jax, so that a mistake is reported before any device is touched.
+Nothing here imports jax, so that a mistake is reported before any device is
+touched.
 """
 
 import math
 
 from ml_collections import ConfigDict
 
-from moe_jax import axes, ranges, routing_rules
+from moe_jax.config import conflicts, ranges
+from moe_jax.config.derived import (
+  BATCH_AXES,
+  get,
+  head_dim,
+  layer_kinds,
+  mesh_shape,
+  written_out,
+)
 from moe_jax.errors import UserError
-
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
-# Outside the experts, tokens are split over these axes together.
-BATCH_AXES = ('data', 'fsdp', 'expert')
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -37,69 +41,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_batches(config, mesh)
 
 
-def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
-  """Devices along every mesh axis, an axis of -1 having taken what is left.
-
-  Raises:
-    UserError: the axes do not multiply to `num_devices`.
-  """
-  sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
-  return axes.fill(sizes, 'mesh', num_devices, 'devices')
-
-
-def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
-  """'moe' or 'dense' for every layer, from the first."""
-  moe = config.moe
-
-  def kind(layer: int) -> str:
-    early = layer < max(moe.first_dense, moe.offset)
-    chosen = (layer - moe.offset) % moe.every == 0
-    return 'moe' if moe.num_experts and chosen and not early else 'dense'
-
-  return tuple(kind(layer) for layer in range(config.model.num_layers))
-
-
-def head_dim(config: ConfigDict) -> int:
-  """The size of one attention head."""
-  model = config.model
-  return model.head_dim or model.hidden_size // model.num_heads
-
-
-def decay_end(config: ConfigDict) -> int:
-  """The step at which the learning rate has come down to its last value.
-
-  At least one step follows the warm-up, so a short trial of a long recipe
-  runs: it ends while the learning rate still rises.
-  """
-  optimizer = config.optimizer
-  end = optimizer.decay_steps or config.train.steps
-  return max(end, optimizer.warmup_steps + 1)
-
-
-def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
-  """V: `model.vocab_size`, or what the tokenizer needs.
-
-  Raises:
-    UserError: the tokenizer has ids that the model would not.
-  """
-  size = config.model.vocab_size or of_tokenizer
-  if size < of_tokenizer:
-    raise UserError(
-      f'model.vocab_size = {size} is below the {of_tokenizer} ids of'
-      f" data.tokenizer = {config.data.tokenizer!r}; 0 takes the tokenizer's"
-    )
-  return size
-
-
-def eval_batch_size(config: ConfigDict) -> int:
-  """Sequences in a batch of an evaluation, over all devices."""
-  return config.eval.batch_size or config.train.batch_size
-
-
 def _check_experts(config: ConfigDict) -> None:
   moe = config.moe
   if not moe.num_experts:
-    routing_rules.check_dense(config)
+    conflicts.check_dense(config)
     return
   if moe.top_k > moe.num_experts:
     raise UserError(
@@ -121,7 +66,7 @@ def _check_experts(config: ConfigDict) -> None:
       f' moe.every = {moe.every} leave no MoE layer among model.num_layers ='
       f' {config.model.num_layers}; set moe.num_experts = 0 for a dense model'
     )
-  routing_rules.check(config, layer_kinds(config).count('moe') * moe.factors)
+  conflicts.check(config, layer_kinds(config).count('moe') * moe.factors)
 
 
 def _check_heads(config: ConfigDict) -> None:
@@ -237,11 +182,11 @@ def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:
   names = [f'mesh.{axis}' for axis in BATCH_AXES]
   sizes = [mesh[axis] for axis in BATCH_AXES]
   key = 'eval.batch_size' if config.eval.batch_size else 'train.batch_size'
-  _check_divides(config, key, math.prod(sizes), axes.written_out(names, sizes))
+  _check_divides(config, key, math.prod(sizes), written_out(names, sizes))
   names.append('train.accumulation')
   sizes.append(config.train.accumulation)
   _check_divides(
-    config, 'train.batch_size', math.prod(sizes), axes.written_out(names, sizes)
+    config, 'train.batch_size', math.prod(sizes), written_out(names, sizes)
   )
 
 
@@ -249,7 +194,7 @@ def _check_divides(
   config: ConfigDict, key: str, divisor: int, name: str
 ) -> None:
   """Refuses a value of `key` that `divisor`, called `name`, does not divide."""
-  value = ranges.get(config, key)
+  value = get(config, key)
   if value % divisor == 0:
     return
   above = value + divisor - value % divisor

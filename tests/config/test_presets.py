@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, cartesian_moe, quickstart, rmoe, variants
+from configs import cartesian_moe, quickstart, rmoe
 from moe_jax import config as config_lib
-from moe_jax import config_file, saved_config
+from moe_jax.config import loading, presets
 from moe_jax.data import sources, tokenizers
 from moe_jax.errors import UserError
 from tests.helpers import published
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
+CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = {'quickstart': quickstart, 'rmoe': rmoe, 'cartesian_moe': cartesian_moe}
 
 
@@ -31,7 +31,7 @@ def every_name() -> list[str]:
 def load(name: str) -> ConfigDict:
   file, _, names = name.partition(':')
   argument = str(CONFIGS / f'{file}.py') + (f':{names}' if names else '')
-  return config_file.load(argument)
+  return loading.load(argument)
 
 
 @pytest.mark.parametrize('name', every_name())
@@ -39,8 +39,8 @@ def test_every_preset_is_valid(name: str) -> None:
   config = load(name)
   for num_devices in (1, 8):
     config_lib.validate(config, num_devices)
-  keys = saved_config.flatten(config.to_dict()).keys()
-  assert keys == saved_config.flatten(base.get_config().to_dict()).keys()
+  keys = config_lib.flatten(config.to_dict()).keys()
+  assert keys == config_lib.flatten(config_lib.get_config().to_dict()).keys()
 
 
 def ffn_parameters(config: ConfigDict, active: bool) -> int:
@@ -272,7 +272,10 @@ def test_unknown_names_are_refused(name: str, fragments: list[str]) -> None:
 
 
 def test_empty_names_mean_the_default() -> None:
-  assert variants.build('', base.get_config(), {}, {}) == base.get_config()
+  assert (
+    presets.build('', config_lib.get_config(), {}, {})
+    == config_lib.get_config()
+  )
   assert cartesian_moe.get_config('').model.num_layers == 12
 
 

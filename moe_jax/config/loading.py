@@ -11,8 +11,8 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from configs import base
-from moe_jax import saved_config
+from moe_jax.config import saved, schema
+from moe_jax.config.derived import flatten
 from moe_jax.errors import UserError, nearest
 
 
@@ -43,21 +43,16 @@ def _saved(path: str) -> ConfigDict:
   """The config that a run wrote."""
   try:
     with open(path, encoding='utf-8') as file:
-      config = saved_config.from_json(file.read(), schema())
+      config = saved.from_json(file.read())
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is not the JSON of a config: {error}') from error
   _check_schema(path, config)
   return config
 
 
-def schema() -> ConfigDict:
-  """`configs/base.py`: every key there is, at its default, locked."""
-  return base.get_config()
-
-
 def known_keys() -> list[str]:
   """Every key there is, dotted."""
-  return list(saved_config.flatten(base.get_config().to_dict()))
+  return list(flatten(schema.get_config().to_dict()))
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
@@ -146,8 +141,8 @@ def _check_schema(path: str, config: ConfigDict) -> None:
       f'{path}: get_config returned a {type(config).__name__}, not the'
       ' ConfigDict of configs/base.py with other values'
     )
-  known = saved_config.flatten(base.get_config().to_dict())
-  given = saved_config.flatten(config.to_dict())
+  known = flatten(schema.get_config().to_dict())
+  given = flatten(config.to_dict())
   for key in given | known:
     if key not in known:
       raise UserError(f'{path}: {unknown_key(key, list(known))}')

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from moe_jax import ranges
+from moe_jax.config.derived import get
 from moe_jax.errors import UserError
 
 _BIASED = ('linear', 'mlp', 'hyper')  # scores
@@ -155,9 +155,9 @@ def check_dense(config: ConfigDict) -> None:
     UserError: names the key and what would be right.
   """
   for key, value in _DENSE.items():
-    if ranges.get(config, key) != value:
+    if get(config, key) != value:
       raise UserError(
-        f'{key} = {ranges.get(config, key)!r} is about routers, and'
+        f'{key} = {get(config, key)!r} is about routers, and'
         f' moe.num_experts = 0 is a dense model: set {key} = {value!r}'
       )
 
@@ -174,9 +174,7 @@ def check(config: ConfigDict, sub_layers: int) -> None:
   """
   for rule in RULES:
     if rule.broken(config):
-      said = ' and '.join(
-        f'{key} = {ranges.get(config, key)!r}' for key in rule.keys
-      )
+      said = ' and '.join(f'{key} = {get(config, key)!r}' for key in rule.keys)
       raise UserError(f'{said} contradict each other: {rule.why}')
   _check_residual(config, sub_layers)
   _check_choice(config)
@@ -209,5 +207,5 @@ def _check_choice(config: ConfigDict) -> None:
     raise UserError(
       f'eval.disable_top = {disabled} leaves {max(left - disabled, 0)} of'
       f' {left} experts to choose from, too few for {of} ='
-      f' {ranges.get(config, of)!r}; {left - wanted} is the most'
+      f' {get(config, of)!r}; {left - wanted} is the most'
     )

@@ -1,13 +1,13 @@
 """Which values each key may take on its own.
 
-How keys go together is `moe_jax.config`'s business.
+How keys go together is `checks`' business.
 """
 
-import functools
 import math
 
 from ml_collections import ConfigDict
 
+from moe_jax.config.derived import get
 from moe_jax.errors import UserError, choose
 
 CHOICES = {
@@ -111,8 +111,3 @@ def check(config: ConfigDict) -> None:
         raise UserError(f'{key} = {value!r} must be {wanted}')
   for key, known in CHOICES.items():
     choose(key, get(config, key), known)
-
-
-def get(config: ConfigDict, key: str) -> int | float | str:
-  """The value of a dotted key."""
-  return functools.reduce(lambda part, name: part[name], key.split('.'), config)

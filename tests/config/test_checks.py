@@ -6,15 +6,14 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from moe_jax import config as config_lib
-from moe_jax import ranges, saved_config
+from moe_jax.config import ranges, saved
 from moe_jax.errors import UserError
 
 
 def make(**values: object) -> ConfigDict:
   """The base config with keys changed, written `moe__top_k=2`."""
-  config = base.get_config()
+  config = config_lib.get_config()
   config.update_from_flattened_dict(
     {key.replace('__', '.'): value for key, value in values.items()}
   )
@@ -23,7 +22,7 @@ def make(**values: object) -> ConfigDict:
 
 def test_base_is_valid_on_any_number_of_devices_dividing_its_batch() -> None:
   for num_devices in (1, 2, 8, 16):
-    config_lib.validate(base.get_config(), num_devices)
+    config_lib.validate(config_lib.get_config(), num_devices)
 
 
 def test_every_number_and_choice_has_a_range() -> None:
@@ -42,7 +41,9 @@ def test_every_number_and_choice_has_a_range() -> None:
     'data.path',
     'train.init_from',
   }  # '' means a default, or is checked
-  for key, value in saved_config.flatten(base.get_config().to_dict()).items():
+  for key, value in config_lib.flatten(
+    config_lib.get_config().to_dict()
+  ).items():
     free = isinstance(value, bool) or key in anything_goes
     if not free and not key.startswith('mesh.'):
       assert key in tables
@@ -222,9 +223,7 @@ def test_a_trial_shorter_than_the_warm_up_still_has_a_schedule() -> None:
 
 def test_json_gives_back_an_equal_config() -> None:
   config = make(optimizer__learning_rate=0.1 + 0.2)
-  again = saved_config.from_json(
-    saved_config.to_json(config), base.get_config()
-  )
+  again = saved.from_json(saved.to_json(config))
   assert again.to_dict() == config.to_dict()
   assert again.is_locked
 
@@ -244,13 +243,16 @@ def test_json_gives_back_an_equal_config() -> None:
   ],
 )
 def test_changed_meaning(values: dict[str, object], changed: list[str]) -> None:
-  old, new = base.get_config().to_dict(), make(**values).to_dict()
-  assert sorted(saved_config.changed_meaning(old, new)) == sorted(changed)
+  old, new = config_lib.get_config().to_dict(), make(**values).to_dict()
+  assert sorted(saved.changed_meaning(old, new)) == sorted(changed)
 
 
 def test_longer_training_names_its_remedy() -> None:
-  old, new = base.get_config().to_dict(), make(train__steps=2000).to_dict()
-  message = saved_config.describe(['train.steps'], old, new)
+  old, new = (
+    config_lib.get_config().to_dict(),
+    make(train__steps=2000).to_dict(),
+  )
+  message = saved.describe(['train.steps'], old, new)
   assert 'train.steps was 1000, now 2000' in message
   assert '--config.optimizer.decay_steps=1000' in message
 
@@ -258,34 +260,37 @@ def test_longer_training_names_its_remedy() -> None:
 def test_a_key_younger_than_the_run_has_its_default() -> None:
   old = make(moe__top_k=1).to_dict()
   del old['moe']['bias'], old['router'], old['seed']
-  read = saved_config.from_json(json.dumps(old), base.get_config())
+  read = saved.from_json(json.dumps(old))
   assert read.to_dict() == make(moe__top_k=1).to_dict()
   old['moe']['forgotten'] = 3  # a key that exists no longer stays, to be seen
-  read = saved_config.from_json(json.dumps(old), base.get_config()).to_dict()
+  read = saved.from_json(json.dumps(old)).to_dict()
   new = make(moe__top_k=1).to_dict()
-  assert saved_config.changed_meaning(read, new) == ['moe.forgotten']
+  assert saved.changed_meaning(read, new) == ['moe.forgotten']
 
 
 def test_a_key_of_another_version_counts_as_changed() -> None:
-  old, new = base.get_config().to_dict(), base.get_config().to_dict()
+  old, new = (
+    config_lib.get_config().to_dict(),
+    config_lib.get_config().to_dict(),
+  )
   del old['moe']['bias']
-  assert saved_config.changed_meaning(old, new) == ['moe.bias']
-  assert saved_config.changed_meaning(new, old) == ['moe.bias']
-  message = saved_config.describe(['moe.bias'], old, new)
+  assert saved.changed_meaning(old, new) == ['moe.bias']
+  assert saved.changed_meaning(new, old) == ['moe.bias']
+  message = saved.describe(['moe.bias'], old, new)
   assert re.search("moe.bias was 'absent', now False", message)
   del old['eval'], old['optimizer']['decay_steps']
-  assert saved_config.changed_meaning(old, new) == [
+  assert saved.changed_meaning(old, new) == [
     'moe.bias',
     'optimizer.decay_steps',
   ]
 
 
 def test_evaluation_may_change_all_but_the_model() -> None:
-  old = base.get_config().to_dict()
+  old = config_lib.get_config().to_dict()
   new = make(train__batch_size=3, data__name='c4', moe__dispatch='capacity')
-  assert saved_config.changed_model(old, new.to_dict()) == []
+  assert saved.changed_model(old, new.to_dict()) == []
   other = make(moe__top_k=1, seed=5, data__tokenizer='gpt2').to_dict()
-  assert sorted(saved_config.changed_model(old, other)) == [
+  assert sorted(saved.changed_model(old, other)) == [
     'data.tokenizer',
     'moe.top_k',
   ]
@@ -295,6 +300,6 @@ def test_the_bias_on_the_choice_is_part_of_the_model() -> None:
   without, slow, fast = (
     make(loss__bias_rate=rate).to_dict() for rate in (0.0, 0.001, 0.1)
   )
-  assert saved_config.changed_model(slow, fast) == []
+  assert saved.changed_model(slow, fast) == []
   for old, new in ((without, slow), (slow, without)):
-    assert saved_config.changed_model(old, new) == ['loss.bias_rate']
+    assert saved.changed_model(old, new) == ['loss.bias_rate']

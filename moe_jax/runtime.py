@@ -1,19 +1,22 @@
-"""Keeps glibc from giving memory back to the system after every step.
+"""Sets the process up for jax: the memory of CPUs, and libtpu without a TPU.
 
 XLA on CPUs takes the temporaries of a step from malloc and frees them after
 it. By default glibc returns blocks of that size to the kernel at once, and the
 next step pays a page fault for each 4 KiB of them again; where it was measured
-(two virtual cores) a training step took 1.2 to 1.7 times as long. The price of
-keeping them: the process stays as large as it ever was, and its threads share
-one arena. So what compiling took is given back once by hand (`give_back`).
+(two virtual cores) a training step took 1.2 to 1.7 times as long. So malloc is
+told to keep them. The price: the process stays as large as it ever was, and its
+threads share one arena. So what compiling took is given back once by hand
+(`trim_malloc`).
+
+JAX asks libtpu for devices wherever it is installed. Without a TPU it looks for
+the cloud's metadata, warns on stderr and takes a lock that lets one process of
+the machine in. None of that is needed to compile.
 """
 
 import contextlib
 import ctypes
 import glob
 import os
-
-from moe_jax import libtpu
 
 SWITCH = 'MOE_JAX_TUNE_MALLOC'
 
@@ -26,11 +29,21 @@ _SETTINGS = {
   'M_MMAP_MAX': (-4, 0),
   'M_TOP_PAD': (-2, 64 << 20),  # bytes the heap grows by
 }
+# The two ways in which TPUs appear.
+TPUS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 # NVIDIA, AMD, TPUs.
-_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', *libtpu.TPUS)
+_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', *TPUS)
+_QUIET = {
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_LOG_DIR': 'disabled',
+  # Asked for at the start, and not used: any will do.
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
 
 
-def tune() -> bool:
+def configure_malloc() -> bool:
   """Sets glibc's malloc for runs on CPUs; returns whether it did.
 
   To be called before jax is imported, by programs only: the settings hold for
@@ -45,7 +58,7 @@ def tune() -> bool:
   return all(mallopt(*setting) for setting in _SETTINGS.values())
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
   """Returns to the system what the process has freed, which is used no more.
 
   For after a compilation, which frees as much memory as a model may need. The
@@ -53,6 +66,17 @@ def give_back() -> None:
   """
   with contextlib.suppress(AttributeError, TypeError, OSError):
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def silence_libtpu() -> None:
+  """Sets libtpu's environment where there are no TPUs.
+
+  To be called before jax is imported; variables that are set stay as they are.
+  """
+  if any(glob.glob(pattern) for pattern in TPUS):
+    return
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
 
 
 def _runs_on_cpu() -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
+from moe_jax.config.derived import decay_end, flatten
+from moe_jax.config.schema import get_config
 
 # Where things are, how fast they run and what is reported; a section's name
 # stands for all its keys. `data.path` is here because a folder may be moved.
@@ -49,7 +50,7 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
-def from_json(text: str, schema: ConfigDict) -> ConfigDict:
+def from_json(text: str) -> ConfigDict:
   """Returns the config that `to_json` wrote, locked.
 
   A key younger than the run has the default of today's schema: a key is only
@@ -57,7 +58,6 @@ def from_json(text: str, schema: ConfigDict) -> ConfigDict:
 
   Args:
     text: of a config.
-    schema: every key at its default.
 
   Raises:
     ValueError: `text` is not a JSON object.
@@ -65,7 +65,7 @@ def from_json(text: str, schema: ConfigDict) -> ConfigDict:
   given = json.loads(text)
   if not isinstance(given, dict):
     raise ValueError(f'a {type(given).__name__} and not an object')
-  return ConfigDict(_filled(given, schema.to_dict())).lock()
+  return ConfigDict(_filled(given, get_config().to_dict())).lock()
 
 
 def changed_meaning(
@@ -127,17 +127,6 @@ def describe(
   return '; '.join(parts)
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
-  flat = {}
-  for name, value in config.items():
-    if isinstance(value, Mapping):
-      flat |= {f'{name}.{key}': leaf for key, leaf in flatten(value).items()}
-    else:
-      flat[name] = value
-  return flat
-
-
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
   """`given`, with `defaults` for the keys it lacks, in sections too."""
   filled = defaults | given
@@ -159,7 +148,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _decay_end(config: Mapping[str, Any]) -> int | None:
   """Where the decay ends; None where a key it depends on is missing."""
   if all(key in flatten(config) for key in _DECAY):
-    return config_lib.decay_end(ConfigDict(config))
+    return decay_end(ConfigDict(config))
   return None
 
 

@@ -1,0 +1,141 @@
+"""What follows from a config: its mesh, its layers and their sizes."""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+# Outside the experts, tokens are split over these axes together.
+BATCH_AXES = ('data', 'fsdp', 'expert')
+
+
+def get(config: ConfigDict, key: str) -> int | float | str:
+  """The value of a dotted key."""
+  return functools.reduce(lambda part, name: part[name], key.split('.'), config)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      flat |= {f'{name}.{key}': leaf for key, leaf in flatten(value).items()}
+    else:
+      flat[name] = value
+  return flat
+
+
+def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
+  """Devices along every mesh axis, an axis of -1 having taken what is left.
+
+  Raises:
+    UserError: the axes do not multiply to `num_devices`.
+  """
+  sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
+  return fill(sizes, 'mesh', num_devices, 'devices')
+
+
+def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
+  """'moe' or 'dense' for every layer, from the first."""
+  moe = config.moe
+
+  def kind(layer: int) -> str:
+    early = layer < max(moe.first_dense, moe.offset)
+    chosen = (layer - moe.offset) % moe.every == 0
+    return 'moe' if moe.num_experts and chosen and not early else 'dense'
+
+  return tuple(kind(layer) for layer in range(config.model.num_layers))
+
+
+def head_dim(config: ConfigDict) -> int:
+  """The size of one attention head."""
+  model = config.model
+  return model.head_dim or model.hidden_size // model.num_heads
+
+
+def decay_end(config: ConfigDict) -> int:
+  """The step at which the learning rate has come down to its last value.
+
+  At least one step follows the warm-up, so a short trial of a long recipe
+  runs: it ends while the learning rate still rises.
+  """
+  optimizer = config.optimizer
+  end = optimizer.decay_steps or config.train.steps
+  return max(end, optimizer.warmup_steps + 1)
+
+
+def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
+  """V: `model.vocab_size`, or what the tokenizer needs.
+
+  Raises:
+    UserError: the tokenizer has ids that the model would not.
+  """
+  size = config.model.vocab_size or of_tokenizer
+  if size < of_tokenizer:
+    raise UserError(
+      f'model.vocab_size = {size} is below the {of_tokenizer} ids of'
+      f" data.tokenizer = {config.data.tokenizer!r}; 0 takes the tokenizer's"
+    )
+  return size
+
+
+def eval_batch_size(config: ConfigDict) -> int:
+  """Sequences in a batch of an evaluation, over all devices."""
+  return config.eval.batch_size or config.train.batch_size
+
+
+def fill(
+  sizes: dict[str, int], section: str, total: int, of: str
+) -> dict[str, int]:
+  """`sizes` of axes, one of -1 having taken what the others leave of `total`.
+
+  Args:
+    sizes: by axis, as the config has them.
+    section: of the config.
+    total: what they have to multiply to ...
+    of: ... the name of these things.
+
+  Raises:
+    UserError: they do not.
+  """
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise UserError(f'{section}.{axis} = {size} must be at least 1, or -1')
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    names = ' and '.join(f'{section}.{axis}' for axis in free)
+    many = 'both' if len(free) == 2 else 'all'
+    raise UserError(
+      f'{names} are {many} -1; only one axis can take what is left'
+    )
+  fixed = {axis: size for axis, size in sizes.items() if size != -1}
+  product = math.prod(fixed.values())
+  if free and total % product == 0:
+    return sizes | {free[0]: total // product}
+  if free:
+    raise UserError(
+      f'{_product(section, fixed)} does not divide the number of'
+      f' {of}, {total}; choose axes whose product does'
+    )
+  if product != total:
+    raise UserError(
+      f'{_product(section, fixed)}, but the number of {of} is'
+      f' {total}; change an axis, or set one to -1: what is left'
+    )
+  return sizes
+
+
+def _product(section: str, axes: dict[str, int]) -> str:
+  """`mesh.data x mesh.fsdp = 2 x 4 = 8`."""
+  names = [f'{section}.{axis}' for axis in axes]
+  return f'{written_out(names, axes.values())} = {math.prod(axes.values())}'
+
+
+def written_out(names: Iterable[str], sizes: Iterable[int]) -> str:
+  """`a x b = 2 x 4`."""
+  return f'{" x ".join(names)} = {" x ".join(map(str, sizes))}'
