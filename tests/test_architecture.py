@@ -22,7 +22,7 @@ class Room(NamedTuple):
 
 
 _CONFIG = 'config errors'
-_MODEL = f'{_CONFIG} parameter routing experts parallel.mesh'
+_MODEL = f'{_CONFIG} registry parameter routing experts parallel.mesh'
 _STATE = 'jax flax optax orbax ml_collections numpy'
 
 # A room imports only from those before it.
@@ -36,11 +36,11 @@ ROOMS = {
   'cli': Room('config errors runtime', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'parameter': Room('', 'jax flax'),
-  'routing': Room('parameter', 'jax flax'),
+  'routing': Room('errors registry parameter', 'jax flax'),
   # An optional package, imported where it is used.
   'experts.grouped_matmul.tokamax': Room('', 'jax tokamax absl'),
   'experts': Room(
-    'parameter routing experts.grouped_matmul.tokamax', 'jax flax'
+    'registry parameter routing experts.grouped_matmul.tokamax', 'jax flax'
   ),
   'parallel.slices': Room('config errors', 'jax ml_collections numpy'),
   'parallel.mesh': Room('config errors parallel.slices', 'jax ml_collections'),

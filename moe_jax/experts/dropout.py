@@ -5,11 +5,6 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-  """`count` keys; as many times None where there is none."""
-  return [None] * count if key is None else list(jax.random.split(key, count))
-
-
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """Zeroes a share `rate` of the elements and scales the others up.
 

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.experts.dropout import dropout, dropout_rows, split
+from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.grouped_matmul import GroupedMatmul, TunedMatmul
 from moe_jax.experts.remat import remat_method
 from moe_jax.parameter import EMBED, EXPERT, MLP, param
-from moe_jax.routing.cells import Cell
-from moe_jax.routing.router import State, Tokens
 
 _BY_PLATFORM = TunedMatmul()  # needs no package
 
@@ -62,31 +60,6 @@ class SwiGLU(nnx.Module):
     up_TF = checkpoint_name(x_TD @ gate_up_D2F[:, 1], HIDDEN)
     hidden_TF = dropout(jax.nn.silu(gate_TF) * up_TF, self.dropout, key)
     return hidden_TF @ self.down_FD[...].astype(x_TD.dtype)
-
-
-class DenseLayer(nnx.Module):
-  """A dense feed-forward with the calling convention of `MoELayer`."""
-
-  def __init__(
-    self,
-    feed_forward: Callable[[jax.Array, jax.Array | None], jax.Array],
-    dropout: float = 0.0,
-  ):
-    self.feed_forward = feed_forward
-    self.dropout = dropout
-
-  def __call__(
-    self,
-    x_TD: jax.Array,
-    state: State,
-    cell: Cell,
-    tokens: Tokens,
-    key: jax.Array | None,
-  ) -> tuple[jax.Array, State, None]:
-    del cell, tokens
-    hidden_key, output_key = split(key, 2)
-    y_TD = self.feed_forward(x_TD, hidden_key)
-    return dropout(y_TD, self.dropout, output_key), state, None
 
 
 class ExpertsBase(nnx.Module):

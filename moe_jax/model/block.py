@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.cartesian import Chain, Norm
-from moe_jax.experts.dropout import split
-from moe_jax.experts.moe import Watched
+from moe_jax.experts.layer import Aux, Norm, PostNormChain, PreNormChain
 from moe_jax.model.attention import Attention
-from moe_jax.routing.cells import Cell
-from moe_jax.routing.router import State, Tokens
+from moe_jax.routing.router import Context, RouterState
 
 
-class Passed(NamedTuple):
+class Carry(NamedTuple):
   """What a block passes on to the next.
 
   Attributes:
@@ -24,7 +21,7 @@ class Passed(NamedTuple):
   """
 
   x_BLD: jax.Array
-  state: State
+  state: RouterState
 
 
 class Past(NamedTuple):
@@ -42,32 +39,29 @@ class Past(NamedTuple):
 class Block(nnx.Module):
   """Pre-norm: `x = x + attention(norm(x))`, then the feed-forward chain."""
 
-  def __init__(self, norm: Norm, attention: Attention, chain: Chain):
+  def __init__(
+    self, norm: Norm, attention: Attention, chain: PreNormChain | PostNormChain
+  ):
     self.norm = norm
     self.attention = attention
     self.chain = chain
 
   def __call__(
     self,
-    passed: Passed,
-    cell: Cell,
-    tokens: Tokens,
+    carry: Carry,
+    context: Context,
     past: Past | None,
-    key: jax.Array | None,
-  ) -> tuple[Passed, Watched | None, jax.Array | None]:
-    """Returns what to pass on, what to watch, and the block's next memory.
-
-    `key` is of this block's random numbers; None where there are none.
-    """
-    x_BLD, state = passed
+  ) -> tuple[Carry, Aux | None, jax.Array | None]:
+    """Returns what to pass on, `Aux`, and the block's next memory."""
+    x_BLD, state = carry
     context_BLD, memory_BWD = _with_memory(x_BLD, past)
-    attention_key, chain_key = split(key, 2)
+    for_attention, for_chain = context.split(2)
     with jax.named_scope('attention'):
       u_BLD = self._read(context_BLD)
-      seen_BLD = self._attend(u_BLD, x_BLD, past, attention_key)
+      seen_BLD = self._attend(u_BLD, x_BLD, past, for_attention.rng)
       x_BLD = self._add(x_BLD, seen_BLD)
-    y_BLD, state, watched = self._chain(x_BLD, state, cell, tokens, chain_key)
-    return Passed(self._leave(x_BLD, y_BLD), state), watched, memory_BWD
+    y_BLD, state, aux = self._chain(x_BLD, state, for_chain)
+    return Carry(self._leave(x_BLD, y_BLD), state), aux, memory_BWD
 
   def _read(self, context_BLD: jax.Array) -> jax.Array:
     return self.norm(context_BLD)
@@ -91,16 +85,11 @@ class Block(nnx.Module):
     return self.attention(context_BLD, x_BLD.shape[1], key_pe_AW, key)
 
   def _chain(
-    self,
-    x_BLD: jax.Array,
-    state: State,
-    cell: Cell,
-    tokens: Tokens,
-    key: jax.Array | None,
-  ) -> tuple[jax.Array, State, Watched | None]:
+    self, x_BLD: jax.Array, state: RouterState, context: Context
+  ) -> tuple[jax.Array, RouterState, Aux | None]:
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    y_TD, state, watched = self.chain(x_TD, state, cell, tokens, key)
-    return y_TD.reshape(x_BLD.shape), state, watched
+    y_TD, state, aux = self.chain(x_TD, state, context)
+    return y_TD.reshape(x_BLD.shape), state, aux
 
 
 class PostNormBlock(Block):
@@ -112,7 +101,11 @@ class PostNormBlock(Block):
   """
 
   def __init__(
-    self, norm: Norm, attention: Attention, chain: Chain, outer_norm: Norm
+    self,
+    norm: Norm,
+    attention: Attention,
+    chain: PreNormChain | PostNormChain,
+    outer_norm: Norm,
   ):
     super().__init__(norm, attention, chain)
     self.outer_norm = outer_norm
@@ -135,24 +128,22 @@ class Period(nnx.Module):
 
   def __call__(
     self,
-    passed: Passed,
-    cell: Cell,
-    tokens: Tokens,
+    carry: Carry,
+    context: Context,
     past: Sequence[Past | None],
-    key: jax.Array | None,
-  ) -> tuple[Passed, list[Watched], list[jax.Array | None]]:
-    """Returns what to pass on, each MoE block's `Watched`, all memories.
+  ) -> tuple[Carry, list[Aux], list[jax.Array | None]]:
+    """Returns what to pass on, each MoE block's `Aux`, all memories.
 
     `past` has an element for every block.
     """
-    watched, memory = [], []
-    keys = split(key, len(self.blocks))
-    for block, seen, block_key in zip(self.blocks, past, keys, strict=True):
-      passed, of_block, next_BWD = block(passed, cell, tokens, seen, block_key)
+    auxes, memory = [], []
+    contexts = context.split(len(self.blocks))
+    for block, seen, of_block in zip(self.blocks, past, contexts, strict=True):
+      carry, aux, next_BWD = block(carry, of_block, seen)
       memory.append(next_BWD)
-      if of_block is not None:
-        watched.append(of_block)
-    return passed, watched, memory
+      if aux is not None:
+        auxes.append(aux)
+    return carry, auxes, memory
 
 
 def _with_memory(

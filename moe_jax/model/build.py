@@ -11,27 +11,25 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.errors import choose
-from moe_jax.experts.cartesian import (
-  Chain,
-  Norm,
-  PostNormChain,
-  SubLayer,
-)
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.grouped_matmul import GroupedMatmul
-from moe_jax.experts.mlp import (
+from moe_jax.experts.layer import (
+  CoefficientMixing,
   DenseLayer,
+  FixedMixing,
+  Layer,
+  Mixing,
+  MoELayer,
+  Norm,
+  PostNormChain,
+  PreNormChain,
+  SumMixing,
+)
+from moe_jax.experts.mlp import (
   ReLUExperts,
   ReLUMLP,
   SwiGLU,
   SwiGLUExperts,
-)
-from moe_jax.experts.moe import (
-  CoefficientMixing,
-  FixedMixing,
-  Mixing,
-  MoELayer,
-  SumMixing,
 )
 from moe_jax.model import embedding, implementations
 from moe_jax.model.attention import Attend, Attention
@@ -41,9 +39,14 @@ from moe_jax.model.layers import LayerNorm, RMSNorm
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing import recurrent
 from moe_jax.routing.cells import CELLS, Cell
+from moe_jax.routing.gates import GATES, GateOptions
 from moe_jax.routing.router import Features, Router
-from moe_jax.routing.scores import SCORES, ScoreOptions
-from moe_jax.routing.selection import SCALES, SELECTIONS, Select
+from moe_jax.routing.selection import (
+  SCALES,
+  SELECTIONS,
+  Select,
+  SelectOptions,
+)
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
@@ -218,22 +221,22 @@ def _pre_norm(
   config: ConfigDict,
   attention: Attention,
   norms: Sequence[Norm],
-  sub_layers: Sequence[SubLayer],
+  sub_layers: Sequence[Layer],
 ) -> Block:
-  return Block(make_norm(config), attention, Chain(norms, sub_layers))
+  return Block(make_norm(config), attention, PreNormChain(norms, sub_layers))
 
 
 def _post_norm(
   config: ConfigDict,
   attention: Attention,
   norms: Sequence[Norm],
-  sub_layers: Sequence[SubLayer],
+  sub_layers: Sequence[Layer],
 ) -> Block:
   chain = PostNormChain(norms, sub_layers)
   return PostNormBlock(make_norm(config), attention, chain, make_norm(config))
 
 
-def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
+def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
   model = parts.config.model
   feed_forward, _ = FEED_FORWARDS[model.activation]
   dense = feed_forward(
@@ -246,7 +249,7 @@ def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
   return [DenseLayer(dense, model.dropout)]
 
 
-def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
+def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
   """One MoE sub-layer per factor; all together cost what one would."""
   config, moe, model = parts.config, parts.config.moe, parts.config.model
 
@@ -263,9 +266,12 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[SubLayer]:
     )
     shared, mixing = _shared(config, rngs)
     bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
+    select = make_select(config, parts.disable_top)
     return MoELayer(
-      make_router(config, parts.vocab_size, place, rngs=rngs),
-      make_select(config, parts.disable_top),
+      make_router(
+        config, parts.vocab_size, place, select.num_logits, rngs=rngs
+      ),
+      select,
       parts.dispatch,
       experts,
       shared=shared,
@@ -301,8 +307,7 @@ def make_cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
   router = config.router
   shared = router.projector == 'shared'
   input_size = config.model.hidden_size if shared else router.state_size
-  make = CELLS[choose('router.recurrent', router.recurrent, CELLS)]
-  return make(input_size, router.state_size, rngs=rngs)
+  return CELLS[router.recurrent](input_size, router.state_size, rngs=rngs)
 
 
 def num_residual_logits(config: ConfigDict) -> int:
@@ -311,14 +316,18 @@ def num_residual_logits(config: ConfigDict) -> int:
 
 
 def make_router(
-  config: ConfigDict, vocab_size: int, place: int, rngs: nnx.Rngs
+  config: ConfigDict,
+  vocab_size: int,
+  place: int,
+  num_logits: int,
+  rngs: nnx.Rngs,
 ) -> Router:
-  """The router of the sub-layer at `place` in its layer."""
+  """Returns the router of the sub-layer at `place` in its layer."""
   keys = config.router
   features, num_features = _features(config, rngs)
-  options = ScoreOptions(
+  options = GateOptions(
     num_features=num_features,
-    num_experts=config.moe.num_experts,
+    num_experts=num_logits,
     vocab_size=vocab_size,
     width=keys.mlp_width,
     reduced_size=keys.reduced_size,
@@ -326,10 +335,9 @@ def make_router(
     salt=place,
     init_std=config.model.init_std,
   )
-  score = SCORES[choose('router.score', keys.score, SCORES)]
   return Router(
     features,
-    score(options, rngs=rngs),
+    GATES[keys.score](options, rngs=rngs),
     residual=keys.residual,
     detached=keys.residual_detached,
     jitter=keys.jitter,
@@ -339,25 +347,27 @@ def make_router(
 def make_select(config: ConfigDict, disable_top: int) -> Select:
   """Of one sub-layer; `disable_top` as in `Select`."""
   router = config.router
-  pick = choose('router.selection', router.selection, SELECTIONS)
-  return Select(
-    config.moe.num_experts,
-    SELECTIONS[pick](config),
+  options = SelectOptions(
+    num_experts=config.moe.num_experts,
+    top_k=config.moe.top_k,
+    top_p=router.top_p,
     weights=choose('router.weights', router.weights, SCALES),
     renormalize=config.moe.renormalize,
     groups=router.groups,
     top_groups=router.top_groups,
     disable_top=disable_top,
     biased=config.loss.bias_rate > 0,
+    masked=GATES[router.score].masks,
   )
+  return SELECTIONS[router.selection](options)
 
 
 def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
-  """What the score reads, and its width."""
+  """What the gate reads, and its width."""
   router, hidden_size = config.router, config.model.hidden_size
   if router.recurrent == 'none':
     return recurrent.HiddenFeatures(), hidden_size
-  project = recurrent.whole
+  project = recurrent.identity
   if router.projector == 'layerwise':
     project = recurrent.Projector(
       hidden_size,

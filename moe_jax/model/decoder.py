@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.cartesian import Norm
-from moe_jax.experts.dropout import split
+from moe_jax.experts.layer import Aux, Norm
 from moe_jax.experts.mlp import HIDDEN
-from moe_jax.experts.moe import Watched
-from moe_jax.model.block import Passed, Past, Period
+from moe_jax.model.block import Carry, Past, Period
 from moe_jax.routing.cells import Cell
-from moe_jax.routing.router import Tokens, start
+from moe_jax.routing.router import Context, start
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
 _ROUTING = 'routing'
@@ -30,9 +28,9 @@ REMAT_POLICIES = {
 }
 
 
-def load_only(watched: Watched) -> Any:
+def load_only(aux: Aux) -> Any:
   """Of each MoE layer, keep the sums that loss and metrics need."""
-  return watched.load
+  return aux.load
 
 
 class Hidden(NamedTuple):
@@ -40,14 +38,14 @@ class Hidden(NamedTuple):
 
   Attributes:
     x_BLD: what the head reads, in the dtype of the arithmetic.
-    watched: of every MoE layer what was asked for, each array with leading axes
+    aux: of every MoE layer what was asked for, each array with leading axes
       [MoE layers, S]; None for a model without MoE layers.
     memory: [layers, B, W, D], to be given back with the tokens that follow;
       None for a model that sees nothing before its sequence.
   """
 
   x_BLD: jax.Array
-  watched: Any
+  aux: Any
   memory: jax.Array | None
 
 
@@ -56,11 +54,11 @@ class Output(NamedTuple):
 
   Attributes:
     logits_BLV: float32.
-    watched, memory: as in `Hidden`.
+    aux, memory: as in `Hidden`.
   """
 
   logits_BLV: jax.Array
-  watched: Any
+  aux: Any
   memory: jax.Array | None
 
 
@@ -128,7 +126,7 @@ class Decoder(nnx.Module):
       unroll: periods per step of the scan.
       shard_tokens: constrains an array's axis of B or T to the mesh; it is the
         leading one, or `axis`.
-      look_up: `embed_VD[ids_BL]`, wherever they are.
+      look_up: `embed_VD[token_ids_BL]`, wherever they are.
     """
     self.embed_VD = embed_VD
     self.cell = cell
@@ -148,72 +146,79 @@ class Decoder(nnx.Module):
 
   def __call__(
     self,
-    ids_BL: jax.Array,
-    real_BL: jax.Array,
-    keep: Callable[[Watched], Any] = load_only,
+    token_ids_BL: jax.Array,
+    padding_mask_BL: jax.Array,
+    keep: Callable[[Aux], Any] = load_only,
     *,
     memory: jax.Array | None = None,
-    key: jax.Array | None = None,
+    step: jax.Array | None = None,
+    rng: jax.Array | None = None,
   ) -> Output:
     """Runs the model; see `hidden`."""
-    x_BLD, *made = self.hidden(ids_BL, real_BL, keep, memory=memory, key=key)
+    x_BLD, *made = self.hidden(
+      token_ids_BL, padding_mask_BL, keep, memory=memory, step=step, rng=rng
+    )
     return Output(self._logits(x_BLD), *made)
 
   def hidden(
     self,
-    ids_BL: jax.Array,
-    real_BL: jax.Array,
-    keep: Callable[[Watched], Any] = load_only,
+    token_ids_BL: jax.Array,
+    padding_mask_BL: jax.Array,
+    keep: Callable[[Aux], Any] = load_only,
     *,
     memory: jax.Array | None = None,
-    key: jax.Array | None = None,
+    step: jax.Array | None = None,
+    rng: jax.Array | None = None,
   ) -> Hidden:
     """Runs the model up to its head.
 
     Args:
-      ids_BL: int32 vocabulary indices.
-      real_BL: bool; False marks padding, at the end of a sequence.
-      keep: what to return of each MoE layer's `Watched`.
+      token_ids_BL: int32 vocabulary indices.
+      padding_mask_BL: bool; False marks padding, at the end of a sequence.
+      keep: what to return of each MoE layer's `Aux`.
       memory: of the call whose tokens came right before; None for zeros. Only
         for a model with a span.
-      key: of the random numbers of training; None, as in evaluation, for none.
+      step: the training step, int32; None in evaluation.
+      rng: of the random numbers of training; None, as in evaluation, for none.
     """
-    x_BLD = self.look_up(self.embed_VD[...].astype(self.dtype), ids_BL)
-    tokens = Tokens(ids_BL, real_BL)
-    prefix_key, periods_key = split(key, 2)
-    state = start(self.cell, ids_BL.size, self.num_residual_logits)
-    passed = self._shard(Passed(x_BLD, state))
+    x_BLD = self.look_up(self.embed_VD[...].astype(self.dtype), token_ids_BL)
+    context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
+    for_prefix, for_periods = context.split(2)
+    state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
+    carry = self._shard(Carry(x_BLD, state))
     first, remembered = self._memories(memory, x_BLD)
 
-    def step(
-      passed: Passed,
+    def run_period(
+      carry: Carry,
       cell: Cell,
-      tokens: Tokens,
+      token_ids_BL: jax.Array,
+      padding_mask_BL: jax.Array,
       key_pe_AW: jax.Array | None,
       period: Period,
       memory: jax.Array | None,
-      key: jax.Array | None,
-    ) -> tuple[Passed, tuple[Any, jax.Array | None]]:
+      rng: jax.Array | None,
+    ) -> tuple[Carry, tuple[Any, jax.Array | None]]:
       past = _past(memory, key_pe_AW, len(period.blocks))
-      passed, watched, memory = period(passed, cell, tokens, past, key)
-      kept = _stack([keep(w) for w in watched])
-      return self._shard(passed), (kept, self._stack_memory(memory))
+      context = Context(cell, token_ids_BL, padding_mask_BL, step, rng)
+      carry, auxes, memory = period(carry, context, past)
+      kept = _stack([keep(aux) for aux in auxes])
+      return self._shard(carry), (kept, self._stack_memory(memory))
 
-    shared = self.cell, tokens, self._key_pe()
-    passed, made = step(passed, *shared, self.prefix, first, prefix_key)
+    shared = self.cell, token_ids_BL, padding_mask_BL, self._key_pe()
+    carry, made = run_period(carry, *shared, self.prefix, first, for_prefix.rng)
     if self.periods is not None:
       scan = nnx.scan(
-        self._rematerialized(step),
-        in_axes=(nnx.Carry, None, None, None, 0, 0, 0),
+        self._rematerialized(run_period),
+        in_axes=(nnx.Carry, None, None, None, None, 0, 0, 0),
         out_axes=(nnx.Carry, 0),
         unroll=self.unroll,
       )
-      keys = (
-        None if key is None else jax.random.split(periods_key, self.repeats)
-      )
-      passed, scanned = scan(passed, *shared, self.periods, remembered, keys)
+      rngs = for_periods.rng
+      if rngs is not None:
+        rngs = jax.random.split(rngs, self.repeats)
+      carry, scanned = scan(carry, *shared, self.periods, remembered, rngs)
       made = tuple(map(_in_depth_order, made, scanned))
-    x_BLD = passed.x_BLD if self.norm is None else self.norm(passed.x_BLD)
+    x_BLD = carry.x_BLD if self.norm is None else self.norm(carry.x_BLD)
     return Hidden(x_BLD, *made)
 
   def head(self) -> Head:
@@ -266,8 +271,8 @@ class Decoder(nnx.Module):
     )
     return logits_BLV if bias_V is None else logits_BLV + bias_V
 
-  def _shard(self, passed: Passed) -> Passed:
-    return jax.tree.map(self.shard_tokens, passed)
+  def _shard(self, carry: Carry) -> Carry:
+    return jax.tree.map(self.shard_tokens, carry)
 
 
 def _past(
@@ -279,8 +284,8 @@ def _past(
   return [Past(memory[i], key_pe_AW) for i in range(num_blocks)]
 
 
-def _stack(watched: Sequence[Any]) -> Any:
-  return jax.tree.map(lambda *a: jnp.stack(a), *watched) if watched else None
+def _stack(auxes: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
 
 
 def _in_depth_order(prefix: Any, scanned: Any) -> Any:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.moe import MoELayer
+from moe_jax.experts.layer import MoELayer
 from moe_jax.model import attention_blocks, implementations, loss
 from moe_jax.model.attention_span import BLOCK
 from moe_jax.model.build import build, compute_dtype, repetition
@@ -183,8 +183,8 @@ def _kept(
 
     def run(params: Any) -> Any:
       decoder = nnx.merge(graphdef, params)
-      made = decoder.hidden(ids_BL, ids_BL == 0, key=jax.random.key(0))
-      return made.x_BLD, made.watched
+      made = decoder.hidden(ids_BL, ids_BL == 0, rng=jax.random.key(0))
+      return made.x_BLD, made.aux
 
     return _residuals(run, params)
 

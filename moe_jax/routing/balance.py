@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.router import Tokens
 from moe_jax.routing.selection import Routing
 
 
@@ -31,7 +30,7 @@ class Load:
     dropped: slots whose expert had no room (capacity dispatch only).
     overflowed: slots that found no room in the buffers between devices and took
       a slower way; None where no buffer can overflow.
-    steering: 0, with the gradient that steers the bias on the choice; see
+    bias_gradient: 0, with the gradient that steers the bias on the choice; see
       `moe_jax.routing.selection.Select`.
     sequence_balance: `N sum_n f_n P_n` of each sequence, summed over them.
     sequences: those with a real token.
@@ -44,29 +43,29 @@ class Load:
   entropy: jax.Array
   dropped: jax.Array
   overflowed: jax.Array | None
-  steering: jax.Array
+  bias_gradient: jax.Array
   sequence_balance: jax.Array
   sequences: jax.Array
 
 
 def load_of(
   routing: Routing,
-  tokens: Tokens,
+  padding_mask_BL: jax.Array,
   dropped: jax.Array,
-  steering: Callable[[jax.Array], jax.Array],
+  bias_gradient: Callable[[jax.Array], jax.Array],
   overflowed: jax.Array | None = None,
 ) -> Load:
   """Sums up one sub-layer's routing.
 
   Args:
     routing: of T tokens; the slots of padding are unused.
-    tokens: the same ones.
+    padding_mask_BL: bool; False marks padding.
     dropped: a count of slots.
-    steering: of the counts; see `Load`.
+    bias_gradient: of the counts; see `Load`.
     overflowed: another count of slots, or None; see `Load`.
   """
-  num_experts, (batch, length) = routing.num_experts, tokens.real_BL.shape
-  real_BL = tokens.real_BL.astype(jnp.float32)
+  num_experts, (batch, length) = routing.num_experts, padding_mask_BL.shape
+  real_BL = padding_mask_BL.astype(jnp.float32)
   real_B = real_BL.sum(-1)
   indices_BLK = routing.indices_TK.reshape(batch, length, -1)
   chosen_BLKN = indices_BLK[..., None] == jnp.arange(num_experts)
@@ -90,7 +89,7 @@ def load_of(
     overflowed=overflowed
     if overflowed is None
     else overflowed.astype(jnp.float32),
-    steering=steering(counts_N),
+    bias_gradient=bias_gradient(counts_N),
     sequence_balance=_balance(counts_BN, probability_BN, real_B).sum(),
     sequences=(real_B > 0).sum(dtype=jnp.float32),
   )

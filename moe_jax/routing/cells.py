@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.registry import CELLS
+
+__all__ = ['CELLS', 'PRECISION', 'Cell', 'CellState']
+
 # What a cell remembers of each token: (), h_TR, or (h_TR, c_TR).
 CellState = jax.Array | tuple[jax.Array, ...]
 
@@ -30,6 +34,7 @@ class Cell(Protocol):
     """What the router reads (h_TR), and the state for the next layer."""
 
 
+@CELLS.register('none')
 class Memoryless(nnx.Module):
   """No recurrence: what is read is the input, and the state is ()."""
 
@@ -47,6 +52,7 @@ class Memoryless(nnx.Module):
     return u_TX, state
 
 
+@CELLS.register('rnn')
 class RNNCell(nnx.Module):
   """`h' = tanh(W u + b + U h + c)`.
 
@@ -75,6 +81,7 @@ class RNNCell(nnx.Module):
     return h_TR, h_TR
 
 
+@CELLS.register('gru')
 class GRUCell(nnx.Module):
   """The gated recurrent unit of RMoE eq. 2-3.
 
@@ -109,6 +116,7 @@ class GRUCell(nnx.Module):
     return h_TR, h_TR
 
 
+@CELLS.register('lstm')
 class LSTMCell(nnx.Module):
   """Long short-term memory; its state is the output h and the cell c.
 
@@ -162,11 +170,3 @@ def _gates(
   weight_XO = weight[...].reshape(x_TX.shape[-1], -1)
   product_TO = jnp.matmul(x_TX, weight_XO, precision=PRECISION)
   return jnp.split(product_TO + bias[...].reshape(-1), count, axis=-1)
-
-
-CELLS = {
-  'none': Memoryless,
-  'rnn': RNNCell,
-  'gru': GRUCell,
-  'lstm': LSTMCell,
-}

@@ -30,7 +30,7 @@ class RecurrentFeatures(nnx.Module):
   """RMoE's features: the shared cell's state after this layer (eq. 5).
 
   Attributes:
-    project: x_TD -> what the cell reads: a `Projector`, or `whole`.
+    project: x_TD -> what the cell reads: a `Projector`, or `identity`.
     passing: a key of `PASSING`.
   """
 
@@ -70,7 +70,7 @@ class Projector(nnx.Module):
     return jnp.matmul(x_TD, self.projector_DR[...], precision=PRECISION)
 
 
-def whole(x_TD: jax.Array) -> jax.Array:
+def identity(x_TD: jax.Array) -> jax.Array:
   """No projector: the cell of all layers reads the hidden state (S-proj)."""
   return x_TD
 

@@ -1,12 +1,14 @@
 """From logits to the chosen experts and their weights."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.registry import SELECTIONS
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +43,7 @@ class Routing:
     )
 
 
-class Chosen(NamedTuple):
+class Picked(NamedTuple):
   """Experts picked for each token, best first.
 
   Attributes:
@@ -53,13 +55,28 @@ class Chosen(NamedTuple):
   used_TK: jax.Array
 
 
+class Pick(Protocol):
+  """Picks experts for every token."""
+
+  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Picked:
+    """Returns what is picked by the order of `choice_TN`, float32."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TopK:
-  """The k best; of equal ones those with the lower index."""
+  """The k best; of equal ones those with the lower index.
+
+  Attributes:
+    k: K.
+    masked: Whether experts whose choice is -inf are left out, so that a token
+      with fewer than K others has unused slots.
+  """
 
   k: int
+  masked: bool = False
 
-  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Chosen:
+  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Picked:
     """Picks by `choice_TN`, in k passes over [T, N].
 
     The partitioner splits these by tokens like any other arithmetic;
@@ -73,7 +90,9 @@ class TopK:
       left_TN = jnp.where(experts_N == best_T[:, None], -jnp.inf, left_TN)
       indices.append(best_T)
     indices_TK = jnp.stack(indices, axis=-1)
-    return Chosen(indices_TK, jnp.ones(indices_TK.shape, bool))
+    if self.masked:
+      return Picked(indices_TK, _take(choice_TN, indices_TK) > -jnp.inf)
+    return Picked(indices_TK, jnp.ones(indices_TK.shape, bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +106,35 @@ class TopP:
 
   p: float
 
-  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Chosen:
+  def __call__(self, choice_TN: jax.Array, scores_TN: jax.Array) -> Picked:
     order_TN = jnp.argsort(-choice_TN, axis=-1, stable=True).astype(jnp.int32)
     sorted_TN = jnp.take_along_axis(scores_TN, order_TN, axis=-1)
     summed_TN = jnp.cumsum(sorted_TN, axis=-1)
     before_TN = jnp.pad(summed_TN[:, :-1], ((0, 0), (1, 0)))
     possible_TN = jnp.take_along_axis(choice_TN, order_TN, axis=-1) > -jnp.inf
-    return Chosen(order_TN, (before_TN <= self.p) & possible_TN)
+    return Picked(order_TN, (before_TN <= self.p) & possible_TN)
+
+
+class SelectOptions(NamedTuple):
+  """What a selection needs to know; see `Select` for those not said here.
+
+  Attributes:
+    num_experts: N.
+    top_k: The experts that each token visits.
+    top_p: The probability that they have to exceed together.
+    masked: Whether logits may be -inf; see `Gate.masks`.
+  """
+
+  num_experts: int
+  top_k: int = 2
+  top_p: float = 0.0
+  weights: str = 'softmax'
+  renormalize: bool = True
+  groups: int = 1
+  top_groups: int = 1
+  disable_top: int = 0
+  biased: bool = False
+  masked: bool = False
 
 
 class Select(nnx.Module):
@@ -104,38 +145,32 @@ class Select(nnx.Module):
 
   Attributes:
     pick: `TopK` or `TopP`.
-    weights: a key of `SCALES`; `chosen` is the softmax of the chosen logits.
-    renormalize: divide the chosen weights by their sum. With k = 1 this would
-      make every weight 1 and leave the router without a gradient, so there it
-      does nothing. (Softmax over the chosen logits is 1 there all the same.)
-    groups, top_groups: experts stand in `groups` equal groups; a token chooses
+    num_logits: How many logits a gate has to make; N.
+    weights: A key of `SCALES`; `chosen` is the softmax of the chosen logits.
+    renormalize: Whether the chosen weights are divided by their sum. With k = 1
+      this would make every weight 1 and leave the router without a gradient, so
+      there it does nothing. (Softmax over the chosen logits is 1 there all the
+      same.)
+    groups, top_groups: Experts stand in `groups` equal groups; a token chooses
       from the `top_groups` whose two best experts add up to the most
       (DeepSeek-V3, section 2.1.2).
-    disable_top: so many experts with the highest score are left out, token by
+    disable_top: So many experts with the highest score are left out, token by
       token (CartesianMoE, table 4).
-    choice_bias_N: added to the scores for the choice alone (auxiliary-loss-free
-      balancing, arXiv 2408.15664); None without it.
+    choice_bias_N: The expert bias, added to the scores for the choice alone
+      (auxiliary-loss-free balancing, arXiv 2408.15664); None without it.
   """
 
-  def __init__(
-    self,
-    num_experts: int,
-    pick: TopK | TopP,
-    *,
-    weights: str,
-    renormalize: bool,
-    groups: int,
-    top_groups: int,
-    disable_top: int,
-    biased: bool,
-  ):
+  def __init__(self, options: SelectOptions, pick: Pick):
     self.pick = pick
-    self.weights = weights
-    self.renormalize = renormalize
-    self.groups = groups
-    self.top_groups = top_groups
-    self.disable_top = disable_top
-    self.choice_bias_N = nnx.Param(jnp.zeros(num_experts)) if biased else None
+    self.num_logits = options.num_experts
+    self.weights = options.weights
+    self.renormalize = options.renormalize
+    self.groups = options.groups
+    self.top_groups = options.top_groups
+    self.disable_top = options.disable_top
+    self.choice_bias_N = (
+      nnx.Param(jnp.zeros(options.num_experts)) if options.biased else None
+    )
 
   def __call__(self, logits_TN: jax.Array) -> Routing:
     """Returns the `Routing` of float32 logits, best expert first."""
@@ -153,7 +188,7 @@ class Select(nnx.Module):
     return routing.only(chosen.used_TK)
 
   def _weigh(
-    self, scores_TN: jax.Array, logarithms_TN: jax.Array, chosen: Chosen
+    self, scores_TN: jax.Array, logarithms_TN: jax.Array, chosen: Picked
   ) -> jax.Array:
     """The chosen scores; over their sum where weights are to add up to 1.
 
@@ -162,11 +197,11 @@ class Select(nnx.Module):
     """
     several = chosen.indices_TK.shape[-1] > 1
     if self.weights == 'chosen' or (self.renormalize and several):
-      logarithms_TK = _take(logarithms_TN, chosen)
+      logarithms_TK = _take(logarithms_TN, chosen.indices_TK)
       return jax.nn.softmax(jnp.where(chosen.used_TK, logarithms_TK, -jnp.inf))
-    return _take(scores_TN, chosen)
+    return _take(scores_TN, chosen.indices_TK)
 
-  def steering(self, counts_N: jax.Array) -> jax.Array:
+  def bias_gradient(self, counts_N: jax.Array) -> jax.Array:
     """0, with the gradient `counts - mean` in the bias.
 
     So the sign of the summed gradient says which way to step (arXiv
@@ -226,10 +261,10 @@ def _sigmoid(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jax.nn.sigmoid(logits_TN), jax.nn.log_sigmoid(logits_TN)
 
 
-def _take(values_TN: jax.Array, chosen: Chosen) -> jax.Array:
-  """The chosen values, by a sum: its gradient is one too, not a scatter."""
+def _take(values_TN: jax.Array, indices_TK: jax.Array) -> jax.Array:
+  """Returns values_TK by a sum: its gradient is one too, not a scatter."""
   experts_N = jnp.arange(values_TN.shape[-1])
-  chosen_TKN = chosen.indices_TK[..., None] == experts_N
+  chosen_TKN = indices_TK[..., None] == experts_N
   return jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
 
 
@@ -239,8 +274,13 @@ SCALES = {
   'chosen': _softmax,  # the enwik8 code base of RMoE's experiments
   'sigmoid': _sigmoid,
 }
-# The pick of `router.selection`, from the config.
-SELECTIONS = {
-  'top_k': lambda config: TopK(config.moe.top_k),
-  'top_p': lambda config: TopP(config.router.top_p),
-}
+
+
+@SELECTIONS.register('top_k')
+def _top_k(options: SelectOptions) -> Select:
+  return Select(options, TopK(options.top_k, options.masked))
+
+
+@SELECTIONS.register('top_p')
+def _top_p(options: SelectOptions) -> Select:
+  return Select(options, TopP(options.top_p))

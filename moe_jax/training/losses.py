@@ -27,7 +27,7 @@ def auxiliary_loss(
   """
   if load is None:
     return 0.0, {}
-  steering = load.steering.sum()
+  bias_gradient = load.bias_gradient.sum()
   if config.loss.balance_layers == 'joined':
     load, whole = balance.joined(load), whole and balance.joined(whole)
   if config.loss.balance_scope == 'sequence':
@@ -44,4 +44,4 @@ def auxiliary_loss(
     config.loss.balance_weight * metrics['balance_loss']
     + config.loss.z_weight * metrics['z_loss']
   )
-  return weighted + steering, metrics
+  return weighted + bias_gradient, metrics

@@ -22,7 +22,7 @@ _UNDECAYED = (
 )
 
 # What happens to a parameter.
-TRAINED, FROZEN, STEERED = 'trained', 'frozen', 'steered'
+TRAINED, FROZEN, BIAS_UPDATED = 'trained', 'frozen', 'bias_updated'
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -59,14 +59,14 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     {
       TRAINED: trained,
       FROZEN: optax.set_to_zero(),
-      STEERED: optax.sign_sgd(config.loss.bias_rate),
+      BIAS_UPDATED: optax.sign_sgd(config.loss.bias_rate),
     },
     lambda params: labels(params, optimizer.freeze),
   )
 
 
 def labels(params: Any, freeze: str) -> Any:
-  """A tree of `TRAINED`, `FROZEN` and `STEERED`.
+  """A tree of `TRAINED`, `FROZEN` and `BIAS_UPDATED`.
 
   Args:
     params: of the model, or anything with the same keys.
@@ -83,7 +83,7 @@ def labels(params: Any, freeze: str) -> Any:
   def label(path: tuple[Any, ...], _: Any) -> str:
     keys = [str(key.key) for key in path]
     if keys[-1] == 'choice_bias_N':
-      return STEERED
+      return BIAS_UPDATED
     fixed = keys[-1].startswith('fixed_')
     return FROZEN if fixed or set(keys) & set(frozen) else TRAINED
 

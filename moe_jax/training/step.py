@@ -13,6 +13,7 @@ from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
+from moe_jax.routing.gates import GATES
 from moe_jax.training import optimizer
 from moe_jax.training.losses import Metrics, auxiliary_loss
 from moe_jax.training.state import Setup, TrainState
@@ -29,12 +30,14 @@ class _Reads(NamedTuple):
   Attributes:
     batch: whole or a micro-batch.
     memory: of its rows, None without a span.
-    key: of its random numbers, None where it draws none.
+    step: the training step.
+    rng: of its random numbers, None where it draws none.
   """
 
   batch: Batch
   memory: jax.Array | None
-  key: jax.Array | None
+  step: jax.Array | None
+  rng: jax.Array | None
 
 
 def make_train_step(
@@ -55,7 +58,8 @@ def make_train_step(
     memory = state.get('memory')
     if memory is not None:
       memory = jnp.where(batch['segment_start'][:, None, None], 0, memory)
-    reads = _Reads(batch, memory, _step_key(state, config))
+    rng = _step_rng(state, config)
+    reads = _Reads(batch, memory, state['step'], rng)
     grads, metrics, memory = _gradient(setup, state['params'], reads)
     updates, opt_state = setup.tx.update(
       grads, state['opt_state'], state['params']
@@ -135,17 +139,20 @@ def _gradient(
   parts = _Reads(
     _split(reads.batch, count, mesh),
     _split(reads.memory, count, mesh, axis=1),
-    None if reads.key is None else jax.random.split(reads.key, count),
+    None,  # the same for all
+    None if reads.rng is None else jax.random.split(reads.rng, count),
   )
   whole = None
   if config.loss.balance_scope == 'global_batch':
 
-    def watched(part: _Reads) -> tuple[Load | None, None]:
-      return _run(nnx.merge(setup.graphdef, params), part).watched, None
+    def load_of(part: _Reads) -> tuple[Load | None, None]:
+      part = part._replace(step=reads.step)
+      return _run(nnx.merge(setup.graphdef, params), part).aux, None
 
-    whole, _ = _sum(watched, parts)
+    whole, _ = _sum(load_of, parts)
 
   def of_part(part: _Reads) -> tuple[Any, jax.Array | None]:
+    part = part._replace(step=reads.step)
     grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)
     return (grads, metrics), memory
 
@@ -181,15 +188,16 @@ def _loss(
 
 
 def _run(model: Decoder, reads: _Reads) -> Hidden:
-  batch, memory, key = reads
+  batch, memory, step, rng = reads
   return model.hidden(
-    batch['token_ids'], batch['padding_mask'], memory=memory, key=key
+    batch['token_ids'], batch['padding_mask'], memory=memory, step=step, rng=rng
   )
 
 
-def _step_key(state: TrainState, config: ConfigDict) -> jax.Array | None:
-  """Of the random numbers of a step; None where it draws none."""
-  if not config.model.dropout and not config.router.jitter:
+def _step_rng(state: TrainState, config: ConfigDict) -> jax.Array | None:
+  """Returns the key of a step's random numbers; None where it draws none."""
+  gate_draws = GATES[config.router.score].draws
+  if not (config.model.dropout or config.router.jitter or gate_draws):
     return None
   key = jax.random.wrap_key_data(state['key'])
   return jax.random.fold_in(key, state['step'])

@@ -14,7 +14,7 @@ from flax import nnx
 from moe_jax.model.build import build
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import compiled, setups, topologies
-from moe_jax.routing.router import Tokens, start
+from moe_jax.routing.router import Context, start
 from tests.helpers import tiny
 
 D, F, R, N, T = 32, 24, 16, 8, 32
@@ -39,9 +39,9 @@ def traced() -> list[Any]:
     period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
     real = jnp.ones((1, T), bool)
     state = start(model.cell, T, 0)
-    tokens = Tokens(real.astype(jnp.int32), real)
+    context = Context(model.cell, real.astype(jnp.int32), real)
     chain = period.blocks[0].chain
-    return chain(x_TD, state, model.cell, tokens, None)[0]
+    return chain(x_TD, state, context)[0]
 
   return jax.make_jaxpr(run)(jnp.ones((T, D))).eqns
 

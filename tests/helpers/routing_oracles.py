@@ -1,4 +1,4 @@
-"""Cells, scores and their chain from the equations, in float64 numpy.
+"""Cells, gates and their chain from the equations, in float64 numpy.
 
 Token by token and expert by expert, without jax: a second derivation to hold
 the library against. Weights are the library's leaves, by their names.
@@ -126,7 +126,7 @@ def hashed(x_X: Array, token: int, weights: Weights) -> Array:
   return weights['fixed_table_VN'][token]
 
 
-SCORES: dict[str, Callable[[Array, int, Weights], Array]] = {
+GATES: dict[str, Callable[[Array, int, Weights], Array]] = {
   'linear': linear,
   'mlp': mlp,
   'cosine': cosine,
@@ -172,7 +172,7 @@ class Routers:
     x_TX = u_TD
     if self.router.recurrent != 'none':
       x_TX = self.advance(u_TD, params.get('features', {}))
-    score = SCORES[self.router.score]
+    score = GATES[self.router.score]
     logits_TN = np.stack(
       [
         score(x_X, int(token), params['score'])

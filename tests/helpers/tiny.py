@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.model.build import build
 from moe_jax.model.decoder import Decoder
-from moe_jax.routing.selection import Select, TopK
+from moe_jax.routing.selection import Pick, Select, SelectOptions, TopK
 
 VOCAB = 61
 
@@ -49,18 +49,12 @@ def config(**overrides: Any) -> ConfigDict:
   return made
 
 
-def select(num_experts: int, k: int = 2, **changes: Any) -> Select:
+def select(
+  num_experts: int, k: int = 2, *, pick: Pick | None = None, **changes: Any
+) -> Select:
   """Top-k of the softmax, renormalised, unless changed."""
-  options = {
-    'pick': TopK(k),
-    'weights': 'softmax',
-    'renormalize': True,
-    'groups': 1,
-    'top_groups': 1,
-    'disable_top': 0,
-    'biased': False,
-  }
-  return Select(num_experts, **(options | changes))
+  options = SelectOptions(num_experts, k, **changes)
+  return Select(options, TopK(k) if pick is None else pick)
 
 
 def decoder(

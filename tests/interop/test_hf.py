@@ -63,14 +63,14 @@ def test_router_logits_and_auxiliary_loss() -> None:
   config, params = hf.load(RELEASED / 'rmoe_gru')
   ids = jnp.asarray(expected['input_ids'])
   output = model(config, params)(
-    ids, jnp.ones(ids.shape, bool), keep=lambda watched: watched
+    ids, jnp.ones(ids.shape, bool), keep=lambda aux: aux
   )
-  watched = output.watched
+  aux = output.aux
   for layer in range(config.model.num_layers):
-    [logits_TN] = watched.routing.logits_TN[layer]
+    [logits_TN] = aux.routing.logits_TN[layer]
     assert error(logits_TN, expected[f'router_logits_{layer}']) < 1e-3
   assert config.loss.balance_layers == 'joined'
-  loss = balance.balance_loss(balance.joined(watched.load))
+  loss = balance.balance_loss(balance.joined(aux.load))
   np.testing.assert_allclose(loss, expected['aux_loss'], rtol=1e-3)
 
 

@@ -9,7 +9,7 @@ from moe_jax.model.build import MIXINGS, repetition
 from moe_jax.model.decoder import REMAT_POLICIES
 from moe_jax.model.implementations import EXCHANGES, IMPLEMENTATIONS
 from moe_jax.routing.cells import CELLS
-from moe_jax.routing.scores import SCORES
+from moe_jax.routing.gates import GATES
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_config_knows_every_part_there_is() -> None:
     'moe.grouped_matmul': {'auto', *grouped_matmul.IMPLEMENTATIONS},
     'moe.shared.mixing': MIXINGS,
     'router.recurrent': CELLS,
-    'router.score': SCORES,
+    'router.score': GATES,
     'model.remat': REMAT_POLICIES,
     'model.attention': {'auto'} | IMPLEMENTATIONS.keys(),
   }

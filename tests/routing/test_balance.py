@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moe_jax.routing import balance
-from moe_jax.routing.router import Tokens
 from tests.helpers import tiny
 
 
@@ -15,11 +14,13 @@ def load(
 ) -> balance.Load:
   logits_TN = jnp.array(logits, jnp.float32)
   real = [True] * len(logits) if real is None else real
-  tokens = Tokens(jnp.zeros((1, len(logits)), jnp.int32), jnp.array([real]))
+  padding_mask_BL = jnp.array([real])
   select = tiny.select(logits_TN.shape[1], 1)
   routing = select(logits_TN)
-  routing = routing.only(tokens.real_T[:, None])
-  return balance.load_of(routing, tokens, jnp.int32(0), select.steering)
+  routing = routing.only(padding_mask_BL.reshape(-1, 1))
+  return balance.load_of(
+    routing, padding_mask_BL, jnp.int32(0), select.bias_gradient
+  )
 
 
 def test_balanced_is_k_and_collapsed_is_n() -> None:

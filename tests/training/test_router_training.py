@@ -92,7 +92,7 @@ def test_the_choice_bias_steps_against_the_global_counts(
     for leaf, label in zip(
       jax.tree.leaves(after), jax.tree.leaves(labels), strict=True
     )
-    if label == optimizer.STEERED
+    if label == optimizer.BIAS_UPDATED
   ]
   # In the order of their names: the period (layer 2), then the prefix (0).
   found = np.concatenate([np.atleast_2d(leaf) for leaf in steered])

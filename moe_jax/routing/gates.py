@@ -1,36 +1,42 @@
-"""Score functions: from a router's features to one logit per expert.
+"""Gates: from a router's features to one logit per expert.
 
-A score is a class with `score(features_TX, ids_T) -> logits_TN`, float32 in and
-out, where X is the width of the features: the hidden state or the recurrent
-state. A new one is a class here and a line in `SCORES`. Parameters whose names
-begin with `fixed_` are drawn once and never trained.
+A gate is a subclass of `Gate` with `gate(features_TX, context) -> logits_TN`,
+float32 in and out, where X is the width of the features: the hidden state or
+the recurrent state. A new one is a class with a name in `GATES`, here or in a
+config file of a user's own. Parameters whose names begin with `fixed_` are
+drawn once and never trained.
 
 Sources: RMoE (arXiv 2408.06793), table 1, and what it cites.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.registry import GATES
 from moe_jax.routing.cells import PRECISION
 
-_START_TEMPERATURE = 0.3  # of the cosine scores; XMoE's released code
+__all__ = ['GATES', 'Gate', 'GateContext', 'GateOptions']
+
+_START_TEMPERATURE = 0.3  # of the cosine gates; XMoE's released code
 
 
-class ScoreOptions(NamedTuple):
-  """What a score may need to know.
+class GateOptions(NamedTuple):
+  """What a gate may need to know to make its parameters.
 
   Attributes:
     num_features: X.
     num_experts: N.
     vocab_size: V.
-    width: of the hidden layer of `MLPScore` and of `HyperScore`'s network.
-    reduced_size: of `XMoEScore`'s expert embeddings.
-    bias: whether the linear, mlp and hyper scores have one.
-    salt: tells the sub-layers of a layer apart where scores are hashes.
-    init_std: of the weights.
+    width: The width of the hidden layer of `MLPGate` and of `HyperGate`'s
+      network.
+    reduced_size: E, the size of `XMoEGate`'s expert embeddings.
+    bias: Whether the linear, mlp and hyper gates have one.
+    salt: A number that differs between the sub-layers of a layer, for gates
+      that are hashes.
+    init_std: The standard deviation of the initial weights.
   """
 
   num_features: int
@@ -43,7 +49,46 @@ class ScoreOptions(NamedTuple):
   init_std: float
 
 
-class LinearScore(nnx.Module):
+class GateContext(NamedTuple):
+  """What a gate is told beside the features of the tokens.
+
+  Attributes:
+    token_ids_T: The vocabulary indices of the tokens, int32.
+    padding_mask_T: Bool; False marks padding.
+    step: The training step, int32; None in evaluation.
+    rng: The key of the gate's random numbers; None in evaluation, and for a
+      gate that draws none.
+  """
+
+  token_ids_T: jax.Array
+  padding_mask_T: jax.Array
+  step: jax.Array | None = None
+  rng: jax.Array | None = None
+
+
+class Gate(nnx.Module):
+  """Rates every expert for every token.
+
+  Attributes:
+    draws: Whether the gate draws random numbers in training, and so needs
+      `context.rng`.
+    masks: Whether logits may be -inf: such an expert is never chosen, and a
+      token with fewer than K others visits only those.
+  """
+
+  draws: ClassVar[bool] = False
+  masks: ClassVar[bool] = False
+
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
+    """Makes the parameters."""
+
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    """Returns logits_TN float32."""
+    raise NotImplementedError
+
+
+@GATES.register('linear')
+class LinearGate(Gate):
   """`features G + b` (RMoE eq. 1 and 6, which have no bias).
 
   Attributes:
@@ -51,17 +96,18 @@ class LinearScore(nnx.Module):
     bias_N: b, or None.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
     self.weight_XN = _normal(options, rngs, *shape)
     self.bias_N = _zeros(options.num_experts) if options.bias else None
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     return _affine(features_TX, self.weight_XN, self.bias_N)
 
 
-class MLPScore(nnx.Module):
+@GATES.register('mlp')
+class MLPGate(Gate):
   """Two layers with a GELU between them (SMoE-MLP), float32.
 
   Attributes:
@@ -70,20 +116,21 @@ class MLPScore(nnx.Module):
     mlp_bias_F, bias_N: their biases, or None.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     self.mlp_XF = _normal(options, rngs, options.num_features, options.width)
     self.weight_FN = _normal(options, rngs, options.width, options.num_experts)
     self.mlp_bias_F = _zeros(options.width) if options.bias else None
     self.bias_N = _zeros(options.num_experts) if options.bias else None
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     hidden_TF = _affine(features_TX, self.mlp_XF, self.mlp_bias_F)
     hidden_TF = jax.nn.gelu(hidden_TF, approximate=False)
     return _affine(hidden_TF, self.weight_FN, self.bias_N)
 
 
-class CosineScore(nnx.Module):
+@GATES.register('cosine')
+class CosineGate(Gate):
   """`cos(features, e_n) / temperature` (CosineMoE), float32.
 
   Attributes:
@@ -91,41 +138,43 @@ class CosineScore(nnx.Module):
     log_temperature: learnable, so that the temperature stays above 0.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_experts, options.num_features
     self.embedding_NX = _normal(options, rngs, *shape)
     self.log_temperature = _log_temperature()
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     cosine_TN = _cosine(features_TX, self.embedding_NX)
     return cosine_TN * jnp.exp(-self.log_temperature[...])
 
 
-class XMoEScore(nnx.Module):
+@GATES.register('xmoe')
+class XMoEGate(Gate):
   """`cos(features W, e_n) / temperature`, in few dimensions (arXiv 2204.09179).
 
   Attributes, float32:
     reduction_XE: W.
     embedding_NE: e, one embedding per expert.
-    log_temperature: as in `CosineScore`.
+    log_temperature: as in `CosineGate`.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     size = options.reduced_size
     self.reduction_XE = _normal(options, rngs, options.num_features, size)
     self.embedding_NE = _normal(options, rngs, options.num_experts, size)
     self.log_temperature = _log_temperature()
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     reduced_TE = _affine(features_TX, self.reduction_XE, None)
     cosine_TN = _cosine(reduced_TE, self.embedding_NE)
     return cosine_TN * jnp.exp(-self.log_temperature[...])
 
 
-class HyperScore(nnx.Module):
-  """A linear score whose G and b a fixed random network makes (HyperMoE).
+@GATES.register('hyper')
+class HyperGate(Gate):
+  """A linear gate whose G and b a fixed random network makes (HyperMoE).
 
   Only the network's input, one embedding per layer, is trained; float32.
 
@@ -136,7 +185,7 @@ class HyperScore(nnx.Module):
     fixed_bias_FN, fixed_bias_bias_N: from there to b; None without one.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     features, experts = options.num_features, options.num_experts
     width = options.width
 
@@ -155,8 +204,8 @@ class HyperScore(nnx.Module):
     self.fixed_bias_FN = fixed(width, width, experts) if bias else None
     self.fixed_bias_bias_N = _zeros(experts) if bias else None
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     hidden_F = jax.nn.gelu(
       _through(self.embedding_X[...], self.fixed_up_XF, self.fixed_up_bias_F),
       approximate=False,
@@ -172,24 +221,26 @@ class HyperScore(nnx.Module):
     )
 
 
-class RandomScore(nnx.Module):
-  """A linear score that is never trained (RandomMoE).
+@GATES.register('random')
+class RandomGate(Gate):
+  """A linear gate that is never trained (RandomMoE).
 
   Attributes:
     fixed_weight_XN: G.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
     self.fixed_weight_XN = _normal(options, rngs, *shape)
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
-    del ids_T
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
+    del context
     weight_XN = jax.lax.stop_gradient(self.fixed_weight_XN[...])
     return jnp.matmul(features_TX, weight_XN, precision=PRECISION)
 
 
-class HashScore(nnx.Module):
+@GATES.register('hash')
+class HashGate(Gate):
   """Logits looked up by token id: CartesianMoE's Hash Layer baseline.
 
   The table is the same in every layer, as in the released code, and for every
@@ -200,19 +251,19 @@ class HashScore(nnx.Module):
     fixed_table_VN: standard normal.
   """
 
-  def __init__(self, options: ScoreOptions, *, rngs: nnx.Rngs):
+  def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     del rngs
     shape = options.vocab_size, options.num_experts
     self.fixed_table_VN = nnx.Param(
       jax.random.normal(jax.random.key(options.salt), shape)
     )
 
-  def __call__(self, features_TX: jax.Array, ids_T: jax.Array) -> jax.Array:
+  def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
     del features_TX
-    return jax.lax.stop_gradient(self.fixed_table_VN[...])[ids_T]
+    return jax.lax.stop_gradient(self.fixed_table_VN[...])[context.token_ids_T]
 
 
-def _normal(options: ScoreOptions, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+def _normal(options: GateOptions, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
   init = nnx.initializers.normal(options.init_std)
   return nnx.Param(init(rngs.params(), shape, jnp.float32))
 
@@ -248,14 +299,3 @@ def _unit(x: jax.Array) -> jax.Array:
   """Of length 1 along the last axis; a zero vector stays 0."""
   squares = jnp.square(x).sum(-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
-
-
-SCORES = {
-  'linear': LinearScore,
-  'mlp': MLPScore,
-  'cosine': CosineScore,
-  'xmoe': XMoEScore,
-  'hyper': HyperScore,
-  'random': RandomScore,
-  'hash': HashScore,
-}
