@@ -49,7 +49,7 @@ class Declaration:
       what `complete` makes of it.
     passes: How many matmuls a step has for each in the forward pass: 3 where
       the gradient of the inputs and that of the weights follow, 2 without the
-      latter.
+      latter. None stands for what `complete` makes of it.
     remembered: Whether attention applies it anew to each remembered position.
     counted: Whether it counts as a parameter of the model in published sizes.
   """
@@ -59,21 +59,23 @@ class Declaration:
   part: str = MODEL
   update: str = TRAINED
   matmuls: int | None = None
-  passes: int = 3
+  passes: int | None = None
   remembered: bool = False
   counted: bool = True
 
   def complete(self, ndim: int) -> 'Declaration':
-    """Returns the declaration with what follows from a parameter's axes.
+    """Returns the declaration with what follows where nothing was said.
 
     Args:
       ndim: The number of axes, without those of stacked layers. A parameter
         with two or more beside that of experts is taken for a matmul's.
     """
-    if self.matmuls is not None:
-      return self
-    axes = ndim - self.axes.count(EXPERT)
-    return dataclasses.replace(self, matmuls=int(axes >= 2))
+    matmuls, passes = self.matmuls, self.passes
+    if matmuls is None:
+      matmuls = int(ndim - self.axes.count(EXPERT) >= 2)
+    if passes is None:
+      passes = 2 if self.update == FIXED else 3
+    return dataclasses.replace(self, matmuls=matmuls, passes=passes)
 
 
 def param(value: Any, axes: Axes = (), **declared: Any) -> nnx.Param:
@@ -127,12 +129,11 @@ def declarations(model: nnx.Module) -> dict[str, Any]:
 def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
   """Returns the leaves of a tree by the keys that lead to them."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {tuple(map(_key, path)): leaf for path, leaf in leaves}
+  return {keys(path): leaf for path, leaf in leaves}
 
 
-def _key(entry: Any) -> str:
-  """Returns the key of a dict, the name of an attribute or a position."""
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)
+def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """Returns a path of jax as strings: keys of dicts, names of attributes."""
+  return tuple(
+    str(getattr(entry, 'key', getattr(entry, 'name', entry))) for entry in path
+  )

@@ -10,6 +10,7 @@ from flax import nnx
 from moe_jax.experts.dropout import dropout
 from moe_jax.model import attention_blocks
 from moe_jax.model.layers import rotate
+from moe_jax.parameter import EMBED, HEADS, KV_HEADS, param
 
 # query_BLHA, key_BLGA, value_BLGA -> attended_BLHA: every position sees itself
 # and all before it.
@@ -56,14 +57,22 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
+    sizes = {
+      EMBED: hidden_size,
+      HEADS: num_heads,
+      KV_HEADS: num_kv_heads,
+      None: head_dim,
+    }
 
-    def weight(*shape: int) -> nnx.Param:
-      return nnx.Param(init(rngs.params(), shape, jnp.float32))
+    def weight(*axes: str | None, remembered: bool = False) -> nnx.Param:
+      shape = [sizes[axis] for axis in axes]
+      value = init(rngs.params(), shape, jnp.float32)
+      return param(value, axes, decay=True, remembered=remembered)
 
-    self.query_DHA = weight(hidden_size, num_heads, head_dim)
-    self.key_DGA = weight(hidden_size, num_kv_heads, head_dim)
-    self.value_DGA = weight(hidden_size, num_kv_heads, head_dim)
-    self.out_HAD = weight(num_heads, head_dim, hidden_size)
+    self.query_DHA = weight(EMBED, HEADS, None)
+    self.key_DGA = weight(EMBED, KV_HEADS, None, remembered=True)
+    self.value_DGA = weight(EMBED, KV_HEADS, None, remembered=True)
+    self.out_HAD = weight(HEADS, None, EMBED)
     self.attend = attend
 
   def __call__(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from moe_jax import parameter
 from moe_jax.config import head_dim, layer_kinds
 from moe_jax.errors import choose
 from moe_jax.experts.dispatch import Dispatch
@@ -37,6 +38,7 @@ from moe_jax.model.block import Block, Period, PostNormBlock
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.layers import LayerNorm, RMSNorm
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parameter import EMBED, VOCAB, param
 from moe_jax.routing import recurrent
 from moe_jax.routing.cells import CELLS, Cell
 from moe_jax.routing.gates import GATES, GateOptions
@@ -124,17 +126,28 @@ def build(
 
   def make_period(rngs: nnx.Rngs) -> Period:
     pattern = kinds[first : first + period]
-    return Period([block(kind, rngs) for kind in pattern])
+    blocks = Period([block(kind, rngs) for kind in pattern])
+    parameter.declare(blocks)  # while they have no axis of layers
+    return blocks
 
   periods, repeats = None, (len(kinds) - first) // period
   if repeats:
     stacked = nnx.vmap(make_period, in_axes=0, out_axes=0)
     periods = stacked(rngs.split(repeats))
   init = nnx.initializers.normal(model.init_std)
-  embed_VD = nnx.Param(init(rngs.params(), (vocab_size, model.hidden_size)))
+  embed_VD = param(
+    init(rngs.params(), (vocab_size, model.hidden_size)),
+    (VOCAB, EMBED),
+    decay=True,
+    matmuls=int(model.tie_embeddings),  # looked up, and the head if tied
+  )
   head_DV = None
   if not model.tie_embeddings:
-    head_DV = nnx.Param(init(rngs.params(), (model.hidden_size, vocab_size)))
+    head_DV = param(
+      init(rngs.params(), (model.hidden_size, vocab_size)),
+      (EMBED, VOCAB),
+      decay=True,
+    )
   return Decoder(
     embed_VD,
     make_cell(config, rngs),
@@ -142,7 +155,7 @@ def build(
     periods,
     make_norm(config) if model.norm_place == 'pre' else None,
     head_DV,
-    head_bias_V=nnx.Param(jnp.zeros(vocab_size)) if model.head_bias else None,
+    head_bias_V=param(jnp.zeros(vocab_size)) if model.head_bias else None,
     key_pe_AW=_key_pe(config, rngs),
     repeats=repeats,
     num_residual_logits=num_residual_logits(config),
@@ -188,7 +201,8 @@ def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:
   if config.model.positions != 'span':
     return None
   shape = head_dim(config), config.model.span
-  return nnx.Param(jax.random.normal(rngs.params(), shape))  # as released
+  # Drawn as released. What multiplies by it is counted with attention.
+  return param(jax.random.normal(rngs.params(), shape), matmuls=0)
 
 
 def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
@@ -265,7 +279,7 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
       multiply=parts.multiply,
     )
     shared, mixing = _shared(config, rngs)
-    bias_D = nnx.Param(jnp.zeros((model.hidden_size,))) if moe.bias else None
+    bias_D = param(jnp.zeros((model.hidden_size,))) if moe.bias else None
     select = make_select(config, parts.disable_top)
     return MoELayer(
       make_router(
