@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.dropout import dropout
 from moe_jax.experts.mlp import SwiGLU, SwiGLUExperts
+from moe_jax.parameter import param
 from moe_jax.routing.balance import Load, load_of
 from moe_jax.routing.cells import PRECISION
 from moe_jax.routing.router import Context, Router, RouterState
@@ -249,10 +250,10 @@ class CoefficientMixing(nnx.Module):
 
   def __init__(self, hidden_size: int, *, init_std: float, rngs: nnx.Rngs):
     init = nnx.initializers.normal(init_std)
-    self.coefficient_D2 = nnx.Param(
-      init(rngs.params(), (hidden_size, 2), jnp.float32)
+    self.coefficient_D2 = param(
+      init(rngs.params(), (hidden_size, 2), jnp.float32), decay=True
     )
-    self.bias_2 = nnx.Param(jnp.zeros((2,), jnp.float32))
+    self.bias_2 = param(jnp.zeros((2,), jnp.float32))
 
   def __call__(
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array

@@ -321,7 +321,10 @@ def make_cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
   router = config.router
   shared = router.projector == 'shared'
   input_size = config.model.hidden_size if shared else router.state_size
-  return CELLS[router.recurrent](input_size, router.state_size, rngs=rngs)
+  make = CELLS[router.recurrent]
+  cell = make(input_size, router.state_size, rngs=rngs)
+  parameter.declare(cell, part=parameter.CELL)
+  return cell
 
 
 def num_residual_logits(config: ConfigDict) -> int:

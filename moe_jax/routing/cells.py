@@ -5,12 +5,13 @@ All are in PyTorch's form, with one bias on each side. A cell is
 and its arithmetic are float32.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.parameter import param
 from moe_jax.registry import CELLS
 
 __all__ = ['CELLS', 'PRECISION', 'Cell', 'CellState']
@@ -95,8 +96,8 @@ class GRUCell(nnx.Module):
     uniform = _initializer(state_size, rngs)
     self.input_X3R = uniform(input_size, 3, state_size)
     self.hidden_R3R = uniform(state_size, 3, state_size)
-    self.input_bias_3R = uniform(3, state_size)
-    self.hidden_bias_3R = uniform(3, state_size)
+    self.input_bias_3R = uniform(3, state_size, matmuls=0)
+    self.hidden_bias_3R = uniform(3, state_size, matmuls=0)
 
   def start(self, num_tokens: int) -> CellState:
     """h_0 = 0, [T, R] float32."""
@@ -130,8 +131,8 @@ class LSTMCell(nnx.Module):
     uniform = _initializer(state_size, rngs)
     self.input_X4R = uniform(input_size, 4, state_size)
     self.hidden_R4R = uniform(state_size, 4, state_size)
-    self.input_bias_4R = uniform(4, state_size)
-    self.hidden_bias_4R = uniform(4, state_size)
+    self.input_bias_4R = uniform(4, state_size, matmuls=0)
+    self.hidden_bias_4R = uniform(4, state_size, matmuls=0)
 
   def start(self, num_tokens: int) -> CellState:
     """h_0 = c_0 = 0, [T, R] float32 each."""
@@ -154,9 +155,10 @@ def _initializer(state_size: int, rngs: nnx.Rngs):
   """Makes parameters in PyTorch's initial range for recurrent cells."""
   bound = state_size**-0.5
 
-  def uniform(*shape: int) -> nnx.Param:
-    return nnx.Param(
-      jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+  def uniform(*shape: int, **declared: Any) -> nnx.Param:
+    return param(
+      jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound),
+      **declared,
     )
 
   return uniform

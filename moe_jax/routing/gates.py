@@ -9,12 +9,13 @@ drawn once and never trained.
 Sources: RMoE (arXiv 2408.06793), table 1, and what it cites.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.parameter import FIXED, param
 from moe_jax.registry import GATES
 from moe_jax.routing.cells import PRECISION
 
@@ -192,17 +193,23 @@ class HyperGate(Gate):
     def fixed(fan_in: int, *shape: int) -> nnx.Param:
       # Keeps the size of what passes: the network is never trained to.
       draw = jax.random.normal(rngs.params(), shape)
-      return nnx.Param(draw * fan_in**-0.5)
+      return param(draw * fan_in**-0.5, update=FIXED, matmuls=0)
 
-    self.embedding_X = nnx.Param(jax.random.normal(rngs.params(), (features,)))
+    self.embedding_X = param(
+      jax.random.normal(rngs.params(), (features,)), decay=True
+    )
     self.fixed_up_XF = fixed(features, features, width)
-    self.fixed_up_bias_F = _zeros(width)
+    self.fixed_up_bias_F = _zeros(width, update=FIXED)
     # G meets the features next, so it is scaled for their number too.
     self.fixed_weights_FXN = fixed(width * features, width, features, experts)
-    self.fixed_weights_bias_XN = _zeros(features, experts)
+    # Of G's shape, it counts for G, by which every token multiplies and through
+    # which the embedding gets its gradient.
+    self.fixed_weights_bias_XN = _zeros(
+      features, experts, update=FIXED, matmuls=1, passes=3
+    )
     bias = options.bias
     self.fixed_bias_FN = fixed(width, width, experts) if bias else None
-    self.fixed_bias_bias_N = _zeros(experts) if bias else None
+    self.fixed_bias_bias_N = _zeros(experts, update=FIXED) if bias else None
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
     del context
@@ -231,7 +238,7 @@ class RandomGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
-    self.fixed_weight_XN = _normal(options, rngs, *shape)
+    self.fixed_weight_XN = _normal(options, rngs, *shape, update=FIXED)
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
     del context
@@ -254,8 +261,11 @@ class HashGate(Gate):
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     del rngs
     shape = options.vocab_size, options.num_experts
-    self.fixed_table_VN = nnx.Param(
-      jax.random.normal(jax.random.key(options.salt), shape)
+    self.fixed_table_VN = param(
+      jax.random.normal(jax.random.key(options.salt), shape),
+      update=FIXED,
+      matmuls=0,
+      counted=False,  # as in CartesianMoE's published sizes
     )
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -263,17 +273,19 @@ class HashGate(Gate):
     return jax.lax.stop_gradient(self.fixed_table_VN[...])[context.token_ids_T]
 
 
-def _normal(options: GateOptions, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+def _normal(
+  options: GateOptions, rngs: nnx.Rngs, *shape: int, **declared: Any
+) -> nnx.Param:
   init = nnx.initializers.normal(options.init_std)
-  return nnx.Param(init(rngs.params(), shape, jnp.float32))
+  return param(init(rngs.params(), shape, jnp.float32), decay=True, **declared)
 
 
-def _zeros(*shape: int) -> nnx.Param:
-  return nnx.Param(jnp.zeros(shape, jnp.float32))
+def _zeros(*shape: int, **declared: Any) -> nnx.Param:
+  return param(jnp.zeros(shape, jnp.float32), **declared)
 
 
 def _log_temperature() -> nnx.Param:
-  return nnx.Param(jnp.log(jnp.float32(_START_TEMPERATURE)))
+  return param(jnp.log(jnp.float32(_START_TEMPERATURE)))
 
 
 def _affine(

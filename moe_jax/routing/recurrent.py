@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.parameter import param
 from moe_jax.routing.cells import PRECISION, Cell, CellState
 
 
@@ -62,8 +63,8 @@ class Projector(nnx.Module):
     rngs: nnx.Rngs,
   ):
     init = nnx.initializers.normal(init_std)
-    self.projector_DR = nnx.Param(
-      init(rngs.params(), (hidden_size, state_size), jnp.float32)
+    self.projector_DR = param(
+      init(rngs.params(), (hidden_size, state_size), jnp.float32), decay=True
     )
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import parameter
 from moe_jax.routing.cells import Cell, CellState
 from moe_jax.routing.gates import Gate, GateContext
 
@@ -114,6 +115,7 @@ class Router(nnx.Module):
     self.residual = residual
     self.detached = detached
     self.jitter = jitter
+    parameter.declare(self, part=parameter.ROUTER)
 
   def __call__(
     self, x_TD: jax.Array, state: RouterState, context: Context

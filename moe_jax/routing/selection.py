@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.parameter import BIAS_UPDATED, ROUTER, param
 from moe_jax.registry import SELECTIONS
 
 
@@ -168,9 +169,11 @@ class Select(nnx.Module):
     self.groups = options.groups
     self.top_groups = options.top_groups
     self.disable_top = options.disable_top
-    self.choice_bias_N = (
-      nnx.Param(jnp.zeros(options.num_experts)) if options.biased else None
-    )
+    self.choice_bias_N = None
+    if options.biased:
+      self.choice_bias_N = param(
+        jnp.zeros(options.num_experts), part=ROUTER, update=BIAS_UPDATED
+      )
 
   def __call__(self, logits_TN: jax.Array) -> Routing:
     """Returns the `Routing` of float32 logits, best expert first."""
