@@ -65,16 +65,14 @@ def decoder(
   def create(key: jax.Array) -> Decoder:
     return build(made, VOCAB, mesh, rngs=nnx.Rngs(params=key))
 
-  @jax.jit
-  def params(key: jax.Array) -> dict[str, Any]:
-    first = nnx.to_pure_dict(nnx.state(create(key), nnx.Param))
-    leaves, tree = jax.tree.flatten(first)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-      leaf + 0.1 * jax.random.normal(k, leaf.shape)
-      for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
-
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
-  return graphdef, params(jax.random.key(seed))
+  # One operation after another: those of one shape compile once for all models,
+  # where a jitted initialisation would compile anew for every one.
+  first = nnx.to_pure_dict(nnx.state(create(jax.random.key(seed)), nnx.Param))
+  leaves, tree = jax.tree.flatten(first)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  noisy = [
+    leaf + 0.1 * jax.random.normal(k, leaf.shape)
+    for leaf, k in zip(leaves, keys, strict=True)
+  ]
+  return graphdef, jax.tree.unflatten(tree, noisy)
