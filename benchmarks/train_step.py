@@ -38,7 +38,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
 
   Returns:
     `tokens_per_second` (at the median step, over all devices),
-    `tflops_per_second` of a device and `mfu` (see `training.peaks`),
+    `tflops_per_second` of a device and `mfu` (see `training.device_peaks`),
     `step_seconds` (the median), `step_seconds_min` and `_max`,
     `compile_seconds` (tracing and lowering too), `peak_memory_bytes` (of one
     device; see `common.peak_memory`) and `peak_memory_source`, `loss` (of the
@@ -55,7 +55,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   from moe_jax.model import sizes
   from moe_jax.model.build import compute_dtype
   from moe_jax.planning.compiled import train_step as compile_train_step
-  from moe_jax.training import peaks
+  from moe_jax.training import device_peaks
 
   common.check_steps(steps, warmup)
   made = common.set_up(config)
@@ -76,7 +76,7 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
   return {
     'benchmark': 'train_step',
     'tokens_per_second': tokens / median,
-    **peaks.utilisation(flops / median, devices, dtype),
+    **device_peaks.utilisation(flops / median, devices, dtype),
     'step_seconds': median,
     'step_seconds_min': min(seconds[warmup:]),
     'step_seconds_max': max(seconds[warmup:]),

@@ -15,11 +15,10 @@ from moe_jax import config as config_lib
 from moe_jax.data.pipeline import TokenSequences, eval_batches
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
-from moe_jax.training import state
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Store
-from moe_jax.training.metrics import summary_table
+from moe_jax.training import run_dir, state
+from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.step import make_eval_step
+from moe_jax.training.terminal import summary_table
 
 
 def evaluate(
@@ -47,7 +46,9 @@ def evaluate(
   """
   setup = multihost.first_process_first(lambda: state.from_config(config))
   split = split or config.eval.split
-  with Store.open(workdir, config, setup.dictionary, read_only=True) as store:
+  with Checkpointer.open(
+    workdir, config, setup.dictionary, read_only=True
+  ) as store:
     sequences = multihost.first_process_first(
       lambda: TokenSequences.open(config.data, split, setup.tokenizer)
     )
@@ -127,7 +128,7 @@ def _report(result: dict[str, float], workdir: str, split: str) -> None:
   path = os.path.join(folder, f'{name}-{result["step"]}{suffix(result)}.json')
   os.makedirs(folder, exist_ok=True)
   row = {'split': split} | result
-  workdir_lib.replace(path, json.dumps(row) + '\n')
+  run_dir.replace(path, json.dumps(row) + '\n')
   print(f'written to {path}')
 
 

@@ -16,7 +16,7 @@ from moe_jax.errors import UserError, choose
 from moe_jax.interop.released_keys import is_file, read_json
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state as state_lib
-from moe_jax.training.checkpoint import Store
+from moe_jax.training.checkpoint import Checkpointer
 
 
 def check_tokenizer(name: str) -> None:
@@ -93,7 +93,7 @@ def write(
     setup.abstract['params'],
   )
   state = setup.init(placed)
-  with Store.open(str(workdir), config, dictionary) as store:
+  with Checkpointer.open(str(workdir), config, dictionary) as store:
     store.save(0, state, {'step': 0})
 
 
@@ -143,10 +143,10 @@ def initial(config: ConfigDict) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Store]]:
+def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Checkpointer]]:
   """The config and the checkpoints of a run."""
   config = config_of(workdir)
-  with Store.open(str(workdir), config, read_only=True) as store:
+  with Checkpointer.open(str(workdir), config, read_only=True) as store:
     yield config, store
 
 

@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
-from moe_jax.training import workdir as workdir_lib
+from moe_jax.training import run_dir
 
 _DICTIONARY = 'dictionary'  # beside the data position
 # What Orbax and TensorStore raise where files are missing, cut or garbled.
 _DAMAGED = (ValueError, KeyError, OSError)
 
 
-class Store:
-  """The checkpoints in DIR/checkpoints, made by `Store.open`.
+class Checkpointer:
+  """The checkpoints in DIR/checkpoints, made by `Checkpointer.open`.
 
   A checkpoint holds the state (a dictionary of pytrees of arrays), the data
   position (JSON), with it the digest of the dictionary that gave the tokens
@@ -50,7 +50,7 @@ class Store:
     dictionary: str | None = None,
     read_only: bool = False,
     remedy: str = '',
-  ) -> Iterator['Store']:
+  ) -> Iterator['Checkpointer']:
     """Opens the run in `workdir`, a new one unless `read_only`.
 
     Leaving the context waits for saves in flight. All processes of a run call
@@ -72,17 +72,17 @@ class Store:
     """
     if read_only:
       multihost.fail_together(
-        lambda: workdir_lib.check_model(workdir, config, remedy)
+        lambda: run_dir.check_model(workdir, config, remedy)
       )
     else:
-      multihost.fail_together(lambda: workdir_lib.check_run(workdir, config))
-      workdir_lib.check_shared(workdir)
+      multihost.fail_together(lambda: run_dir.check_run(workdir, config))
+      run_dir.check_shared(workdir)
     manager = _manager(workdir, config, read_only)
     try:
       store = cls(workdir, config, dictionary, manager, remedy)
       store._check_dictionary()
       if not read_only and multihost.is_main_process():
-        workdir_lib.write_config(workdir, config)
+        run_dir.write_config(workdir, config)
       yield store
     finally:
       manager.close()
@@ -242,7 +242,7 @@ def newest_step(workdir: str, config: ConfigDict) -> int | None:
   Raises:
     UserError: the processes of the run do not see the same.
   """
-  workdir_lib.refuse_url(workdir)
+  run_dir.refuse_url(workdir)
   with contextlib.closing(_manager(workdir, config, read_only=True)) as manager:
     found = manager.latest_step()
   step = -1 if found is None else found

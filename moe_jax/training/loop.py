@@ -13,13 +13,15 @@ from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
 from moe_jax.parallel import multihost
-from moe_jax.training import origin
+from moe_jax.training import init_from
 from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
-from moe_jax.training.checkpoint import Store, newest_step
-from moe_jax.training.interrupt import Interrupt
+from moe_jax.training.checkpoint import Checkpointer, newest_step
+from moe_jax.training.logger import Logger
 from moe_jax.training.losses import Metrics
-from moe_jax.training.report import Journal, check_finite, describe
+from moe_jax.training.metrics import check_finite
+from moe_jax.training.record import describe
+from moe_jax.training.signals import SignalHandler
 from moe_jax.training.state import Setup, TrainState
 from moe_jax.training.step import make_eval_step, make_train_step
 
@@ -72,13 +74,13 @@ def train(config: ConfigDict, workdir: str) -> None:
   )
   # All that can be refused, before the workdir becomes this run's.
   newest = newest_step(workdir, config)
-  given = origin.params(setup) if newest is None else None
+  given = init_from.params(setup) if newest is None else None
   start = newest or 0
   batches = Batches(setup, train_sequences, start)
   with (
     contextlib.closing(batches),
-    Store.open(workdir, config, setup.dictionary) as store,
-    Interrupt() as interrupt,
+    Checkpointer.open(workdir, config, setup.dictionary) as store,
+    SignalHandler() as signals,
     _too_large_in_one_line(),
   ):
     if newest is None:
@@ -86,14 +88,14 @@ def train(config: ConfigDict, workdir: str) -> None:
     else:
       state, _ = store.restore(setup.abstract, newest)
     with multihost.fail_together(
-      lambda: Journal(setup, workdir, start)
-    ) as journal:
-      journal.say(describe(setup, train_sequences))
-      run = _Run(setup, batches, eval_sequences, store, journal, interrupt)
+      lambda: Logger(setup, workdir, start)
+    ) as logger:
+      logger.say(describe(setup, train_sequences))
+      run = _Run(setup, batches, eval_sequences, store, logger, signals)
       done = _steps(run, state, start)
-      journal.say(journal.summary(done))
-  if interrupt.signal is not None:
-    raise SystemExit(128 + interrupt.signal)
+      logger.say(logger.summary(done))
+  if signals.signal is not None:
+    raise SystemExit(128 + signals.signal)
 
 
 @contextlib.contextmanager
@@ -118,39 +120,39 @@ class _Run(NamedTuple):
   setup: Setup
   batches: Batches
   eval_sequences: TokenSequences | None
-  store: Store
-  journal: Journal
-  interrupt: Interrupt
+  store: Checkpointer
+  logger: Logger
+  signals: SignalHandler
 
 
 def _steps(run: _Run, state: TrainState, start: int) -> int:
   """Trains from step `start` on, until it is done or stopped, and when."""
-  setup, batches, _, store, journal, interrupt = run
+  setup, batches, _, store, logger, signals = run
   config, steps = setup.config, setup.config.train.steps
   train_step, eval_step = make_train_step(setup), make_eval_step(setup)
   for step in range(start + 1, steps + 1):
     state, metrics = train_step(state, next(batches))
-    journal.write()  # of the step before, now that this one runs
+    logger.write()  # of the step before, now that this one runs
     if step == start + 1:
-      journal.compiled(metrics)
+      logger.compiled(metrics)
       runtime.trim_malloc()  # what compiling took
 
-    stopped = interrupt.stops(step)
+    stopped = signals.stops(step)
     last = stopped or step == steps
     if _due(config.train.log_every, step, last):
-      journal.note(step, metrics)
+      logger.note(step, metrics)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
     if run.eval_sequences and _due(config.eval.every, step, step == steps):
       _evaluate(run, eval_step, state, step)
     if _due(config.checkpoint.every, step, last):
       # Last: what is written of a step outlives a kill during the save.
-      journal.write()
+      logger.write()
       check_finite(float(metrics['loss']), step)
       store.save(step, state, batches.state())
     if stopped:
       break
-  journal.write()
+  logger.write()
   return int(state['step'])
 
 
@@ -161,8 +163,8 @@ def _evaluate(
   step: int,
 ) -> None:
   """Evaluates in the midst of training, which pauses."""
-  config, journal = run.setup.config, run.journal
-  journal.write()
+  config, logger = run.setup.config, run.logger
+  logger.write()
   jax.block_until_ready(state)  # or its steps would count as evaluation
   began = time.perf_counter()
   result = perplexity.evaluate_split(
@@ -176,7 +178,7 @@ def _evaluate(
   seconds = time.perf_counter() - began
   runtime.trim_malloc()  # the first time, evaluation is compiled
   name = config.eval.split + perplexity.suffix(result)
-  journal.evaluation(step, name, result, seconds)
+  logger.evaluation(step, name, result, seconds)
 
 
 def _due(every: int, step: int, last: bool) -> bool:

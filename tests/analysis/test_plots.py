@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.analysis import plots, runs
 from moe_jax.errors import UserError
-from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training.logger import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax import runtime
 from moe_jax.training import loop
-from moe_jax.training.checkpoint import Store
+from moe_jax.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def checkpoints(workdir: Path) -> list[int]:
 def restore(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
   """The whole state of a checkpoint, as numpy arrays."""
   abstract = loop.prepare(config).setup.abstract
-  with Store.open(str(workdir), config, read_only=True) as store:
+  with Checkpointer.open(str(workdir), config, read_only=True) as store:
     state, position = store.restore(abstract, step)
   assert position == {'step': step}
   return jax.tree.map(np.asarray, state)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.training import checkpoint, workdir
+from moe_jax.training import checkpoint, run_dir
 
 
 def make(**values: object) -> ConfigDict:
@@ -64,11 +64,13 @@ def abstract(state: dict) -> dict:
 
 def test_restores_everything_onto_another_mesh(tmp_path: Path) -> None:
   state = make_state(step=3)
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     assert store.latest_step() is None
     assert store.save(3, state, {'position': 48})
   other = place(make_state(), make_mesh(2, 4), 'b', 'a')
-  with checkpoint.Store.open(str(tmp_path), make(), read_only=True) as store:
+  with checkpoint.Checkpointer.open(
+    str(tmp_path), make(), read_only=True
+  ) as store:
     restored, data = store.restore(abstract(other))
     assert store.latest_step() == 3
   assert data == {'position': 48}
@@ -85,7 +87,7 @@ def test_restores_everything_onto_another_mesh(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_state_is_enough(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     store.save(1, make_state(1), {})
     params = {'params': abstract(make_state())['params']}
     restored, _ = store.restore(params)
@@ -95,7 +97,7 @@ def test_a_part_of_the_state_is_enough(tmp_path: Path) -> None:
 
 def test_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
   config = make(checkpoint__keep=2, checkpoint__keep_every=4)
-  with checkpoint.Store.open(str(tmp_path), config) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), config) as store:
     for step in range(1, 8):
       store.save(step, make_state(step), {'at': step})
     store.wait()
@@ -105,7 +107,7 @@ def test_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
 
 
 def test_never_saves_a_step_twice(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     saved = [store.save(step, make_state(), {}) for step in (10, 11, 11)]
     assert saved == [True, True, False]
     assert store.steps() == [10, 11]
@@ -114,7 +116,7 @@ def test_never_saves_a_step_twice(tmp_path: Path) -> None:
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path: Path) -> None:
   overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
   w = jnp.ones((1000, 1000))
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     store.save(1, {'w': w}, {})
     overwritten = overwrite(w)
     restored, _ = store.restore(abstract({'w': overwritten}))
@@ -122,13 +124,13 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path: Path) -> None:
 
 
 def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     store.save(1, make_state(1), {})
   # What a crash leaves: a directory of that name, with half of its files.
   checkpoints = tmp_path / 'checkpoints'
   shutil.copytree(checkpoints / '1', checkpoints / '2.orbax-checkpoint-tmp')
   shutil.rmtree(checkpoints / '2.orbax-checkpoint-tmp' / 'state')
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     assert store.latest_step() == 1
     assert store.restore(abstract(make_state()))[0]['step'] == 1
     store.save(2, make_state(2), {})
@@ -151,11 +153,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     for step in (1, 2):
       store.save(step, make_state(step), {'at': step})
   DAMAGES[damage](tmp_path / 'checkpoints/2')
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     with pytest.raises(UserError) as error:
       store.restore(abstract(make_state()))
     assert store.restore(abstract(make_state()), 1)[1] == {'at': 1}
@@ -166,7 +168,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
 
 def test_names_the_steps_there_are(tmp_path: Path) -> None:
   target = abstract(make_state())
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     with pytest.raises(UserError, match='no checkpoint yet'):
       store.restore(target)
     for step in (1, 2):
@@ -176,7 +178,7 @@ def test_names_the_steps_there_are(tmp_path: Path) -> None:
 
 
 def test_refuses_another_model_naming_the_leaf(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()) as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
     store.save(1, make_state(), {})
     with pytest.raises(UserError) as error:
       store.restore(abstract(make_state(rows=16)))
@@ -192,18 +194,18 @@ def test_refuses_another_model_naming_the_leaf(tmp_path: Path) -> None:
 
 
 def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make()):
+  with checkpoint.Checkpointer.open(str(tmp_path), make()):
     pass
   before = (tmp_path / 'config.json').read_text()
   with (
     pytest.raises(UserError) as error,
-    checkpoint.Store.open(str(tmp_path), make(moe__top_k=1)),
+    checkpoint.Checkpointer.open(str(tmp_path), make(moe__top_k=1)),
   ):
     pytest.fail('was opened')
   for fragment in ('moe.top_k was 2, now 1', str(tmp_path), '--workdir'):
     assert fragment in str(error.value)
   assert (tmp_path / 'config.json').read_text() == before
-  with checkpoint.Store.open(str(tmp_path), make(train__log_every=3)):
+  with checkpoint.Checkpointer.open(str(tmp_path), make(train__log_every=3)):
     pass
   assert (
     json.loads((tmp_path / 'config.json').read_text())['train']['log_every']
@@ -212,7 +214,7 @@ def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
 
 
 def test_a_dictionary_is_kept_beside_the_position(tmp_path: Path) -> None:
-  with checkpoint.Store.open(str(tmp_path), make(), 'abc') as store:
+  with checkpoint.Checkpointer.open(str(tmp_path), make(), 'abc') as store:
     assert store.dictionary() is None
     store.save(1, {'w': jnp.ones(2)}, {'step': 1})
     _, data = store.restore(abstract({'w': jnp.ones(2)}))
@@ -230,13 +232,17 @@ def test_refuses_another_dictionary_and_leaves_the_old_config(
   tmp_path: Path, saved: str | None, message: str, read_only: bool
 ) -> None:
   words = {'data__tokenizer': 'words'}
-  with checkpoint.Store.open(str(tmp_path), make(**words), saved) as store:
+  with checkpoint.Checkpointer.open(
+    str(tmp_path), make(**words), saved
+  ) as store:
     store.save(1, {'w': jnp.ones(2)}, {})
   before = (tmp_path / 'config.json').read_text()
   moved = make(**words, data__path='/elsewhere')
   with (
     pytest.raises(UserError, match=message) as error,
-    checkpoint.Store.open(str(tmp_path), moved, 'xyz', read_only=read_only),
+    checkpoint.Checkpointer.open(
+      str(tmp_path), moved, 'xyz', read_only=read_only
+    ),
   ):
     pytest.fail('was opened')
   for part in (str(tmp_path), "data.tokenizer = 'words'", 'data.text_key'):
@@ -244,20 +250,22 @@ def test_refuses_another_dictionary_and_leaves_the_old_config(
   assert '\n' not in str(error.value)
   assert (tmp_path / 'config.json').read_text() == before
   for accepted in (None, saved):
-    with checkpoint.Store.open(str(tmp_path), moved, accepted) as store:
+    with checkpoint.Checkpointer.open(str(tmp_path), moved, accepted) as store:
       assert store.latest_step() == 1
 
 
 def test_evaluation_needs_a_run_of_its_model(tmp_path: Path) -> None:
   def evaluate(config: ConfigDict) -> None:
-    with checkpoint.Store.open(str(tmp_path), config, read_only=True) as store:
+    with checkpoint.Checkpointer.open(
+      str(tmp_path), config, read_only=True
+    ) as store:
       assert store.latest_step() is None
       store.restore({})
 
   with pytest.raises(UserError, match='holds no run'):
     evaluate(make())
   assert not os.listdir(tmp_path)
-  workdir.write_config(str(tmp_path), make())
+  run_dir.write_config(str(tmp_path), make())
   with pytest.raises(UserError, match='moe.top_k was 2, now 1'):
     evaluate(make(moe__top_k=1))
   with pytest.raises(UserError, match='no checkpoint yet'):
@@ -275,17 +283,17 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     ('gs://bucket/run', 'is a URL'),
   ):
     with pytest.raises(UserError, match=fragment) as error:
-      workdir.check_run(path, make())
+      run_dir.check_run(path, make())
     assert path in str(error.value)
   broken = tmp_path / 'broken'
   broken.mkdir()
   (broken / 'config.json').write_text('{"seed"')
   with pytest.raises(UserError, match='not the JSON of a config'):
-    workdir.check_run(str(broken), make())
+    run_dir.check_run(str(broken), make())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
 def test_a_read_only_workdir(tmp_path: Path) -> None:
   tmp_path.chmod(0o500)
   with pytest.raises(UserError, match='is not writable: Permission denied'):
-    workdir.check_run(str(tmp_path), make())
+    run_dir.check_run(str(tmp_path), make())

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training.report import routing_metrics
+from moe_jax.training.metrics import routing_metrics
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
 from tests.training.test_step import batch, setup

@@ -11,9 +11,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
-from moe_jax.training import optimizer, origin
+from moe_jax.training import init_from, optimizer
 from moe_jax.training import state as state_lib
-from moe_jax.training.checkpoint import Store
+from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
@@ -170,7 +170,7 @@ def origin_run(
   made = setup(config)
   state, _ = make_train_step(made)(made.init(), batch(config))
   folder = tmp_path_factory.mktemp('origin')
-  with Store.open(str(folder), config) as store:
+  with Checkpointer.open(str(folder), config) as store:
     store.save(1, state, {'step': 1})
   return folder, to_numpy(state['params'])
 
@@ -187,7 +187,7 @@ def test_a_run_starts_on_the_parameters_it_is_given(
   )
   drawn = made.init()
   monkeypatch.setattr(state_lib, '_init_params', lambda *_: pytest.fail())
-  given = origin.params(made)
+  given = init_from.params(made)
   state = made.init(given)
   jax.tree.map(np.testing.assert_array_equal, state['params'], expected)
   for leaf, of_origin in zip(
@@ -211,7 +211,7 @@ def test_a_choice_bias_that_the_origin_lacks_starts_at_zero(
     **{'train.init_from': str(folder), 'loss.bias_rate': 0.1}
   )
   made = setup(config)
-  state = made.init(origin.params(made))
+  state = made.init(init_from.params(made))
   found = traverse_util.flatten_dict(to_numpy(state['params']))
   biases = {path for path in found if path[-1] == 'choice_bias_N'}
   assert biases and not any(found[path].any() for path in biases)
@@ -222,15 +222,15 @@ def test_a_choice_bias_that_the_origin_lacks_starts_at_zero(
 
   # A run that has them hands them on, and none can do without.
   state, _ = make_train_step(made)(state, batch(config))
-  with Store.open(str(tmp_path), config) as store:
+  with Checkpointer.open(str(tmp_path), config) as store:
     store.save(1, state, {'step': 1})
   changes = {'train.init_from': str(tmp_path)}
   again = setup(tiny.config(**changes, **{'loss.bias_rate': 0.5}))
   jax.tree.map(
-    np.testing.assert_array_equal, origin.params(again), state['params']
+    np.testing.assert_array_equal, init_from.params(again), state['params']
   )
   with pytest.raises(UserError, match=r'loss.bias_rate was 0.1, now 0.0'):
-    origin.params(setup(tiny.config(**changes)))
+    init_from.params(setup(tiny.config(**changes)))
 
 
 def test_an_origin_that_will_not_do_is_refused(
@@ -245,7 +245,7 @@ def test_an_origin_that_will_not_do_is_refused(
   ):
     made = setup(tiny.config(**{'train.init_from': str(folder)}, **key))
     with pytest.raises(UserError, match=fragment) as error:
-      origin.params(made)
+      init_from.params(made)
     message = str(error.value)
     assert message.startswith('train.init_from: ')
     assert message.endswith('; name another train.init_from')

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupt:
+class SignalHandler:
   """Catches the first SIGINT, SIGTERM or SIGHUP; a second acts as always.
 
   A signal that is ignored, as under nohup, stays so. Where there are several
@@ -26,7 +26,7 @@ class Interrupt:
     self._alone = jax.process_count() == 1
     self._previous: dict[int, object] = {}
 
-  def __enter__(self) -> 'Interrupt':
+  def __enter__(self) -> 'SignalHandler':
     for number in _SIGNALS:
       is_ours = self._alone or number != signal.SIGTERM
       if is_ours and signal.getsignal(number) != signal.SIG_IGN:

@@ -1,77 +1,26 @@
-"""What a run tells its user: numbers made readable, and where they go."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
+import json
 import math
+import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import tensorboardX
 
-from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
-from moe_jax.routing.balance import Load
-from moe_jax.training import metrics as metrics_lib
-from moe_jax.training import peaks
-from moe_jax.training.metrics import MetricsWriter
+from moe_jax.training import device_peaks, run_dir, terminal
+from moe_jax.training.metrics import check_finite, routing_metrics
 from moe_jax.training.state import Setup
 
 
-def routing_metrics(load: Load | None) -> dict[str, Any]:
-  """What the routers did in a step, per layer.
-
-  Args:
-    load: numpy or jax arrays with leading axes [layers, S], or None.
-
-  Returns:
-    Lists with one number per MoE layer, the worst or mean of its sub-layers:
-    `max_load` (rows of the busiest expert over the balanced share; 1 is
-    perfect), `idle_experts` (experts that no token chose), `router_entropy`
-    (nats per token; log N is uniform) and `dropped_share` (of slots). Where
-    devices exchange slots through buffers that may be too small, also
-    `exchange_overflows`: slots of all sub-layers that took the slower way.
-  """
-  if load is None:
-    return {}
-  load = jax.tree.map(np.asarray, load)
-  slots = np.maximum(load.counts_N.sum(-1), 1.0)
-  tokens = np.maximum(load.tokens, 1.0)
-  max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / slots
-  metrics = {
-    'max_load': max_load.max(1),
-    'idle_experts': (load.counts_N == 0).sum((1, 2)),
-    'router_entropy': (load.entropy / tokens).mean(1),
-    'dropped_share': (load.dropped / slots).max(1),
-  }
-  if load.overflowed is not None:
-    metrics['exchange_overflows'] = load.overflowed.sum(1)
-  return metrics
-
-
-def describe(setup: Setup, sequences: TokenSequences) -> str:
-  """Model, devices and data of a run, one line each."""
-  config, mesh = setup.config, setup.mesh
-  counts = sizes.count_parameters(config, setup.abstract['params'])
-  device = next(iter(mesh.devices.flat))
-  axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
-  processes = (
-    ''
-    if multihost.is_single_process()
-    else f', {jax.process_count()} processes'
-  )
-  epochs = config.train.steps * config.train.batch_size / len(sequences)
-  return (
-    f'model    {counts.total:,} parameters,'
-    f' {counts.active:,} active per token\n'
-    f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
-    f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
-    f' {epochs:.2f} epochs in {config.train.steps} steps'
-  )
-
-
-class Journal:
+class Logger:
   """Writes a run's progress: metrics.jsonl, TensorBoard and the terminal.
 
   The metrics of a step are noted while it runs and written once the next one
@@ -95,7 +44,7 @@ class Journal:
     self._noted: tuple[int, dict[str, Any]] | None = None
     self._results: dict[str, list[str]] = {}
 
-  def __enter__(self) -> 'Journal':
+  def __enter__(self) -> 'Logger':
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -111,7 +60,7 @@ class Journal:
     jax.block_until_ready(metrics)
     now = time.perf_counter()
     self._first_seconds = now - self._began
-    self.say(f'first step after {metrics_lib.duration(self._first_seconds)}')
+    self.say(f'first step after {terminal.duration(self._first_seconds)}')
     self._read_at, self._since = self._start + 1, now
 
   def note(self, step: int, metrics: dict[str, Any]) -> None:
@@ -131,14 +80,14 @@ class Journal:
     values = {name: float(value) for name, value in metrics.items()}
     loss = check_finite(values['loss'], step)
     speed = self._tokens_per_second(step)
-    achieved = peaks.utilisation(
+    achieved = device_peaks.utilisation(
       speed * self._flops_per_token, self._devices, self._dtype
     )
     values |= {'tokens_per_second': speed} | achieved | routing_metrics(load)
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed
     self.say(
-      metrics_lib.progress_line(
+      terminal.progress_line(
         step, self._steps, loss, speed, left, achieved.get('mfu')
       )
     )
@@ -153,7 +102,7 @@ class Journal:
     self.say(
       f'step {step}  {split}: loss {result["loss"]:.4f},'
       f' {result["bits_per_byte"]:.4f} bits per byte'
-      f' ({metrics_lib.duration(seconds)})'
+      f' ({terminal.duration(seconds)})'
     )
     self._results[split] = [
       f'{result["loss"]:.4f}',
@@ -173,8 +122,8 @@ class Journal:
     elapsed = time.perf_counter() - self._began
     stopped = f', stopped at step {done} of {self._steps}'
     return (
-      metrics_lib.summary_table([head, *rows])
-      + f'\n{done - self._start} steps in {metrics_lib.duration(elapsed)}'
+      terminal.summary_table([head, *rows])
+      + f'\n{done - self._start} steps in {terminal.duration(elapsed)}'
       + (stopped if done < self._steps else '')
     )
 
@@ -192,15 +141,104 @@ class Journal:
     return tokens / seconds
 
 
-def check_finite(loss: float, step: int) -> float:
-  """Returns the loss.
+class MetricsWriter:
+  """Appends to DIR/metrics.jsonl and to the event files in DIR/tensorboard.
 
-  Raises:
-    UserError: it is not finite.
+  One JSON object a line, `step` and `split` first. Floats are written so that
+  reading gives back the same bits. JSON has no infinities and no NaN: they
+  are the strings "Infinity", "-Infinity" and "NaN", which `float` (and
+  JavaScript's `Number`) turn back. Every line is flushed as it is written.
   """
-  if not math.isfinite(loss):
-    raise UserError(
-      f'the loss is {loss} at step {step}: training has diverged; lower'
-      ' optimizer.learning_rate or raise optimizer.warmup_steps'
+
+  def __init__(
+    self, workdir: str, resume_step: int | None, active: bool = True
+  ) -> None:
+    """Opens the files and takes back what a resumed run will write again.
+
+    Args:
+      workdir: the run's directory, which exists.
+      resume_step: the step of the checkpoint gone on from; what was written
+        of later steps is dropped. None: a new start; everything is dropped.
+      active: False writes nothing: for every process but one.
+
+    Raises:
+      UserError: metrics.jsonl has a line that is not JSON, not being the last.
+    """
+    self._active = active
+    if not active:
+      return
+    last_step = -1 if resume_step is None else resume_step
+    path = os.path.join(workdir, 'metrics.jsonl')
+    _forget_after(path, last_step)
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed below)
+    self._events = tensorboardX.SummaryWriter(
+      os.path.join(workdir, 'tensorboard'),
+      purge_step=last_step + 1,
+      # Files are named by the second: two starts within one need the suffix.
+      filename_suffix=f'.{last_step + 1}',
     )
-  return loss
+
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+    """Writes one line; a scalar also to TensorBoard, as `split/name`.
+
+    Args:
+      step: steps done.
+      split: 'train', or the name of an evaluation.
+      values: numbers, or arrays of them, such as one per layer; on the
+        device or not.
+    """
+    if not self._active:
+      return
+    plain = {name: np.asarray(value).tolist() for name, value in values.items()}
+    row = {'step': step, 'split': split} | {
+      name: _encodable(value) for name, value in plain.items()
+    }
+    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    self._file.flush()
+    for name, value in plain.items():
+      if isinstance(value, int | float):
+        self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def close(self) -> None:
+    """Closes the files; what was written last is then on disk."""
+    if self._active:
+      self._file.close()
+      self._events.close()
+
+
+def _forget_after(path: str, last_step: int) -> None:
+  """Drops the lines of steps after `last_step` and a last line cut short."""
+  if not os.path.exists(path):
+    return
+  with open(path, encoding='utf-8', errors='replace') as file:
+    lines = file.read().splitlines()
+  kept = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      step = json.loads(line)['step']
+    except (ValueError, TypeError, KeyError) as error:
+      if number == len(lines):
+        break
+      raise UserError(
+        f'{path}:{number} is not a JSON object with a step; mend or remove it'
+      ) from error
+    if step <= last_step:
+      kept.append(line)
+  run_dir.replace(path, ''.join(f'{line}\n' for line in kept))
+
+
+def _encodable(value: Any) -> Any:
+  """The value with the floats that JSON lacks as strings."""
+  if isinstance(value, list):
+    return [_encodable(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return (
+      'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+    )
+  return value

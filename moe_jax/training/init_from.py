@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
-from moe_jax.training import workdir as workdir_lib
-from moe_jax.training.checkpoint import Store
+from moe_jax.training import run_dir
+from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import Setup
 
 _REMEDY = 'name another train.init_from'
@@ -37,7 +37,7 @@ def params(setup: Setup) -> dict[str, Any] | None:
     if not config.loss.bias_rate:
       zeros = {path: leaf for path, leaf in wanted.items() if _is_bias(path)}
     kept = {path: wanted[path] for path in wanted if path not in zeros}
-    with Store.open(
+    with Checkpointer.open(
       origin, config, setup.dictionary, read_only=True, remedy=_REMEDY
     ) as store:
       abstract = {'params': traverse_util.unflatten_dict(kept)}
@@ -53,7 +53,7 @@ def params(setup: Setup) -> dict[str, Any] | None:
 
 def _with_its_biases(config: ConfigDict, origin: str) -> ConfigDict:
   """The config, without biases on the choice if `origin` has none."""
-  saved = workdir_lib.config_of(origin, _REMEDY)
+  saved = run_dir.config_of(origin, _REMEDY)
   if saved_config.has_choice_bias(saved):
     return config
   unbiased = config.copy_and_resolve_references()

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from moe_jax.training.interrupt import Interrupt
+from moe_jax.training.signals import SignalHandler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -29,7 +29,7 @@ def received() -> Iterator[list[int]]:
 def test_catches_the_first_signal_only(
   number: signal.Signals, received: list[int]
 ) -> None:
-  with Interrupt() as interrupt:
+  with SignalHandler() as interrupt:
     assert not interrupt.stops(1)
     signal.raise_signal(number)
     assert interrupt.stops(2) and interrupt.signal == number
@@ -43,7 +43,7 @@ def test_catches_the_first_signal_only(
 def test_leaves_what_is_ignored(received: list[int]) -> None:
   """As under nohup."""
   signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  with Interrupt() as interrupt:
+  with SignalHandler() as interrupt:
     signal.raise_signal(signal.SIGHUP)
     assert not interrupt.stops(1)
   assert received == []
@@ -59,7 +59,7 @@ def test_several_processes_hand_signals_to_the_preemption_service(
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', lambda s: s == agreed
   )
-  with Interrupt() as interrupt:
+  with SignalHandler() as interrupt:
     signal.raise_signal(number)
     assert received == [signal.SIGTERM]
     assert [interrupt.stops(step) for step in (6, 7)] == [False, True]
@@ -73,6 +73,6 @@ def test_a_signal_to_another_process_is_a_sigterm_here(
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', lambda step: True
   )
-  with Interrupt() as interrupt:
+  with SignalHandler() as interrupt:
     assert interrupt.stops(1) and interrupt.signal == signal.SIGTERM
   assert received == []
