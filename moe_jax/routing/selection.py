@@ -169,11 +169,10 @@ class Select(nnx.Module):
     self.groups = options.groups
     self.top_groups = options.top_groups
     self.disable_top = options.disable_top
-    self.choice_bias_N = None
-    if options.biased:
-      self.choice_bias_N = param(
-        jnp.zeros(options.num_experts), part=ROUTER, update=BIAS_UPDATED
-      )
+    bias_N = param(
+      jnp.zeros(options.num_experts), part=ROUTER, update=BIAS_UPDATED
+    )
+    self.choice_bias_N = bias_N if options.biased else None
 
   def __call__(self, logits_TN: jax.Array) -> Routing:
     """Returns the `Routing` of float32 logits, best expert first."""
