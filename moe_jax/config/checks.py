@@ -8,7 +8,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import conflicts, ranges
+from moe_jax.config import conflicts
 from moe_jax.config.derived import (
   BATCH_AXES,
   get,
@@ -17,6 +17,7 @@ from moe_jax.config.derived import (
   mesh_shape,
   written_out,
 )
+from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 
 
@@ -24,18 +25,20 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   """Refuses values out of range and keys that contradict each other.
 
   Args:
-    config: has exactly the keys of `configs/base.py`.
-    num_devices: devices of all hosts together.
+    config: Has exactly the keys of the schema.
+    num_devices: The devices of all hosts together.
 
   Raises:
     UserError: names the keys, their values and what would be right.
   """
-  ranges.check(config)
+  for name, key in KEYS.items():
+    key.check(name, get(config, name))
   _check_experts(config)
   _check_heads(config)
   _check_positions(config)
   _check_optimizer(config)
   _check_data(config)
+  _check_profile(config)
   mesh = mesh_shape(config, num_devices)
   _check_split_sizes(config, mesh)
   _check_batches(config, mesh)
@@ -128,6 +131,16 @@ def _check_data(config: ConfigDict) -> None:
   if config.data.name == 'text_folder' and not config.data.path:
     raise UserError(
       "data.path = '' must name a folder when data.name = 'text_folder'"
+    )
+
+
+def _check_profile(config: ConfigDict) -> None:
+  profile = config.train.profile
+  start, _, steps = profile.partition(':')
+  if profile and not (start.isdecimal() and steps.isdecimal() and int(steps)):
+    raise UserError(
+      f'train.profile = {profile!r} must be START:STEPS, such as 10:5, or'
+      ' empty: the first step that is traced, and how many are'
     )
 
 

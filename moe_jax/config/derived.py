@@ -14,8 +14,8 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')
 
 
-def get(config: ConfigDict, key: str) -> int | float | str:
-  """The value of a dotted key."""
+def get(config: ConfigDict, key: str) -> Any:
+  """Returns the value of a dotted key."""
   return functools.reduce(lambda part, name: part[name], key.split('.'), config)
 
 

@@ -7,40 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax.config.derived import decay_end, flatten
-from moe_jax.config.schema import get_config
+from moe_jax.config.schema import KEYS, get_config
 
-# Where things are, how fast they run and what is reported; a section's name
-# stands for all its keys. `data.path` is here because a folder may be moved.
-_HARMLESS = (
-  'mesh',
-  'checkpoint',
-  'eval',
-  'model.attention',
-  'moe.grouped_matmul',
-  'model.remat',
-  'model.unroll',
-  'moe.exchange',
-  'moe.buffer_factor',
-  'data.dir',
-  'data.path',
-  'data.threads',
-  'train.log_every',
-  'train.check_replicas_every',
-)
-# What an evaluation takes over from training; its data and batches are its own.
-_MODEL = ('model', 'moe', 'router', 'data.tokenizer')
-# The same function of the same parameters, computed in another way, or what
-# happens in training alone.
-_COMPUTED = (
-  'model.dtype',
-  'model.dropout',
-  'model.idle_parameters',
-  'moe.dispatch',
-  'moe.capacity_factor',
-  'moe.priority',
-  'router.jitter',
-)
-
+# Of a key that exists no longer, its section says whether it was the model's.
+_MODEL = ('model', 'moe', 'router')
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
 _ABSENT = 'absent'
 
@@ -81,7 +51,7 @@ def changed_meaning(
     old: the config the run was made with, a dictionary of sections.
     new: the config to go on with.
   """
-  changed = [key for key in _differing(old, new) if not _under(key, _HARMLESS)]
+  changed = [key for key in _differing(old, new) if not _may_change(key)]
   if _decay_end(old) is not None and _decay_end(old) == _decay_end(new):
     changed = [key for key in changed if key not in _DECAY[:2]]
   return changed
@@ -92,15 +62,16 @@ def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
   Of `loss.bias_rate` it counts whether it is 0: the bias is a parameter.
   """
+  also = set()
   # These have the ids of the data set that the model was trained on.
-  of_data = new['data']['tokenizer'] in ('enwik8', 'words')
-  model = (*_MODEL, 'data.name') if of_data else _MODEL
+  if new['data']['tokenizer'] in ('enwik8', 'words'):
+    also.add('data.name')
   if has_choice_bias(old) != has_choice_bias(new):
-    model = (*model, 'loss.bias_rate')
+    also.add('loss.bias_rate')
   return [
     key
     for key in changed_meaning(old, new)
-    if _under(key, model) and not _under(key, _COMPUTED)
+    if key in also or _is_of_function(key)
   ]
 
 
@@ -152,6 +123,13 @@ def _decay_end(config: Mapping[str, Any]) -> int | None:
   return None
 
 
-def _under(key: str, sections: tuple[str, ...]) -> bool:
-  """Whether `key` is one of `sections` or a key of one."""
-  return any(key == name or key.startswith(f'{name}.') for name in sections)
+def _may_change(key: str) -> bool:
+  """Returns whether a run may go on with another value of the key."""
+  return key in KEYS and KEYS[key].resume
+
+
+def _is_of_function(key: str) -> bool:
+  """Returns whether the function of the same parameters depends on the key."""
+  if key in KEYS:
+    return KEYS[key].function
+  return key.split('.')[0] in _MODEL

@@ -1,160 +1,521 @@
-"""Every key of a run, its default and its meaning: this file is the schema.
+"""Every key of a run: its default, its meaning, its choices and its bounds.
 
+This file is the schema: what may change on resume, what a model's function
+depends on, the help of the programs and `docs/configs.md` follow from it.
 Presets start from `get_config()` and change values; they never add a key. An
-`every` of 0 switches that thing off. Conflicts between keys are refused by
-`moe_jax.config.validate` before anything is built.
+`every` of 0 switches that thing off. A key that an older run does not have
+means its default, so a new key's default does what was done without it.
+
+Conflicts between keys are the business of `moe_jax.config.checks`.
 """
 
 from ml_collections import ConfigDict
 
+from moe_jax.config.keys import Key
+from moe_jax.registry import (
+  ATTENTIONS,
+  CELLS,
+  DISPATCHES,
+  EVALUATIONS,
+  EXCHANGES,
+  GATES,
+  GROUPED_MATMULS,
+  OPTIMIZERS,
+  SCHEDULES,
+  SELECTIONS,
+)
+
+# What the sections are about; `Key`s without a section come first.
+SECTIONS = {
+  'mesh': 'Devices along each axis; one axis may be -1, which is what is left.',
+  'mesh.dcn': (
+    'Slices (of TPUs, or hosts of GPUs that a slower network joins) along each'
+    ' axis; one axis may be -1, which is what is left.'
+  ),
+  'model': 'The decoder around its feed-forward networks.',
+  'moe': 'The layers with experts.',
+  'moe.shared': 'Experts that every token goes to.',
+  'router': 'How tokens choose experts.',
+  'loss': 'What is added to the cross entropy, and how experts are balanced.',
+  'optimizer': 'The update, and the learning rate over the steps.',
+  'train': 'The training loop.',
+  'data': 'What is read, and in which order.',
+  'checkpoint': 'When the state is saved, and what is kept.',
+  'eval': 'Evaluation, during training and after it.',
+}
+
+
+def _axis(default: int, meaning: str) -> Key:
+  """Returns a key of a mesh axis; `derived.fill` checks its value."""
+  return Key(default, meaning, low=-1, resume=True)
+
+
+KEYS = {
+  'seed': Key(
+    0,
+    'The seed that parameters and the order of data follow from.',
+    high=2**32 - 1,  # the data pipeline's generator takes 32 bits
+  ),
+  'mesh.data': _axis(-1, 'The batch is split, parameters are repeated.'),
+  'mesh.fsdp': _axis(1, 'The batch is split, and so are parameters.'),
+  'mesh.expert': _axis(1, 'The batch is split, and so are experts.'),
+  'mesh.tensor': _axis(1, 'Heads and feed-forward widths are split.'),
+  'mesh.dcn.data': _axis(-1, 'Slices along `mesh.data`.'),
+  'mesh.dcn.fsdp': _axis(1, 'Slices along `mesh.fsdp`.'),
+  'mesh.dcn.expert': _axis(1, 'Slices along `mesh.expert`.'),
+  'mesh.dcn.tensor': _axis(1, 'Slices along `mesh.tensor`.'),
+  'model.num_layers': Key(
+    4, 'The number of layers.', low=1, high=10_000, function=True
+  ),
+  'model.hidden_size': Key(
+    256, 'The width of the hidden states.', low=1, function=True
+  ),
+  'model.num_heads': Key(
+    4, 'The number of attention heads.', low=1, function=True
+  ),
+  'model.num_kv_heads': Key(
+    4,
+    'The number of heads of keys and values; fewer than `model.num_heads` is'
+    ' grouped-query attention.',
+    low=1,
+    function=True,
+  ),
+  'model.head_dim': Key(
+    0,
+    'The size of a head; 0 is `model.hidden_size` / `model.num_heads`.',
+    function=True,
+  ),
+  'model.ffn_width': Key(
+    1024, 'The width of the dense layers.', low=1, function=True
+  ),
+  'model.vocab_size': Key(
+    0, "The number of token ids; 0 takes the tokenizer's.", function=True
+  ),
+  'model.rope_theta': Key(
+    10_000.0, 'The base of rotary positions.', above=0, function=True
+  ),
+  'model.norm': Key(
+    'rms',
+    'RMSNorm, or LayerNorm with biases.',
+    ('rms', 'layer'),
+    function=True,
+  ),
+  'model.norm_place': Key(
+    'pre',
+    'x + f(norm(x)) and a final norm (pre), or norm(x + f(x)) (post).',
+    ('pre', 'post'),
+    function=True,
+  ),
+  'model.norm_epsilon': Key(
+    1e-6, 'What is added to the variance in norms.', above=0, function=True
+  ),
+  'model.positions': Key(
+    'rotary',
+    'Rotary positions, or attention to a span of tokens with learned relative'
+    ' keys.',
+    ('rotary', 'span'),
+    function=True,
+  ),
+  'model.attention': Key(
+    'auto',
+    'How attention with rotary positions is computed.',
+    ('auto', ATTENTIONS),
+    resume=True,
+  ),
+  'model.span': Key(
+    0,
+    'With `model.positions` = span: how many tokens a token sees before it.',
+    function=True,
+  ),
+  'model.activation': Key(
+    'swiglu',
+    'SwiGLU, or a ReLU network with biases, in dense layers and experts.',
+    ('swiglu', 'relu'),
+    function=True,
+  ),
+  'model.dropout': Key(
+    0.0,
+    'The share of attention weights, hidden units and MoE outputs that training'
+    ' sets to 0.',
+    below=1,
+  ),
+  'model.head_bias': Key(
+    False, 'Whether the output head has a bias.', function=True
+  ),
+  'model.tie_embeddings': Key(
+    False, 'Whether the output head is the input embedding.', function=True
+  ),
+  'model.init_std': Key(
+    0.02, 'The standard deviation that weight matrices start with.', above=0
+  ),
+  'model.dtype': Key(
+    'auto',
+    'The type of the arithmetic; auto is float32 on CPUs, else bfloat16.',
+    ('auto', 'float32', 'bfloat16'),
+  ),
+  'model.remat': Key(
+    'none',
+    'What the backward pass computes again: nothing, all but matrix products'
+    ' (dots), or everything inside a layer (full).',
+    ('none', 'dots', 'full'),
+    resume=True,
+  ),
+  'model.unroll': Key(
+    1,
+    'The periods of layers unrolled in a step of the scan over them.',
+    low=1,
+    high=10_000,
+    resume=True,
+  ),
+  'model.idle_parameters': Key(
+    0,
+    'Parameters per layer that are never built: what a published size counts'
+    ' and nobody reads.',
+    high=2**62,
+  ),
+  'moe.num_experts': Key(
+    8, 'Experts per sub-layer; 0 is a dense model.', high=2**20, function=True
+  ),
+  'moe.factors': Key(
+    1,
+    'Sub-layers per MoE layer: 1 is conventional, 2 the Cartesian product, 3'
+    ' goes one further.',
+    low=1,
+    high=64,
+    function=True,
+  ),
+  'moe.top_k': Key(2, 'Experts that a token chooses.', low=1, function=True),
+  'moe.expert_width': Key(
+    512,
+    'The width of a whole expert; factors share it equally.',
+    low=1,
+    function=True,
+  ),
+  'moe.every': Key(1, 'Every n-th layer is MoE ...', low=1, function=True),
+  'moe.offset': Key(0, '... counted from this layer ...', function=True),
+  'moe.first_dense': Key(
+    0, '... but these first layers are dense all the same.', function=True
+  ),
+  'moe.renormalize': Key(
+    True,
+    'Whether the weights of the chosen experts sum to 1, if they are several.',
+    function=True,
+  ),
+  'moe.dispatch': Key(
+    'dropless',
+    'Every token reaches its experts (dropless), or experts have room for so'
+    ' many (capacity).',
+    (DISPATCHES,),
+  ),
+  'moe.capacity_factor': Key(
+    1.25,
+    'With `moe.dispatch` = capacity: the room of an expert over the balanced'
+    ' share.',
+    above=0,
+  ),
+  'moe.priority': Key(
+    'position',
+    'With `moe.dispatch` = capacity: who is kept, earlier tokens or those of a'
+    ' larger weight.',
+    ('position', 'probability'),
+  ),
+  'moe.grouped_matmul': Key(
+    'auto',
+    'How dropless experts are computed.',
+    ('auto', GROUPED_MATMULS),
+    resume=True,
+  ),
+  'moe.exchange': Key(
+    'auto',
+    'How tokens travel along `mesh.expert`; auto is what sends the fewest'
+    ' bytes.',
+    ('auto', EXCHANGES),
+    resume=True,
+  ),
+  'moe.buffer_factor': Key(
+    2.0,
+    'Dropless all_to_all and ragged: the room over the balanced share; what'
+    ' finds none is counted and takes a slower way.',
+    above=0,
+    resume=True,
+  ),
+  'moe.bias': Key(
+    False,
+    'Whether a learned vector is added to the routed output.',
+    function=True,
+  ),
+  'moe.shared.width': Key(
+    0,
+    'The width of the shared expert, which factors share equally; 0 is none.',
+    function=True,
+  ),
+  'moe.shared.parts': Key(
+    1,
+    'The parts of the shared expert, whose mean is its output.',
+    low=1,
+    high=1024,
+    function=True,
+  ),
+  'moe.shared.mixing': Key(
+    'sum',
+    "How it is added to the routed experts' output: with weight 1, with fixed"
+    ' weights, or with a learned coefficient per token.',
+    ('sum', 'fixed', 'coefficient'),
+    function=True,
+  ),
+  'moe.shared.routed_weight': Key(
+    0.5,
+    'With `moe.shared.mixing` = fixed: the weight of the routed experts.',
+    function=True,
+  ),
+  'moe.shared.shared_weight': Key(
+    0.5,
+    'With `moe.shared.mixing` = fixed: the weight of the shared expert.',
+    function=True,
+  ),
+  'router.score': Key(
+    'linear',
+    'The gate, which gives the logits of the experts.',
+    (GATES,),
+    function=True,
+  ),
+  'router.bias': Key(
+    False,
+    'Whether the gates linear, mlp and hyper have a bias.',
+    function=True,
+  ),
+  'router.mlp_width': Key(
+    256, 'The width of the gates mlp and hyper.', low=1, function=True
+  ),
+  'router.reduced_size': Key(
+    16, 'The dimensions of the gate xmoe.', low=1, function=True
+  ),
+  'router.recurrent': Key(
+    'none',
+    'The recurrent cell that all layers share.',
+    (CELLS,),
+    function=True,
+  ),
+  'router.state_size': Key(
+    128, "The size of the cell's state.", low=1, function=True
+  ),
+  'router.projector': Key(
+    'layerwise',
+    "Whether each layer projects its input to the cell's, or one for all does.",
+    ('layerwise', 'shared'),
+    function=True,
+  ),
+  'router.passing': Key(
+    'state',
+    'What a layer hands to the next: the state, the state without its gradient'
+    ' (detached), or nothing.',
+    ('state', 'detached', 'none'),
+    function=True,
+  ),
+  'router.residual': Key(
+    0.0, "The weight of the previous MoE layer's logits.", function=True
+  ),
+  'router.residual_detached': Key(
+    False, 'Whether these come without their gradient.'
+  ),
+  'router.jitter': Key(
+    0.0, "Training multiplies the router's inputs by 1 +- this.", below=1
+  ),
+  'router.selection': Key(
+    'top_k',
+    'A token takes the `moe.top_k` best experts, or the best ones until their'
+    ' probabilities exceed `router.top_p`.',
+    (SELECTIONS,),
+    function=True,
+  ),
+  'router.top_p': Key(
+    0.4,
+    'With `router.selection` = top_p: the probability to be exceeded.',
+    below=1,
+    function=True,
+  ),
+  'router.weights': Key(
+    'softmax',
+    'The weights of the chosen experts: a softmax over all, a softmax over the'
+    ' chosen, or sigmoids.',
+    ('softmax', 'chosen', 'sigmoid'),
+    function=True,
+  ),
+  'router.groups': Key(
+    1, 'Experts lie in so many equal groups ...', low=1, function=True
+  ),
+  'router.top_groups': Key(
+    1, '... of which a token may choose from so many.', low=1, function=True
+  ),
+  'loss.balance_weight': Key(0.01, 'The weight of the balance loss.'),
+  'loss.balance_layers': Key(
+    'separate',
+    'Whether each layer is balanced, or all layers joined.',
+    ('separate', 'joined'),
+  ),
+  'loss.balance_scope': Key(
+    'micro_batch',
+    'Over which tokens the shares of the experts are to be even.',
+    ('micro_batch', 'sequence', 'global_batch'),
+  ),
+  'loss.bias_rate': Key(
+    0.0,
+    'How fast a bias on the choice balances the experts; 0 has no such bias.',
+  ),
+  'loss.z_weight': Key(0.0, 'The weight of the router z-loss.'),
+  'optimizer.name': Key('adamw', 'The optimizer.', (OPTIMIZERS,)),
+  'optimizer.schedule': Key(
+    'cosine',
+    'How the learning rate goes on after the warm-up; wsd is warm-up, stable,'
+    ' decay.',
+    (SCHEDULES,),
+  ),
+  'optimizer.learning_rate': Key(
+    1e-3, 'The peak of the learning rate.', above=0
+  ),
+  'optimizer.final_fraction': Key(
+    0.1, 'The share of the peak at the end of the decay.', high=1
+  ),
+  'optimizer.stable_fraction': Key(
+    0.8,
+    'With `optimizer.schedule` = wsd: the share of the steps after the warm-up'
+    ' that stay at the peak.',
+    high=1,
+  ),
+  'optimizer.warmup_steps': Key(
+    50, 'Steps in which the learning rate rises to its peak.'
+  ),
+  'optimizer.decay_steps': Key(
+    0, 'The step at which the decay ends; 0 is `train.steps`.'
+  ),
+  'optimizer.b1': Key(
+    0.9, 'AdamW and Lion: the decay of the first moment.', below=1
+  ),
+  'optimizer.b2': Key(
+    0.95, 'AdamW and Lion: the decay of the second moment.', below=1
+  ),
+  'optimizer.momentum': Key(
+    0.95, 'Muon: the decay of the momentum of matrices.', below=1
+  ),
+  'optimizer.epsilon': Key(
+    1e-8, 'What is added to the root of the second moment.', above=0
+  ),
+  'optimizer.weight_decay': Key(
+    0.1, 'Weight decay, not of norms, biases and the recurrent cell.'
+  ),
+  'optimizer.clip_norm': Key(
+    1.0, "The most that the gradient's global norm may be; 0 never clips."
+  ),
+  'optimizer.freeze': Key(
+    'none',
+    'What is not trained.',
+    ('none', 'router', 'router_and_cell'),
+  ),
+  'train.steps': Key(1000, 'The number of training steps.', low=1),
+  'train.batch_size': Key(
+    16, 'The sequences of a step, over all devices.', low=1
+  ),
+  'train.accumulation': Key(
+    1, 'The micro-batches in which a step is computed.', low=1
+  ),
+  'train.init_from': Key(
+    '',
+    "The workdir whose newest parameters are the start; '' starts anew.",
+    path=True,
+  ),
+  'train.log_every': Key(10, 'Steps between two logged ones.', resume=True),
+  'train.check_replicas_every': Key(
+    0,
+    'Steps between two checks that devices hold the same bits where they'
+    ' should; a check reads them all.',
+    resume=True,
+  ),
+  'train.profile': Key(
+    '',
+    "START:STEPS writes a trace of so many steps from that one on; '' none.",
+    resume=True,
+  ),
+  'data.name': Key(
+    'python_stdlib',
+    'The data set: python_stdlib, text_folder, enwik8, wikitext103, or any text'
+    ' data set of TensorFlow Datasets.',
+  ),
+  'data.dir': Key(
+    '',
+    "Where data sets are kept; '' is where TensorFlow Datasets keeps them.",
+    resume=True,
+    path=True,
+  ),
+  'data.path': Key(
+    '',
+    'text_folder: the folder whose files are read. enwik8 and wikitext103:'
+    ' their zip file, if it is here already.',
+    resume=True,  # a folder may be moved
+    path=True,
+  ),
+  'data.text_key': Key('text', 'The feature that holds a document.'),
+  'data.train_split': Key('train', 'The split to train on.'),
+  'data.tokenizer': Key(
+    'bytes', 'The tokenizer: bytes, enwik8 or words.', function=True
+  ),
+  'data.seq_len': Key(256, 'The tokens of a sequence.', low=1),
+  'data.order': Key(
+    'shuffled',
+    'Sequences in a random order, or rows of text that are read on and on.',
+    ('shuffled', 'contiguous'),
+  ),
+  'data.threads': Key(
+    1,
+    'The threads that read ahead of the device.',
+    low=1,
+    high=1024,
+    resume=True,
+  ),
+  'checkpoint.every': Key(
+    200, 'Steps between two checkpoints; the last step has one.', resume=True
+  ),
+  'checkpoint.keep': Key(
+    3, 'The newest n checkpoints stay ...', low=1, resume=True
+  ),
+  'checkpoint.keep_every': Key(
+    0, '... and that of every step that is a multiple of n.', resume=True
+  ),
+  'eval.every': Key(
+    200, 'Steps between two evaluations; the last step has one.', resume=True
+  ),
+  'eval.evaluations': Key(
+    'perplexity',
+    'The evaluations to run, with commas between.',
+    (EVALUATIONS,),
+    several=True,
+    resume=True,
+  ),
+  'eval.split': Key('validation', 'The split to evaluate on.', resume=True),
+  'eval.batches': Key(
+    0,
+    'Batches of an evaluation during training; 0 is the whole split.',
+    resume=True,
+  ),
+  'eval.batch_size': Key(
+    0, 'Sequences of a batch; 0 is `train.batch_size`.', resume=True
+  ),
+  'eval.disable_top': Key(
+    0,
+    "How many of each token's best experts are disabled, in every layer.",
+    resume=True,
+  ),
+}
+
 
 def get_config() -> ConfigDict:
-  """Returns the defaults: a small conventional MoE on `python_stdlib`."""
+  """Returns every key at its default, locked: a small MoE on python_stdlib."""
   config = ConfigDict()
-  config.seed = 0  # parameters and data order follow from it
-
-  # Devices along each axis; one axis may be -1: whatever is left.
-  config.mesh = ConfigDict()
-  config.mesh.data = -1  # batch split, parameters repeated
-  config.mesh.fsdp = 1  # batch split, parameters split too
-  config.mesh.expert = 1  # batch split, experts split
-  config.mesh.tensor = 1  # heads and feed-forward widths split
-
-  # Of these, how many slices (of TPUs, or hosts of GPUs that a slower network
-  # joins) lie along each axis; one axis may be -1: whatever is left.
-  config.mesh.dcn = ConfigDict()
-  config.mesh.dcn.data = -1
-  config.mesh.dcn.fsdp = 1
-  config.mesh.dcn.expert = 1
-  config.mesh.dcn.tensor = 1
-
-  config.model = ConfigDict()
-  config.model.num_layers = 4
-  config.model.hidden_size = 256
-  config.model.num_heads = 4
-  config.model.num_kv_heads = 4  # fewer than num_heads: grouped-query attention
-  config.model.head_dim = 0  # 0: hidden_size / num_heads
-  config.model.ffn_width = 1024  # of the dense layers
-  config.model.vocab_size = 0  # 0: the tokenizer's
-  config.model.rope_theta = 10_000.0
-  config.model.norm = 'rms'  # rms | layer: RMSNorm, or LayerNorm with biases
-  config.model.norm_place = 'pre'  # pre | post: norm(x + f(x)), no final norm
-  config.model.norm_epsilon = 1e-6
-  config.model.positions = 'rotary'  # rotary | span: learned relative keys
-  # auto | xla | blocks | cudnn | splash: implementations.py
-  config.model.attention = 'auto'  # positions = rotary: how it is computed
-  config.model.span = 0  # positions = span: tokens seen before a token
-  config.model.activation = 'swiglu'  # swiglu | relu, which has biases
-  config.model.dropout = 0.0  # on attention weights, hidden units, MoE outputs
-  config.model.head_bias = False  # a bias on the output head
-  config.model.tie_embeddings = False  # output head = input embedding
-  config.model.init_std = 0.02  # of every weight matrix
-  config.model.dtype = 'auto'  # of the arithmetic: bfloat16, on CPU float32
-  config.model.remat = 'none'  # none | dots | full: what backward recomputes
-  config.model.unroll = 1  # periods unrolled per step of the scan over layers
-  # Of a layer, never built: what a published size counts and nobody reads.
-  config.model.idle_parameters = 0
-
-  config.moe = ConfigDict()
-  config.moe.num_experts = 8  # per sub-layer; 0: a dense model
-  config.moe.top_k = 2
-  config.moe.expert_width = 512  # of a whole expert: factors share it equally
-  config.moe.factors = 1  # 1 conventional, 2 Cartesian product, 3 one further
-  config.moe.every = 1  # MoE in every n-th layer ...
-  config.moe.offset = 0  # ... counted from this one
-  config.moe.first_dense = 0  # these first layers are dense all the same
-  config.moe.renormalize = True  # chosen weights sum to 1, if top_k > 1
-  config.moe.dispatch = 'dropless'  # dropless | capacity
-  config.moe.capacity_factor = 1.25  # rows per expert over the balanced share
-  # position | probability: who is kept, earlier tokens or heavier ones
-  config.moe.priority = 'position'
-  # auto | blocks | ragged_dot | padded | triton | mosaic: implementations.py
-  config.moe.grouped_matmul = 'auto'  # how dropless experts are computed
-  # auto | gather | all_to_all | ragged: of tokens between devices along
-  # mesh.expert; auto is what sends the fewest bytes
-  config.moe.exchange = 'auto'
-  # Dropless all_to_all and ragged: room over the balanced share; what finds
-  # none is counted and takes a slower way
-  config.moe.buffer_factor = 2.0
-  config.moe.bias = False  # a learned vector added to the routed output
-
-  config.moe.shared = ConfigDict()
-  config.moe.shared.width = 0  # 0: no shared expert; factors share it equally
-  config.moe.shared.parts = 1  # their mean is the shared expert's output
-  config.moe.shared.mixing = 'sum'  # sum | fixed | coefficient
-  config.moe.shared.routed_weight = 0.5  # mixing = fixed
-  config.moe.shared.shared_weight = 0.5  # mixing = fixed
-
-  config.router = ConfigDict()
-  # linear | mlp | cosine | xmoe | hyper | random | hash: see scores.py
-  config.router.score = 'linear'
-  config.router.bias = False  # of the linear, mlp and hyper scores
-  config.router.mlp_width = 256  # score = mlp or hyper
-  config.router.reduced_size = 16  # score = xmoe
-  config.router.recurrent = 'none'  # none | gru | rnn | lstm
-  config.router.state_size = 128
-  config.router.projector = 'layerwise'  # layerwise | shared: the cell's input
-  config.router.passing = 'state'  # state | detached | none: to the next layer
-  config.router.residual = 0.0  # weight of the previous MoE layer's logits
-  config.router.residual_detached = False  # without their gradient
-  config.router.jitter = 0.0  # training multiplies inputs by 1 +- this
-  config.router.selection = 'top_k'  # top_k | top_p
-  config.router.top_p = 0.4  # selection = top_p: probability to be exceeded
-  config.router.weights = 'softmax'  # softmax | chosen | sigmoid: selection.py
-  config.router.groups = 1  # of experts, in equal parts ...
-  config.router.top_groups = 1  # ... of which a token may choose from so many
-
-  config.loss = ConfigDict()
-  config.loss.balance_weight = 0.01
-  config.loss.balance_layers = 'separate'  # separate | joined: see balance.py
-  # micro_batch | sequence | global_batch: whose shares are to be even
-  config.loss.balance_scope = 'micro_batch'
-  config.loss.bias_rate = 0.0  # of balancing by a bias on the choice; 0: none
-  config.loss.z_weight = 0.0  # router z-loss
-
-  config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 1e-3  # the peak
-  config.optimizer.final_fraction = 0.1  # of the peak, at the end of the decay
-  config.optimizer.warmup_steps = 50
-  config.optimizer.decay_steps = 0  # where the decay ends; 0: train.steps
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.95
-  config.optimizer.epsilon = 1e-8
-  config.optimizer.weight_decay = 0.1  # not on norms, biases and router cell
-  config.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0: never
-  config.optimizer.freeze = 'none'  # none | router | router_and_cell
-
-  config.train = ConfigDict()
-  config.train.steps = 1000
-  config.train.batch_size = 16  # sequences per step, over all devices
-  config.train.accumulation = 1  # micro-batches a step is computed in
-  config.train.init_from = ''  # start from this workdir's newest parameters
-  config.train.log_every = 10
-  # Steps: whether devices that should hold the same bits do; reads them all.
-  config.train.check_replicas_every = 0
-
-  config.data = ConfigDict()
-  config.data.name = 'python_stdlib'  # any TFDS text data set; text_folder
-  config.data.dir = ''  # where data sets are kept; '': TFDS's own default
-  # text_folder: the folder whose files are read; enwik8 and wikitext103: their
-  # zip file if it is here already
-  config.data.path = ''
-  config.data.text_key = 'text'  # the feature that holds a document
-  config.data.train_split = 'train'
-  config.data.tokenizer = 'bytes'  # bytes | enwik8 | words
-  config.data.seq_len = 256
-  config.data.order = 'shuffled'  # shuffled | contiguous: rows read on and on
-  config.data.threads = 1  # that read ahead of the device
-
-  config.checkpoint = ConfigDict()
-  config.checkpoint.every = 200  # steps; and the last one
-  config.checkpoint.keep = 3  # the newest n stay
-  config.checkpoint.keep_every = 0  # and every step that is a multiple of n
-
-  config.eval = ConfigDict()
-  config.eval.every = 200  # steps; and the last one
-  config.eval.split = 'validation'
-  config.eval.batches = 0  # during training; 0: the whole split
-  config.eval.batch_size = 0  # 0: train.batch_size
-  config.eval.disable_top = 0  # each token's so many best experts, everywhere
+  for name, key in KEYS.items():
+    *sections, last = name.split('.')
+    part = config
+    for section in sections:
+      if section not in part:
+        part[section] = ConfigDict()
+      part = part[section]
+    part[last] = key.default
   return config.lock()

@@ -1,7 +1,7 @@
 """What a config means for the function that its model computes.
 
 Formats of other programs say a part of what a config of ours can: `NEUTRAL` is
-the rest. The key sets are those of `configs/base.py`, and a test holds them so.
+the rest.
 """
 
 from typing import Any
@@ -9,90 +9,57 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax.config.schema import KEYS
 
-# Values with which a key changes nothing about a Llama-like model.
-NEUTRAL = {
+_SECTIONS = ('router', 'moe', 'model')
+
+# Where a Llama-like model has other values than the defaults; sizes stand for
+# those that a format says.
+_LLAMA = {
   'model': {
     'num_layers': 1,
     'hidden_size': 2,
     'num_heads': 1,
     'num_kv_heads': 1,
-    'head_dim': 0,
     'ffn_width': 1,
     'vocab_size': 1,
-    'rope_theta': 10_000.0,
-    'norm': 'rms',
-    'norm_place': 'pre',
-    'norm_epsilon': 1e-6,
-    'positions': 'rotary',
-    'attention': 'auto',
-    'span': 0,
-    'activation': 'swiglu',
-    'dropout': 0.0,
-    'head_bias': False,
-    'tie_embeddings': False,
-    'init_std': 0.02,
     'dtype': 'float32',
-    'remat': 'none',
-    'unroll': 1,
-    'idle_parameters': 0,
   },
   'moe': {
     'num_experts': 0,
-    'factors': 1,
     'top_k': 1,
     'expert_width': 1,
-    'every': 1,
-    'offset': 0,
-    'first_dense': 0,
-    'renormalize': True,
-    'dispatch': 'dropless',
     'capacity_factor': 1.0,
-    'priority': 'position',
-    'grouped_matmul': 'auto',
-    'exchange': 'auto',
-    'buffer_factor': 2.0,
-    'bias': False,
-    'shared': {
-      'width': 0,
-      'parts': 1,
-      'mixing': 'sum',
-      'routed_weight': 0.5,
-      'shared_weight': 0.5,
-    },
   },
-  'router': {
-    'score': 'linear',
-    'bias': False,
-    'mlp_width': 1,
-    'reduced_size': 1,
-    'recurrent': 'none',
-    'state_size': 1,
-    'projector': 'layerwise',
-    'passing': 'state',
-    'residual': 0.0,
-    'residual_detached': False,
-    'jitter': 0.0,
-    'selection': 'top_k',
-    'top_p': 0.4,
-    'weights': 'softmax',
-    'groups': 1,
-    'top_groups': 1,
-  },
-  'loss': {
-    'balance_weight': 0.0,
-    'balance_layers': 'joined',  # as the released code computes it
-    'balance_scope': 'micro_batch',
-    'bias_rate': 0.0,
-    'z_weight': 0.0,
-  },
+  'router': {'mlp_width': 1, 'reduced_size': 1, 'state_size': 1},
+  # As the released code computes it.
+  'loss': {'balance_weight': 0.0, 'balance_layers': 'joined'},
 }
 
-# How it is trained or computed, not what: free in every comparison.
-_FREE = """model.attention model.dropout model.init_std model.dtype model.remat
-model.unroll model.idle_parameters moe.dispatch moe.capacity_factor moe.priority
-moe.grouped_matmul moe.exchange moe.buffer_factor moe.every moe.offset
-moe.first_dense router.residual_detached router.jitter""".split()
+
+def _neutral() -> dict[str, Any]:
+  """Returns values with which no key changes a Llama-like model."""
+  defaults = config_lib.get_config().to_dict()
+  return {name: defaults[name] | values for name, values in _LLAMA.items()}
+
+
+NEUTRAL = _neutral()
+
+# A key that makes others idle comes before them.
+_COMPARED = [
+  name
+  for section in _SECTIONS
+  for name in KEYS
+  if name.split('.')[0] == section
+]
+
+# How a model is trained or computed, not what it computes: free in every
+# comparison. The places of the MoE layers are compared as one key, `layers`.
+_FREE = [name for name in _COMPARED if not KEYS[name].function] + [
+  'moe.every',
+  'moe.offset',
+  'moe.first_dense',
+]
 
 
 def config_of(**sections: dict[str, Any]) -> ConfigDict:
@@ -110,9 +77,8 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
   what `moe.renormalize` does is part of `router.weights`.
   """
   kinds = config_lib.layer_kinds(config)
-  neutral = config_lib.flatten({name: NEUTRAL[name] for name in _SECTIONS})
-  # In this order: a key that makes others idle comes before them.
-  flat = {key: config_lib.get(config, key) for key in neutral}
+  neutral = config_lib.flatten(NEUTRAL)
+  flat = {key: config_lib.get(config, key) for key in _COMPARED}
   flat['model.head_dim'] = config_lib.head_dim(config)
   for key in _unread(config, kinds):
     flat[key] = neutral[key]
@@ -125,9 +91,6 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
     same = weights.replace('softmax', 'chosen')
     flat['router.weights'] = same if same == 'chosen' else f'{same}, to sum 1'
   return {'layers': ' '.join(kinds)} | flat
-
-
-_SECTIONS = ('router', 'moe', 'model')
 
 
 def _unread(config: ConfigDict, kinds: tuple[str, ...]) -> list[str]:

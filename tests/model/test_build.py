@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.config import ranges
+from moe_jax.config.schema import KEYS
 from moe_jax.experts import grouped_matmul
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import MIXINGS, repetition
@@ -34,7 +34,7 @@ def test_repetition(
 
 
 def test_config_knows_every_part_there_is() -> None:
-  """A part that `ranges` does not list could not be chosen."""
+  """A part that the schema does not list could not be chosen."""
   parts = {
     'moe.dispatch': DISPATCHES,
     'moe.exchange': {'auto', *EXCHANGES['dropless']},
@@ -47,4 +47,4 @@ def test_config_knows_every_part_there_is() -> None:
     'model.attention': {'auto'} | IMPLEMENTATIONS.keys(),
   }
   for key, registry in parts.items():
-    assert set(ranges.CHOICES[key]) == set(registry), key
+    assert set(KEYS[key].names()) == set(registry), key
