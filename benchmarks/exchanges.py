@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
+from moe_jax.experts.exchange import exchanges_for
 from moe_jax.model import build, implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
@@ -74,7 +75,7 @@ class Layer:
     self._mesh = mesh_lib.make_mesh(shape, jax.devices())
     self._dtype = build.compute_dtype(config, self._mesh)
     self._tokens = config.train.batch_size * config.data.seq_len
-    self.exchanges = tuple(implementations.EXCHANGES[config.moe.dispatch])
+    self.exchanges = exchanges_for(config.moe.dispatch)
     self.slots = self._tokens * config.moe.top_k
     all_chosen = config.router.selection == 'top_p'
     self._slots_of_token = (

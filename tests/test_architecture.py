@@ -38,21 +38,26 @@ ROOMS = {
   'parameter': Room('', 'jax flax'),
   'routing': Room('errors registry parameter', 'jax flax'),
   # An optional package, imported where it is used.
-  'experts.grouped_matmul.tokamax': Room('', 'jax tokamax absl'),
+  'parallel.devices': Room('', 'jax'),
+  'experts.grouped_matmul.tokamax': Room(
+    'parallel.devices', 'jax tokamax absl'
+  ),
   'experts': Room(
-    'registry parameter routing experts.grouped_matmul.tokamax', 'jax flax'
+    'registry parameter routing parallel.devices'
+    ' experts.grouped_matmul.tokamax',
+    'jax flax ml_collections',
   ),
   'parallel.slices': Room('config errors', 'jax ml_collections numpy'),
-  'parallel.mesh': Room('config errors parallel.slices', 'jax ml_collections'),
+  'parallel.mesh': Room(
+    'config errors parallel.slices parallel.devices', 'jax ml_collections'
+  ),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
   'parallel.launch': Room('errors', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors', 'tensorflow_datasets grain numpy etils ml_collections'
   ),
-  'model': Room(
-    f'{_MODEL} experts.grouped_matmul.tokamax', 'jax flax ml_collections'
-  ),
+  'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
   'interop': Room(
     f'{_CONFIG} model',
     'jax flax ml_collections ml_dtypes numpy safetensors',

@@ -1,80 +1,104 @@
 """How tokens meet experts that live on other devices.
 
-An exchange is a dispatch that runs inside `shard_map`, on the U devices along
-one axis: of its own tokens, with their routing to all N experts, and with the
-N / U experts that live here. What it returns may be a partial sum, where a bank
-has part of its experts' widths.
+U devices along one mesh axis share the experts. Inside `shard_map` a dispatch
+across them is given the tokens of one device, their routing to all N experts,
+and the N / U experts that live here. What it returns may be a partial sum,
+where a device has part of its experts' widths.
 
 - `AllGather` takes the tokens of all devices to every expert.
-- `CapacityAllToAll` sends every expert's queue of assignments, of the same
-  length from all devices, with another dispatch's rule for who stands in it.
-- `BufferedAllToAll` sends the assignments that there are, through buffers of
-  bounded size; those that find no room take the way of `SequentialAllGather`,
-  which is exact for any routing and needs the buffers of one device at a time.
+- `CapacityAllToAll` runs a dispatch of one device as if all experts lived here;
+  the rows of each expert go to its device and back.
+- `BufferedAllToAll` sends sorted rows by an `Exchange` through buffers of
+  bounded size. Assignments that find no room there take the way of
+  `SequentialAllGather`, which is exact for any routing and needs the buffers of
+  one device at a time.
+
+`EXCHANGES` names these for `moe.exchange`. A user's own is registered with its
+cost, by which 'auto' weighs it:
+
+  EXCHANGES.register('mine')(ExchangeMethod(make=..., num_bytes=...))
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 from moe_jax.experts import exchange_cost
 from moe_jax.experts.dispatch import (
   Dispatch,
   Dispatched,
   Experts,
+  compute_sorted,
   dropless,
-  in_order,
-  queued,
+  place_in_expert,
   sort,
 )
 from moe_jax.experts.exchange_cost import ExchangeSizes
-from moe_jax.experts.expert_parallel import LocalExperts, static
-from moe_jax.experts.permute import gather_rows, offsets, segment_offsets
+from moe_jax.experts.expert_parallel import Layout, static
+from moe_jax.experts.permute import (
+  fitting,
+  gather_rows,
+  offsets,
+  regroup,
+  segment_offsets,
+)
+from moe_jax.experts.ragged_exchange import RaggedExchange
+from moe_jax.experts.remat import add_if_needed
+from moe_jax.parallel.devices import limited_routing
+from moe_jax.registry import EXCHANGES
 from moe_jax.routing.selection import Routing
 
 
-class Trip(Protocol):
-  """A trip that is planned: who sends how many rows to whom.
+class Exchange(Protocol):
+  """Takes rows to the devices of their experts, and their outputs back.
+
+  An exchange is planned for one routing: it knows how many rows go where. Of
+  every expert's rows it takes as many as find room in its buffers; the others
+  stay, and come back as zeros.
 
   Attributes:
-    send_counts_UN: int32, of the rows for every local expert of every device
-      the first so many travel.
-    receive_counts_UX: int32, the rows that arrive: from every device one part
-      for each local expert, then what lies before the next device's.
+    send_counts_UN: int32, the number of rows sent to each local expert of each
+      device: the first so many of those for it.
+    receive_counts_UX: int32, the number of rows that arrive: from each device
+      one count for each local expert, then one for the unused rows before the
+      next device's.
   """
 
-  send_counts_UN: jax.Array
-  receive_counts_UX: jax.Array
+  @property
+  def send_counts_UN(self) -> jax.Array: ...
 
-  def there(self, rows_MD: jax.Array) -> jax.Array:
-    """From rows sorted by expert to those that arrive, device by device."""
+  @property
+  def receive_counts_UX(self) -> jax.Array: ...
 
-  def back(self, rows: jax.Array) -> jax.Array:
-    """From rows in the order of their arrival to rows_MD."""
+  def dispatch(self, rows_MD: jax.Array) -> jax.Array:
+    """Sends rows sorted by expert; returns those that arrive, by device."""
+
+  def combine(self, rows: jax.Array) -> jax.Array:
+    """Sends rows in the order of their arrival back to be rows_MD."""
 
 
-class Plan(Protocol):
-  """Plans trips."""
-
-  def __call__(self, sizes_UN: jax.Array, sizes: ExchangeSizes) -> Trip:
-    """A trip of `sizes_UN` rows for each local expert of every device."""
+# (sizes_UN, num_rows, room, axis) -> Exchange: plans an exchange of num_rows
+# rows, of which sizes_UN are for each local expert of each device.
+Plan = Callable[[jax.Array, int, int, str], Exchange]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockTrip:
-  """One block of rows, of the same size, from every device to every other.
+class BlockExchange:
+  """An `all_to_all` of one block of rows from every device to every other.
 
   Attributes:
-    send_counts_UN, receive_counts_UX: as in `Trip`.
+    send_counts_UN: As in `Exchange`.
+    receive_counts_UX: As in `Exchange`.
     source: int32, the row in each place of the blocks.
     target_M: int32, the place of each row; `len(source)` for none.
-    axis: of the devices.
+    axis: The mesh axis of the devices.
   """
 
   send_counts_UN: jax.Array
@@ -83,35 +107,15 @@ class BlockTrip:
   target_M: jax.Array
   axis: str = static()
 
-  def there(self, rows_MD: jax.Array) -> jax.Array:
-    """As in `Trip`."""
-    sent = gather_rows(rows_MD, self.source, self.target_M)
-    return lax.all_to_all(sent, self.axis, 0, 0, tiled=True)
-
-  def back(self, rows: jax.Array) -> jax.Array:
-    """As in `Trip`."""
-    returned = lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
-    return gather_rows(returned, self.target_M, self.source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Plans trips by `all_to_all`, in blocks of bounded size.
-
-  Attributes:
-    axis: of the devices.
-    factor: room of a block over its balanced share.
-  """
-
-  axis: str
-  factor: float
-
-  def __call__(self, sizes_UN: jax.Array, sizes: ExchangeSizes) -> BlockTrip:
-    """As in `Plan`."""
-    room = exchange_cost.block_rows(sizes, self.factor)
-    num_rows, places = sizes.tokens * sizes.slots, sizes.devices * room
+  @classmethod
+  def plan(
+    cls, sizes_UN: jax.Array, num_rows: int, room: int, axis: str
+  ) -> 'BlockExchange':
+    """Plans an exchange in blocks of `room` rows; see `Plan`."""
+    devices = len(sizes_UN)
+    places = devices * room
     send_counts_UN = fitting(sizes_UN, room)
-    sizes_U, first_U = sizes_UN.sum(1), jnp.arange(sizes.devices) * room
+    sizes_U, first_U = sizes_UN.sum(1), jnp.arange(devices) * room
 
     # A row is at its place in its block, if the block goes as far.
     row_M, block_M = segment_offsets(sizes_U, first_U, num_rows)
@@ -119,174 +123,89 @@ class Blocks:
     fits_M = (nth_M < room) & (jnp.arange(num_rows) < sizes_U.sum())
     nth, block = jnp.arange(places) % room, jnp.arange(places) // room
     used = nth < send_counts_UN.sum(1)[block]
-    receive_counts_UN = lax.all_to_all(
-      send_counts_UN, self.axis, 0, 0, tiled=True
-    )
-    return BlockTrip(
+    counts_UN = lax.all_to_all(send_counts_UN, axis, 0, 0, tiled=True)
+    unused_U = room - counts_UN.sum(1)
+    return cls(
       send_counts_UN,
-      with_rest(receive_counts_UN, room - receive_counts_UN.sum(1)),
+      jnp.concatenate([counts_UN, unused_U[:, None]], axis=1),
       jnp.where(used, offsets(sizes_U)[block] + nth, num_rows),
       jnp.where(fits_M, row_M, places),
-      self.axis,
+      axis,
     )
 
+  def dispatch(self, rows_MD: jax.Array) -> jax.Array:
+    """Sends rows to their experts' devices; see `Exchange`."""
+    sent = gather_rows(rows_MD, self.source, self.target_M)
+    return lax.all_to_all(sent, self.axis, 0, 0, tiled=True)
 
-def regroup(
-  receive_counts_UX: jax.Array, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-  """From rows sorted by device, then expert, to rows sorted by expert.
-
-  Args:
-    receive_counts_UX: of a trip.
-    num_rows: their sum.
-
-  Returns:
-    order_M: the row that comes to each place, and place_M: the place of each
-    row, both int32.
-  """
-  by_device, by_expert = (
-    receive_counts_UX.reshape(-1),
-    receive_counts_UX.T.reshape(-1),
-  )
-  row_UX = offsets(by_device).reshape(receive_counts_UX.shape)
-  place_UX = offsets(by_expert).reshape(receive_counts_UX.T.shape).T
-  order_M, _ = segment_offsets(by_expert, row_UX.T.reshape(-1), num_rows)
-  place_M, _ = segment_offsets(by_device, place_UX.reshape(-1), num_rows)
-  return order_M, place_M
-
-
-def fitting(sizes: jax.Array, room: int) -> jax.Array:
-  """How much of each part has room, the first parts first, on the last axis."""
-  return jnp.clip(room - offsets(sizes), 0, sizes)
-
-
-def with_rest(receive_counts_UN: jax.Array, rest_U: jax.Array) -> jax.Array:
-  """Appends one more part, the rows before the next device's."""
-  return jnp.concatenate([receive_counts_UN, rest_U[:, None]], axis=1)
+  def combine(self, rows: jax.Array) -> jax.Array:
+    """Sends rows back to where they came from; see `Exchange`."""
+    returned = lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
+    return gather_rows(returned, self.target_M, self.source)
 
 
 @dataclasses.dataclass(frozen=True)
-class QueuesToAll:
-  """For queues of one length, the same for every expert.
+class RemoteExperts:
+  """The N experts of all devices along an axis, as one device calls them.
 
   Attributes:
-    bank: those that live here.
-    axis: of the devices.
+    local: The N / U experts that live here.
+    axis: The mesh axis of the devices.
+    exchange: The exchange planned for the rows that `grouped` will be given;
+      None plans one that has room for all of them.
   """
 
-  bank: Experts
+  local: Experts
   axis: str
+  exchange: Exchange | None = None
 
   @property
   def num_experts(self) -> int:
-    """Of all devices."""
-    return self.bank.num_experts * lax.axis_size(self.axis)
+    """N, the number of experts of all devices."""
+    return self.local.num_experts * lax.axis_size(self.axis)
+
+  def grouped(
+    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+  ) -> jax.Array:
+    """Computes sorted rows; those without room come back as zeros."""
+    exchange = self.exchange or self._exchange_all(sizes_N, len(rows_MD))
+    arrived_MD = exchange.dispatch(rows_MD)
+    counts_UX = exchange.receive_counts_UX
+    source_M, target_M = regroup(counts_UX, len(arrived_MD))
+    if seeds_M is not None:
+      seeds_M = exchange.dispatch(seeds_M[:, None])[source_M, 0]
+    sorted_MD = gather_rows(arrived_MD, source_M, target_M)
+    out_MD = self.local.grouped(sorted_MD, counts_UX[:, :-1].sum(0), seeds_M)
+    return exchange.combine(gather_rows(out_MD, target_M, source_M))
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
   ) -> jax.Array:
-    """As in `Experts`, C rows from every device for each of the N experts."""
+    """Computes C rows of every device for each of the N experts."""
     # [N, C, ...] of this device <-> [N / U, U C, ...] of all.
     rows_NCD, seeds_NC = jax.tree.map(
       lambda a: lax.all_to_all(a, self.axis, 0, 1, tiled=True),
       (rows_NCD, seeds_NC),
     )
-    out_NCD = self.bank.batched(rows_NCD, seeds_NC)
+    out_NCD = self.local.batched(rows_NCD, seeds_NC)
     return lax.all_to_all(out_NCD, self.axis, 1, 0, tiled=True)
 
+  def unshard(self, dtype: jnp.dtype) -> 'RemoteExperts':
+    """Returns the same with the parameters of each device gathered once."""
+    return dataclasses.replace(self, local=self.local.unshard(dtype))
 
-@dataclasses.dataclass(frozen=True)
-class RowsToAll:
-  """For sorted rows, of which a trip takes as many as it has room for.
-
-  Attributes:
-    bank: those that live here.
-    trip: for the rows that will be given.
-  """
-
-  bank: Experts
-  trip: Trip
-
-  def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
-  ) -> jax.Array:
-    """As in `Experts`; rows that find no room come back as zeros."""
-    del sizes_N  # the trip knows
-    trip, receive_counts_UX = self.trip, self.trip.receive_counts_UX
-    arrived_MD = trip.there(rows_MD)
-    order_M, place_M = regroup(receive_counts_UX, len(arrived_MD))
-    if seeds_M is not None:
-      seeds_M = trip.there(seeds_M[:, None])[order_M, 0]
-    sorted_MD = gather_rows(arrived_MD, order_M, place_M)
-    out_MD = self.bank.grouped(
-      sorted_MD, receive_counts_UX[:, :-1].sum(0), seeds_M
-    )
-    return trip.back(gather_rows(out_MD, place_M, order_M))
-
-
-_Function = Callable[[Any, Any], jax.Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def add_if_needed(
-  usual: _Function, rare: _Function, needed: jax.Array, moving: Any, fixed: Any
-) -> jax.Array:
-  """`usual(moving, fixed)`, plus `rare(moving, fixed)` where it is needed.
-
-  The usual part lies outside of the condition, so that the compiler may overlap
-  its collectives with other work. What backward needs of the rare part it
-  computes again: as branches of one `lax.cond`, differentiated by JAX, both
-  would write what both keep, in every step. Where the rare part is not needed,
-  result and gradients go through the condition as they are.
-
-  Args:
-    usual: returns an array.
-    rare: returns another one like it.
-    needed: bool, the same on all devices if `rare` has collectives.
-    moving: a tree of floating-point arrays, which get gradients.
-    fixed: a tree of arrays, which get none.
-  """
-  return _plus(rare, usual(moving, fixed), needed, moving, fixed)
-
-
-def _plus(
-  rare: _Function, y: jax.Array, needed: jax.Array, moving: Any, fixed: Any
-) -> jax.Array:
-  return lax.cond(needed, lambda y: y + rare(moving, fixed), lambda y: y, y)
-
-
-def _forward(
-  usual: _Function, rare: _Function, needed: jax.Array, moving: Any, fixed: Any
-) -> tuple[jax.Array, Any]:
-  y, backward = jax.vjp(lambda moving: usual(moving, fixed), moving)
-  y = _plus(rare, y, needed, moving, fixed)
-  return y, (backward, needed, moving, fixed)
-
-
-def _backward(
-  usual: _Function, rare: _Function, residuals: Any, grad: jax.Array
-) -> tuple[None, Any, None]:
-  del usual
-  backward, needed, moving, fixed = residuals
-  [grads] = backward(grad)
-
-  def plus(grads: Any) -> Any:
-    _, backward = jax.vjp(lambda moving: rare(moving, fixed), moving)
-    return jax.tree.map(jnp.add, grads, backward(grad)[0])
-
-  return None, lax.cond(needed, plus, lambda grads: grads, grads), None
-
-
-add_if_needed.defvjp(_forward, _backward)
+  def _exchange_all(self, sizes_N: jax.Array, num_rows: int) -> Exchange:
+    sizes_UN = sizes_N.reshape(lax.axis_size(self.axis), -1)
+    return BlockExchange.plan(sizes_UN, num_rows, num_rows, self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class AllGather:
-  """All devices' tokens go to all devices; the results are summed on the way.
+  """All devices' tokens go to all devices; the outputs are summed on the way.
 
   Attributes:
-    inner: dispatches all those tokens to the experts of one device.
-    axis: of the devices.
+    inner: Dispatches all those tokens to the experts of one device.
+    axis: The mesh axis of the devices.
   """
 
   inner: Dispatch
@@ -295,11 +214,12 @@ class AllGather:
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
-    travels = x_TD, _Slots.of(routing)
-    x_TD, slots = jax.tree.map(
-      lambda a: lax.all_gather(a, self.axis, tiled=True), travels
+    sent = x_TD, _Assignments.of(routing)
+    x_TD, assignments = jax.tree.map(
+      lambda a: lax.all_gather(a, self.axis, tiled=True), sent
     )
-    done = self.inner(x_TD, slots.here(routing, experts, self.axis), experts)
+    local = assignments.local(routing, experts, self.axis)
+    done = self.inner(x_TD, local, experts)
     y_TD = lax.psum_scatter(
       done.y_TD, self.axis, scatter_dimension=0, tiled=True
     )
@@ -310,12 +230,12 @@ class AllGather:
 class SequentialAllGather:
   """As `AllGather`, but one device's tokens are computed after the other's.
 
-  Slower, with smaller matmuls; but what it works with is no more than one
-  device's slots, and nothing of it is kept.
+  It is slower, with smaller matmuls; but what it works with is no more than
+  one device's assignments, and nothing of it is kept.
 
   Attributes:
-    inner: dispatches one device's tokens to the experts of another.
-    axis: of the devices.
+    inner: Dispatches one device's tokens to the experts of another.
+    axis: The mesh axis of the devices.
   """
 
   inner: Dispatch
@@ -325,13 +245,14 @@ class SequentialAllGather:
     self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
     @jax.checkpoint
-    def of_one(travels: tuple[jax.Array, _Slots]) -> Dispatched:
-      x_TD, slots = travels
-      return self.inner(x_TD, slots.here(routing, experts, self.axis), experts)
+    def of_one_device(sent: tuple[jax.Array, _Assignments]) -> Dispatched:
+      x_TD, assignments = sent
+      local = assignments.local(routing, experts, self.axis)
+      return self.inner(x_TD, local, experts)
 
-    travels = x_TD, _Slots.of(routing)
+    sent = x_TD, _Assignments.of(routing)
     done = lax.map(
-      of_one, jax.tree.map(lambda a: lax.all_gather(a, self.axis), travels)
+      of_one_device, jax.tree.map(lambda a: lax.all_gather(a, self.axis), sent)
     )
     y_TD = lax.psum_scatter(done.y_TD, self.axis, scatter_dimension=0)
     counts = jax.tree.map(lambda count: count.sum(0), done[1:])
@@ -340,12 +261,15 @@ class SequentialAllGather:
 
 @dataclasses.dataclass(frozen=True)
 class CapacityAllToAll:
-  """Slots stand in queues of one length, C for every expert on every device.
+  """Runs a dispatch of one device on its own tokens and all devices' experts.
+
+  For a dispatch that calls `Experts.batched`, as `Capacity` does: from every
+  device C rows travel to every expert. Of one that calls `Experts.grouped`
+  every device sends every other a block with room for all its rows.
 
   Attributes:
-    inner: a dispatch that uses `Experts.batched`; it sees the tokens of one
-      device and the experts of all.
-    axis: of the devices.
+    inner: Dispatches the tokens of one device to the experts of all.
+    axis: The mesh axis of the devices.
   """
 
   inner: Dispatch
@@ -354,69 +278,71 @@ class CapacityAllToAll:
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
-    return self.inner(x_TD, routing, QueuesToAll(experts, self.axis))
+    return self.inner(x_TD, routing, RemoteExperts(experts, self.axis))
 
 
 @dataclasses.dataclass(frozen=True)
 class BufferedAllToAll:
-  """Dropless through bounded buffers; slots that do not fit take the slow way.
-
-  That way is exact too: see `SequentialAllGather`.
+  """Dropless through bounded buffers, with an exact fallback on overflow.
 
   Attributes:
-    plan: of the trips.
-    axis: of the devices.
-    all_axes: of the whole mesh: all its devices go the slow way or none.
+    plan: Plans the exchange.
+    room: Returns the rows that its buffers hold.
+    axis: The mesh axis of the devices that share the experts.
+    all_axes: The axes of the whole mesh: all its devices take the fallback or
+      none.
   """
 
   plan: Plan
+  room: Callable[[ExchangeSizes], int]
   axis: str
   all_axes: tuple[str, ...]
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: LocalExperts
+    self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
     order = sort(routing, routing.num_experts)
     devices = lax.axis_size(self.axis)
-    shape = routing.indices_TK.shape
-    trip = self.plan(
+    tokens, top_k = routing.indices_TK.shape
+    sizes = ExchangeSizes(tokens, top_k, routing.num_experts, devices)
+    exchange = self.plan(
       order.sizes_N.reshape(devices, -1),
-      ExchangeSizes(*shape, routing.num_experts, devices),
+      routing.indices_TK.size,
+      self.room(sizes),
+      self.axis,
     )
-    overflowed = order.sizes_N.sum() - trip.send_counts_UN.sum()
+    overflowed = order.sizes_N.sum() - exchange.send_counts_UN.sum()
     y_TD = add_if_needed(
-      _travelling,
-      self._staying,
+      self._through_buffers,
+      self._overflow,
       lax.pmax(overflowed, self.all_axes) > 0,
       (x_TD, routing.weights_TK, experts),
-      (routing, order, trip),
+      (routing, order, exchange),
     )
     return Dispatched(y_TD, jnp.zeros_like(overflowed), overflowed)
 
-  def _staying(self, moving: Any, fixed: Any) -> jax.Array:
-    """Of the slots for which the trip has no room."""
+  def _through_buffers(self, moving: Any, fixed: Any) -> jax.Array:
+    """Computes the assignments that have room; the others count 0."""
     x_TD, weights_TK, experts = moving
-    routing, order, trip = fixed
-    expert_TK, nth_TK = queued(order, routing)
-    stays_TK = nth_TK >= trip.send_counts_UN.reshape(-1)[expert_TK]
+    routing, order, exchange = fixed
     routing = dataclasses.replace(routing, weights_TK=weights_TK)
-    slow = SequentialAllGather(dropless, self.axis)
-    # Whole before the loop over devices, not in each of its turns.
-    bank = experts.whole(x_TD.dtype)
-    return slow(x_TD, routing.only(stays_TK), bank).y_TD
+    remote = RemoteExperts(experts, self.axis, exchange)
+    return compute_sorted(order, x_TD, routing, remote)
+
+  def _overflow(self, moving: Any, fixed: Any) -> jax.Array:
+    """Computes the assignments that have no room."""
+    x_TD, weights_TK, experts = moving
+    routing, order, exchange = fixed
+    expert_TK, nth_TK = place_in_expert(order, routing)
+    stays_TK = nth_TK >= exchange.send_counts_UN.reshape(-1)[expert_TK]
+    routing = dataclasses.replace(routing, weights_TK=weights_TK)
+    fallback = SequentialAllGather(dropless, self.axis)
+    # Unsharded before the loop over devices, not in each of its turns.
+    unsharded = experts.unshard(x_TD.dtype)
+    return fallback(x_TD, routing.only(stays_TK), unsharded).y_TD
 
 
-def _travelling(moving: Any, fixed: Any) -> jax.Array:
-  """Of the slots for which the trip has room; the others count 0."""
-  x_TD, weights_TK, experts = moving
-  routing, order, trip = fixed
-  routing = dataclasses.replace(routing, weights_TK=weights_TK)
-  return in_order(order, x_TD, routing, RowsToAll(experts, trip))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Slots:
+class _Assignments(NamedTuple):
   """What of a routing travels with the tokens; see `Routing`."""
 
   weights_TK: jax.Array
@@ -424,11 +350,11 @@ class _Slots:
   seeds_TK: jax.Array | None
 
   @classmethod
-  def of(cls, routing: Routing) -> '_Slots':
+  def of(cls, routing: Routing) -> '_Assignments':
     return cls(routing.weights_TK, routing.indices_TK, routing.seeds_TK)
 
-  def here(self, routing: Routing, experts: Experts, axis: str) -> Routing:
-    """Experts counted from this device's first; the slots of others unused."""
+  def local(self, routing: Routing, experts: Experts, axis: str) -> Routing:
+    """Counts experts from this device's first; those of others are unused."""
     first = lax.axis_index(axis) * experts.num_experts
     local_TK = self.indices_TK - first
     here_TK = (local_TK >= 0) & (local_TK < experts.num_experts)
@@ -438,3 +364,100 @@ class _Slots:
       indices_TK=jnp.where(here_TK, local_TK, experts.num_experts),
       seeds_TK=self.seeds_TK,
     )
+
+
+class ExchangeMethod(NamedTuple):
+  """What a value of `moe.exchange` means.
+
+  Attributes:
+    make: (moe, inner, layout) -> Dispatch: makes the dispatch across devices,
+      for use inside `shard_map`, from the config's section `moe`, the dispatch
+      of one device and the mesh axes.
+    num_bytes: (moe, sizes, row_bytes) -> bytes: the bytes that one device sends
+      in the forward pass of one MoE sub-layer, with row_bytes those of a hidden
+      state. Where rows travel on their own, experts count as balanced.
+    dispatches: The values of `moe.dispatch` that it works with; None for all.
+    obstacle: (device, count) -> str | None: why it does not compile for so many
+      of these devices.
+    auto_platforms: The platforms where 'auto' may choose it; None for all.
+  """
+
+  make: Callable[[ConfigDict, Dispatch, Layout], Dispatch]
+  num_bytes: Callable[[ConfigDict, ExchangeSizes, int], float]
+  dispatches: tuple[str, ...] | None = None
+  obstacle: Callable[[jax.Device, int], str | None] = lambda device, count: None
+  auto_platforms: tuple[str, ...] | None = None
+
+  def suits(self, device: jax.Device, count: int) -> bool:
+    """Returns whether 'auto' may choose it for so many of these devices."""
+    platforms = self.auto_platforms
+    usual = platforms is None or device.platform in platforms
+    return usual and self.obstacle(device, count) is None
+
+
+def exchanges_for(dispatch: str) -> tuple[str, ...]:
+  """Returns the exchanges that work with a value of `moe.dispatch`."""
+  return tuple(
+    name
+    for name in EXCHANGES
+    if EXCHANGES[name].dispatches is None
+    or dispatch in EXCHANGES[name].dispatches
+  )
+
+
+def _all_to_all(moe: ConfigDict, inner: Dispatch, layout: Layout) -> Dispatch:
+  axis, factor = layout.expert_axis, moe.buffer_factor
+  if moe.dispatch != 'dropless':
+    return CapacityAllToAll(inner, axis)
+  room = functools.partial(exchange_cost.block_rows, factor=factor)
+  return BufferedAllToAll(BlockExchange.plan, room, axis, layout.all_axes)
+
+
+def _all_to_all_bytes(
+  moe: ConfigDict, sizes: ExchangeSizes, row_bytes: int
+) -> float:
+  if moe.dispatch == 'capacity':
+    factor = moe.capacity_factor
+    return exchange_cost.capacity_bytes(sizes, row_bytes, factor)
+  # Of a user's own dispatch the most that it can send.
+  exact = moe.dispatch != 'dropless'
+  factor = sizes.devices if exact else moe.buffer_factor
+  return exchange_cost.block_bytes(sizes, row_bytes, factor)
+
+
+def _ragged(moe: ConfigDict, inner: Dispatch, layout: Layout) -> Dispatch:
+  del inner
+  axis, factor = layout.expert_axis, moe.buffer_factor
+  room = functools.partial(exchange_cost.buffer_rows, factor=factor)
+  return BufferedAllToAll(RaggedExchange.plan, room, axis, layout.all_axes)
+
+
+def _ragged_obstacle(device: jax.Device, count: int) -> str | None:
+  if limited_routing(device, count):
+    return f'does not compile for {count} x {device.device_kind}'
+  return None
+
+
+EXCHANGES.register('gather')(
+  ExchangeMethod(
+    make=lambda moe, inner, layout: AllGather(inner, layout.expert_axis),
+    num_bytes=lambda moe, sizes, row_bytes: exchange_cost.all_gather_bytes(
+      sizes, row_bytes
+    ),
+  )
+)
+EXCHANGES.register('all_to_all')(
+  ExchangeMethod(make=_all_to_all, num_bytes=_all_to_all_bytes)
+)
+EXCHANGES.register('ragged')(
+  ExchangeMethod(
+    make=_ragged,
+    num_bytes=lambda moe, sizes, row_bytes: exchange_cost.ragged_bytes(
+      sizes, row_bytes
+    ),
+    dispatches=('dropless',),
+    obstacle=_ragged_obstacle,
+    # XLA has no `ragged_all_to_all` on CPU, and a slow one on GPUs.
+    auto_platforms=('tpu',),
+  )
+)

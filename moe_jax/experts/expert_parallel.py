@@ -9,8 +9,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.dispatch import Dispatch, Dispatched
-from moe_jax.experts.mlp import HIDDEN, SwiGLUExperts
+from moe_jax.experts.dispatch import Dispatch, Dispatched, Experts
+from moe_jax.experts.mlp import HIDDEN
 from moe_jax.experts.remat import remat
 from moe_jax.routing.selection import Routing
 
@@ -22,15 +22,15 @@ def static(**options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where on a mesh the parameters of a bank lie.
+  """How the parameters of experts are split over the axes of a mesh.
 
   Attributes:
-    token_axes: the mesh axes that split tokens, `expert_axis` among them.
-    expert_axis: splits the experts.
-    tensor_axis: splits the width of every expert.
-    fsdp_axis: splits the hidden size of the parameters where they are kept;
-      where they are used they are gathered along it, and their gradients
-      scattered.
+    token_axes: The mesh axes that split tokens, `expert_axis` among them.
+    expert_axis: The axis that splits the experts.
+    tensor_axis: The axis that splits the width of every expert.
+    fsdp_axis: The axis that splits the hidden size of the parameters where they
+      are kept; where they are used they are gathered along it, and their
+      gradients scattered.
   """
 
   token_axes: tuple[str, ...]
@@ -38,21 +38,26 @@ class Layout:
   tensor_axis: str = 'tensor'
   fsdp_axis: str = 'fsdp'
 
+  @property
+  def all_axes(self) -> tuple[str, ...]:
+    """The axes of the whole mesh."""
+    return *self.token_axes, self.tensor_axis
+
   def specs(self, params: nnx.State) -> nnx.State:
-    """How each parameter is split, as `shard_map` wants to know."""
+    """Returns how each parameter is split, as `shard_map` wants to know."""
     return jax.tree_util.tree_map_with_path(self._spec, params)
 
-  def whole(self, params: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The experts of this device as its own tokens use them, in `dtype`."""
+  def unshard(self, params: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """Returns this device's experts as its own tokens use them, in `dtype`."""
 
-    def whole(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+    def unshard(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
       # Cast before the weights travel: half the bytes in bfloat16.
-      return self._whole(param.astype(dtype), self._spec(path, param))
+      return self._unshard(param.astype(dtype), self._spec(path, param))
 
-    return jax.tree_util.tree_map_with_path(whole, params)
+    return jax.tree_util.tree_map_with_path(unshard, params)
 
   def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
-    """Split the axes N, D and F, which the parameter's name ends with."""
+    """Splits the axes N, D and F, which the parameter's name ends with."""
     names = [str(getattr(k, 'key', '')) for k in path]
     name = next(name for name in reversed(names) if '_' in name)
     letters = name.rpartition('_')[2]
@@ -64,8 +69,8 @@ class Layout:
     }
     return P(*map(axes.get, letters))
 
-  def _whole(self, param: jax.Array, spec: P) -> jax.Array:
-    """A parameter, gathered; repeated along the axes that do not split it.
+  def _unshard(self, param: jax.Array, spec: P) -> jax.Array:
+    """Gathers a parameter; repeats it along the axes that do not split it.
 
     Along the widths the partial sums are added up, and what is not split there,
     the bias of the output, has to be in one of them only.
@@ -79,13 +84,13 @@ class Layout:
       return param  # whole; CPUs would copy its gradient to scatter it
     # Last, so that backward scatters the gradient first and sums up parts of
     # it. Left to the partitioner, some gradients would be summed up whole.
-    return self._gathered(param, tuple(spec).index(self.fsdp_axis))
+    return self._gather(param, tuple(spec).index(self.fsdp_axis))
 
-  def _gathered(self, param: jax.Array, dimension: int) -> jax.Array:
+  def _gather(self, param: jax.Array, dimension: int) -> jax.Array:
     if param.ndim > 3:
       # [N, D, 2, F] as [N, D, 2F], which the matmuls read: where the axis
       # before the last is as small as 2, TPUs do not scatter.
-      joined = self._gathered(param.reshape(*param.shape[:2], -1), dimension)
+      joined = self._gather(param.reshape(*param.shape[:2], -1), dimension)
       return joined.reshape(*joined.shape[:2], *param.shape[2:])
     return lax.all_gather(param, self.fsdp_axis, axis=dimension, tiled=True)
 
@@ -93,66 +98,67 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LocalExperts:
-  """A bank of which this device holds some experts and part of their widths.
+  """Some experts, with part of their widths, that this device holds.
 
   For the backward pass it keeps its rows and `HIDDEN`. The weights in the dtype
-  of the rows and whole, which would be those of every layer at once, are made
-  again.
+  of the rows and unsharded, which would be those of every layer at once, are
+  made again.
 
   Attributes:
-    params: of the bank, those that are stored here.
-    graphdef: of the bank.
-    layout: of the parameters.
-    is_whole: whether they are as `Layout.whole` makes them.
+    params: The experts' parameters that are stored here.
+    graphdef: The experts' module without them.
+    layout: How the parameters are split.
+    is_unsharded: Whether `params` are as `Layout.unshard` makes them.
   """
 
   params: nnx.State
   graphdef: nnx.GraphDef = static()
   layout: Layout = static()
-  is_whole: bool = static(default=False)
+  is_unsharded: bool = static(default=False)
 
   @property
   def num_experts(self) -> int:
-    """As in `Experts`."""
+    """The number of experts on this device."""
     return nnx.merge(self.graphdef, self.params).num_experts
 
   def grouped(
     self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
   ) -> jax.Array:
-    """As in `Experts`."""
+    """Computes sorted rows; see `Experts`."""
     return self._compute('grouped', rows_MD, sizes_N, seeds_M)
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
   ) -> jax.Array:
-    """As in `Experts`."""
+    """Computes C rows for every expert; see `Experts`."""
     return self._compute('batched', rows_NCD, seeds_NC)
 
-  def whole(self, dtype: jnp.dtype) -> 'LocalExperts':
-    """The same with whole parameters, for who uses them many times."""
-    params = self.layout.whole(self.params, dtype)
-    return dataclasses.replace(self, params=params, is_whole=True)
+  def unshard(self, dtype: jnp.dtype) -> 'LocalExperts':
+    """Returns the same with parameters gathered once; see `Experts`."""
+    params = self.layout.unshard(self.params, dtype)
+    return dataclasses.replace(self, params=params, is_unsharded=True)
 
   def _compute(self, method: str, rows: jax.Array, *others: Any) -> jax.Array:
     def compute(params: nnx.State, rows: jax.Array, *others: Any) -> jax.Array:
-      if not self.is_whole:
-        params = self.layout.whole(params, rows.dtype)
-      bank = nnx.merge(self.graphdef, params)
-      width = bank.down_NFD.shape[1]
+      if not self.is_unsharded:
+        params = self.layout.unshard(params, rows.dtype)
+      experts = nnx.merge(self.graphdef, params)
+      width = experts.down_NFD.shape[1]
       first_unit = lax.axis_index(self.layout.tensor_axis) * width
-      return getattr(bank, method)(rows, *others, first_unit)
+      return getattr(experts, method)(rows, *others, first_unit)
 
     return remat(compute, HIDDEN)(self.params, rows, *others)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertParallel:
-  """`inner` on every device's own tokens and experts, within one `shard_map`.
+  """Runs `inner` on every device's own tokens and experts in one `shard_map`.
 
   Attributes:
-    mesh: with the axes of `layout`.
-    inner: an exchange; where the axis of experts has one device, any dispatch.
-    layout: of the experts' parameters.
+    mesh: A mesh with the axes of `layout`.
+    inner: A dispatch across devices; where the axis of experts has one device,
+      any dispatch.
+    layout: How the experts' parameters are split.
   """
 
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -160,7 +166,7 @@ class ExpertParallel:
   layout: Layout
 
   def __call__(
-    self, x_TD: jax.Array, routing: Routing, experts: SwiGLUExperts
+    self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
     graphdef, params = nnx.split(experts)
     tokens = P(self.layout.token_axes)
@@ -168,29 +174,32 @@ class ExpertParallel:
 
     def local(
       x_TD: jax.Array, routing: Routing, params: nnx.State
-    ) -> Dispatched:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
       # Everything varies over every axis before experts see it: the gradient
       # of these casts is the sum over devices that custom gradients leave out.
       x_TD, routing = jax.tree.map(
         lambda a: lax.pcast(a, tensor_axis, to='varying'), (x_TD, routing)
       )
-      shard = LocalExperts(params, graphdef, self.layout)
-      y_TD, *counts = self.inner(x_TD, routing, shard)
-      y_TD = lax.psum(y_TD, tensor_axis)
-      return Dispatched(y_TD, *jax.tree.map(self._total, counts))
+      local_experts = LocalExperts(params, graphdef, self.layout)
+      done = self.inner(x_TD, routing, local_experts)
+      y_TD = lax.psum(done.y_TD, tensor_axis)
+      counts = done.dropped, done.overflowed
+      return y_TD, *jax.tree.map(self._total, counts)
 
-    return jax.shard_map(
+    run = jax.shard_map(
       local,
       mesh=self.mesh,
       in_specs=(tokens, tokens, self.layout.specs(params)),
-      out_specs=Dispatched(tokens, P(), P()),
+      out_specs=(tokens, P(), P()),
       check_vma=True,
-    )(x_TD, _slim(routing), params)
+    )
+    y_TD, dropped, overflowed = run(x_TD, _slim(routing), params)
+    return Dispatched(y_TD, dropped, overflowed)
 
-  def _total(self, dropped: jax.Array) -> jax.Array:
-    tensor_axis = self.layout.tensor_axis
-    total = lax.psum(dropped, (*self.layout.token_axes, tensor_axis))
-    return total // lax.axis_size(tensor_axis)  # each width counted it
+  def _total(self, count: jax.Array) -> jax.Array:
+    total = lax.psum(count, self.layout.all_axes)
+    # The devices along the widths all counted the same.
+    return total // lax.axis_size(self.layout.tensor_axis)
 
 
 def _slim(routing: Routing) -> Routing:

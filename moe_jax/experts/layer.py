@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.experts.dispatch import Dispatch
+from moe_jax.experts.dispatch import Dispatch, Experts
 from moe_jax.experts.dropout import dropout
-from moe_jax.experts.mlp import SwiGLU, SwiGLUExperts
+from moe_jax.experts.mlp import ReLUMLP, SwiGLU
 from moe_jax.parameter import param
 from moe_jax.routing.balance import Load, load_of
 from moe_jax.routing.cells import PRECISION
@@ -74,9 +74,9 @@ class MoELayer(nnx.Module):
     router: Router,
     select: Select,
     dispatch: Dispatch,
-    experts: SwiGLUExperts,
+    experts: Experts,
     *,
-    shared: SwiGLU | None = None,
+    shared: SwiGLU | ReLUMLP | None = None,
     shared_parts: int = 1,
     mixing: Mixing | None = None,
     bias_D: nnx.Param | None = None,

@@ -1,6 +1,11 @@
-"""What experts compute: one SwiGLU network, or a bank of them."""
+"""What experts compute: SwiGLU or ReLU networks, one alone or N stacked.
+
+SwiGLU is the published models' choice. The enwik8 and WikiText-103 settings of
+RMoE (arXiv 2408.06793) have ReLU networks with biases in its place.
+"""
 
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +19,14 @@ from moe_jax.parameter import EMBED, EXPERT, MLP, param
 
 _BY_PLATFORM = TunedMatmul()  # needs no package
 
-# Name of what backward keeps of a feed-forward: before the activation for
-# SwiGLU, after it for ReLU.
+# What backward keeps of a feed-forward goes by this name: hidden units before
+# the activation for SwiGLU, after it for ReLU.
 HIDDEN = 'feed_forward_hidden'
+
+# (x [..., D], weights_NDF) -> [..., F]: every row times its expert's weights.
+_Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+# bias_NF -> [..., F]: every row's expert's bias.
+_Spread = Callable[[jax.Array], jax.Array]
 
 
 class SwiGLU(nnx.Module):
@@ -24,7 +34,8 @@ class SwiGLU(nnx.Module):
 
   Attributes:
     gate_up_D2F: float32, the gate and the up projection.
-    down_FD: float32, the projection back.
+    down_FD: float32, the down projection.
+    dropout: The dropout rate of hidden units.
   """
 
   def __init__(
@@ -51,25 +62,28 @@ class SwiGLU(nnx.Module):
 
   @remat_method(HIDDEN)
   def __call__(
-    self, x_TD: jax.Array, key: jax.Array | None = None
+    self, x_TD: jax.Array, rng: jax.Array | None = None
   ) -> jax.Array:
     gate_up_D2F = self.gate_up_D2F[...].astype(x_TD.dtype)
     # One matmul each: joined, the product would be sliced, and the gradient of
     # a slice of activations costs more than the second matmul saves.
     gate_TF = checkpoint_name(x_TD @ gate_up_D2F[:, 0], HIDDEN)
     up_TF = checkpoint_name(x_TD @ gate_up_D2F[:, 1], HIDDEN)
-    hidden_TF = dropout(jax.nn.silu(gate_TF) * up_TF, self.dropout, key)
+    hidden_TF = dropout(jax.nn.silu(gate_TF) * up_TF, self.dropout, rng)
     return hidden_TF @ self.down_FD[...].astype(x_TD.dtype)
 
 
 class ExpertsBase(nnx.Module):
-  """What all banks of N experts have in common.
+  """N stacked experts; see `moe_jax.experts.dispatch.Experts`.
 
   Attributes:
-    num_units: F of a whole expert; a shard may hold a part.
-    dropout: of hidden units.
-    multiply: the grouped matmul.
+    down_NFD: float32, the down projections, which all kinds of experts have.
+    num_units: F of a whole expert; one device may hold a part of it.
+    dropout: The dropout rate of hidden units.
+    multiply: The grouped matmul.
   """
+
+  down_NFD: nnx.Param
 
   def __init__(self, num_units: int, dropout: float, multiply: GroupedMatmul):
     self.num_units = num_units
@@ -78,8 +92,13 @@ class ExpertsBase(nnx.Module):
 
   @property
   def num_experts(self) -> int:
-    """Experts in this bank; on a shard, those that live there."""
+    """N, or on one device of several the number of experts there."""
     return self.down_NFD.shape[0]
+
+  def unshard(self, dtype: jnp.dtype) -> Self:
+    """Returns the experts as they are: nothing has to be gathered."""
+    del dtype
+    return self
 
   def _drop(
     self,
@@ -101,7 +120,7 @@ class SwiGLUExperts(ExpertsBase):
 
   Attributes:
     gate_up_ND2F: float32, the gate and up projections of every expert.
-    down_NFD: float32, the projections back.
+    down_NFD: float32, their down projections.
   """
 
   def __init__(
@@ -136,13 +155,13 @@ class SwiGLUExperts(ExpertsBase):
     seeds_M: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
-    """Rows sorted by expert, `sizes_N` of them each; see `grouped_matmul`.
+    """Computes rows sorted by expert, `sizes_N` of them each; see `Experts`.
 
     Args:
-      rows_MD: sorted.
-      sizes_N: int32.
-      seeds_M: of every row's dropout; None for none.
-      first_unit: see `dropout_rows`.
+      rows_MD: The rows, in the dtype of the arithmetic.
+      sizes_N: int32, the number of rows of each expert.
+      seeds_M: uint32, the seed of each row's dropout; None for no dropout.
+      first_unit: The number of the first hidden unit on this device.
     """
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_MD.dtype)
     num_experts, hidden_size, _, width = gate_up_ND2F.shape
@@ -161,7 +180,7 @@ class SwiGLUExperts(ExpertsBase):
     seeds_NC: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
-    """C rows for every expert, padded or not, as one batched matmul."""
+    """Computes C rows for every expert, by one batched matmul each way."""
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_NCD.dtype)
     gate_up_2NCF = jnp.einsum('NCD,NDgF->gNCF', rows_NCD, gate_up_ND2F)
     gate_NCF, up_NCF = checkpoint_name(gate_up_2NCF, HIDDEN)
@@ -172,18 +191,15 @@ class SwiGLUExperts(ExpertsBase):
     return jnp.einsum('NCF,NFD->NCD', hidden_NCF, down_NFD)
 
 
-# x [..., D] times a bank of weights [N, D, F], every row with its expert's.
-_Multiply = Callable[[jax.Array, jax.Array], jax.Array]
-# A bank of biases [N, F] -> [..., F], every row's expert's.
-_Spread = Callable[[jax.Array], jax.Array]
-
-
 class ReLUMLP(nnx.Module):
   """`relu(x up + up_bias) down + down_bias`.
 
   Attributes:
-    up_DF, up_bias_F: float32, into the hidden units.
-    down_FD, down_bias_D: float32, back.
+    up_DF: float32, the up projection.
+    up_bias_F: float32, its bias.
+    down_FD: float32, the down projection.
+    down_bias_D: float32, its bias.
+    dropout: The dropout rate of hidden units.
   """
 
   def __init__(
@@ -212,23 +228,25 @@ class ReLUMLP(nnx.Module):
 
   @remat_method(HIDDEN)
   def __call__(
-    self, x_TD: jax.Array, key: jax.Array | None = None
+    self, x_TD: jax.Array, rng: jax.Array | None = None
   ) -> jax.Array:
     up_DF, up_bias_F, down_FD, down_bias_D = (
-      param[...].astype(x_TD.dtype)
-      for param in (self.up_DF, self.up_bias_F, self.down_FD, self.down_bias_D)
+      weight[...].astype(x_TD.dtype)
+      for weight in (self.up_DF, self.up_bias_F, self.down_FD, self.down_bias_D)
     )
     hidden_TF = jax.nn.relu(x_TD @ up_DF + up_bias_F)
     hidden_TF = checkpoint_name(hidden_TF, HIDDEN)
-    return dropout(hidden_TF, self.dropout, key) @ down_FD + down_bias_D
+    return dropout(hidden_TF, self.dropout, rng) @ down_FD + down_bias_D
 
 
 class ReLUExperts(ExpertsBase):
   """N ReLU experts, stacked.
 
   Attributes:
-    up_NDF, up_bias_NF: float32, into every expert's hidden units.
-    down_NFD, down_bias_ND: float32, back.
+    up_NDF: float32, the up projection of every expert.
+    up_bias_NF: float32, its bias.
+    down_NFD: float32, the down projection of every expert.
+    down_bias_ND: float32, its bias.
   """
 
   def __init__(
@@ -271,7 +289,7 @@ class ReLUExperts(ExpertsBase):
     seeds_M: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
-    """As `SwiGLUExperts.grouped`."""
+    """Computes rows sorted by expert; see `SwiGLUExperts.grouped`."""
     ends_N = jnp.cumsum(sizes_N)
     row_M1 = jnp.arange(len(rows_MD))[:, None]
     member_MN = (row_M1 >= ends_N - sizes_N) & (row_M1 < ends_N)
@@ -292,7 +310,7 @@ class ReLUExperts(ExpertsBase):
     seeds_NC: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
-    """As `SwiGLUExperts.batched`."""
+    """Computes C rows for every expert; see `SwiGLUExperts.batched`."""
     return self._apply(
       rows_NCD,
       lambda x, weights_NDF: jnp.einsum('NCD,NDF->NCF', x, weights_NDF),
@@ -310,8 +328,8 @@ class ReLUExperts(ExpertsBase):
     first_unit: jax.Array | int,
   ) -> jax.Array:
     up_NDF, up_bias_NF, down_NFD, down_bias_ND = (
-      param[...].astype(x.dtype)
-      for param in (
+      weight[...].astype(x.dtype)
+      for weight in (
         self.up_NDF,
         self.up_bias_NF,
         self.down_NFD,

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 def permute(
   x_TD: jax.Array, assignment_M: jax.Array, row_TK: jax.Array
 ) -> jax.Array:
-  """Row m is the token of slot `assignment_M[m]`, token t having slots t K + k.
+  """Returns rows_MD: row m is the token of assignment `assignment_M[m]`.
+
+  Token t has the assignments t K + k.
 
   Args:
-    x_TD: tokens.
-    assignment_M: int32; T K or more for a row of zeros.
-    row_TK: int32, the row of every slot; M or more where it has none.
+    x_TD: The tokens.
+    assignment_M: int32; T K or more stands for a row of zeros.
+    row_TK: int32, the row of every assignment; M or more where it has none.
   """
   return _take(x_TD, assignment_M // row_TK.shape[1])
 
 
-def _rows_of_slots_backward(
+def _permute_backward(
   row_TK: jax.Array, grad_MD: jax.Array
 ) -> tuple[jax.Array, None, None]:
   return _take(grad_MD, row_TK).sum(1), None, None
@@ -34,7 +36,7 @@ permute.defvjp(
     permute(x_TD, assignment_M, row_TK),
     row_TK,
   ),
-  _rows_of_slots_backward,
+  _permute_backward,
 )
 
 
@@ -42,18 +44,18 @@ permute.defvjp(
 def gather_rows(
   rows_MD: jax.Array, source: jax.Array, target_M: jax.Array
 ) -> jax.Array:
-  """`rows_MD[source]`, where no row is asked for twice.
+  """Returns `rows_MD[source]`, where no row is asked for twice.
 
   Args:
-    rows_MD: any rows.
-    source: int32, of any shape; M or more for a row of zeros.
+    rows_MD: Any rows.
+    source: int32, of any shape; M or more stands for a row of zeros.
     target_M: int32, for every row its place in the flattened `source`; past
       its end for rows that nobody asks for.
   """
   return _take(rows_MD, source)
 
 
-def _move_rows_backward(
+def _gather_rows_backward(
   target_M: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, None, None]:
   return _take(grad.reshape(-1, grad.shape[-1]), target_M), None, None
@@ -64,7 +66,7 @@ gather_rows.defvjp(
     gather_rows(rows_MD, source, target_M),
     target_M,
   ),
-  _move_rows_backward,
+  _gather_rows_backward,
 )
 
 
@@ -75,32 +77,33 @@ def combine(
   row_TK: jax.Array,
   assignment_M: jax.Array,
 ) -> jax.Array:
-  """`sum_k weights_TK[t, k] rows_MD[row_TK[t, k]]`, summed in float32.
+  """Returns `y_t = sum_k weights_TK[t, k] rows_MD[row_TK[t, k]]`.
 
-  Nothing as large as the slots' rows is kept in between, in either direction.
+  The sum is taken in float32. Nothing as large as the rows is kept in between,
+  in either direction.
 
   Args:
-    rows_MD: any rows.
+    rows_MD: Any rows.
     weights_TK: float32.
-    row_TK, assignment_M: as in `permute`.
+    row_TK: int32, as in `permute`.
+    assignment_M: int32, as in `permute`.
 
   Returns:
     [T, D] in the dtype of the rows.
   """
   terms = (
-    weights_K[:, None] * _take(rows_MD, place_K).astype(jnp.float32)
-    for weights_K, place_K in zip(weights_TK.T, row_TK.T, strict=True)
+    weights_K[:, None] * _take(rows_MD, row_K).astype(jnp.float32)
+    for weights_K, row_K in zip(weights_TK.T, row_TK.T, strict=True)
   )
-  return sum(terms).astype(rows_MD.dtype)
+  return sum(terms, start=jnp.float32(0)).astype(rows_MD.dtype)
 
 
-def _combine_rows_backward(
+def _combine_backward(
   saved: tuple[jax.Array, ...], grad_TD: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
   rows_MD, weights_TK, row_TK, assignment_M = saved
-  weight_M = (
-    weights_TK.reshape(-1).at[assignment_M].get(mode='fill', fill_value=0)
-  )
+  weight_M = weights_TK.reshape(-1)
+  weight_M = weight_M.at[assignment_M].get(mode='fill', fill_value=0)
   grad_MD = _take(grad_TD, assignment_M // row_TK.shape[1]).astype(jnp.float32)
   rows_grad_MD = (weight_M[:, None] * grad_MD).astype(rows_MD.dtype)
   # Of every row on its own, in the order of rows: no second gather of them.
@@ -111,7 +114,7 @@ def _combine_rows_backward(
 
 combine.defvjp(
   lambda *operands: (combine(*operands), operands),
-  _combine_rows_backward,
+  _combine_backward,
 )
 
 
@@ -119,18 +122,34 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
   return rows.at[index].get(mode='fill', fill_value=0)
 
 
+def offsets(sizes: jax.Array) -> jax.Array:
+  """Returns where segments of these sizes begin, along the last axis."""
+  return jnp.cumsum(sizes, axis=-1) - sizes
+
+
+def fitting(sizes: jax.Array, room: int) -> jax.Array:
+  """Returns how much of each segment has room, the first segments first.
+
+  Args:
+    sizes: int32, segment after segment along the last axis.
+    room: The room for all of them, in rows.
+  """
+  return jnp.clip(room - offsets(sizes), 0, sizes)
+
+
 def segment_offsets(
   sizes_J: jax.Array, to_J: jax.Array, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Where rows go that lie segment after segment and move segment by segment.
+  """Says where rows go that lie segment after segment and move by segments.
 
   Args:
-    sizes_J: int32 rows of each segment, num_rows or fewer in all.
+    sizes_J: int32, the rows of each segment, num_rows or fewer in all.
     to_J: int32, where the first row of each segment goes.
-    num_rows: of the results; those past the segments follow the last one.
+    num_rows: The length M of the results; rows past the segments follow the
+      last one.
 
   Returns:
-    int32 [num_rows], and the segment of every row, int32 [num_rows].
+    The place of every row and the segment of every row, both int32 [M].
   """
   ends_J = jnp.cumsum(sizes_J)
   row_M = jnp.arange(num_rows, dtype=jnp.int32)
@@ -142,6 +161,22 @@ def segment_offsets(
   return row_M + (to_J - (ends_J - sizes_J))[segment_M], segment_M
 
 
-def offsets(sizes: jax.Array) -> jax.Array:
-  """Where segments of these sizes begin, along the last axis."""
-  return jnp.cumsum(sizes, axis=-1) - sizes
+def regroup(
+  receive_counts_UX: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+  """Says how rows sorted by device, then expert, become sorted by expert.
+
+  Args:
+    receive_counts_UX: int32, the rows of each expert from each device.
+    num_rows: M, their sum.
+
+  Returns:
+    The row that comes to each place and the place of each row, both int32 [M].
+  """
+  by_device = receive_counts_UX.reshape(-1)
+  by_expert = receive_counts_UX.T.reshape(-1)
+  row_UX = offsets(by_device).reshape(receive_counts_UX.shape)
+  place_UX = offsets(by_expert).reshape(receive_counts_UX.T.shape).T
+  source_M, _ = segment_offsets(by_expert, row_UX.T.reshape(-1), num_rows)
+  target_M, _ = segment_offsets(by_device, place_UX.reshape(-1), num_rows)
+  return source_M, target_M

@@ -1,4 +1,4 @@
-"""Trips on which the used rows alone travel, by `ragged_all_to_all`."""
+"""An exchange on which the used rows alone travel, by `ragged_all_to_all`."""
 
 import dataclasses
 import functools
@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.experts import exchange_cost
-from moe_jax.experts.exchange import fitting, static, with_rest
-from moe_jax.experts.exchange_cost import ExchangeSizes
-from moe_jax.experts.permute import offsets
+from moe_jax.experts.expert_parallel import static
+from moe_jax.experts.permute import fitting, offsets
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +17,10 @@ class Offsets:
   """Arguments of `lax.ragged_all_to_all`, all int32 [U].
 
   Attributes:
-    input_U: where the rows for each device begin.
-    send_U: their number.
-    output_U: where they begin over there.
-    receive_U: the number of rows that each device sends here.
+    input_U: The rows at which those for each device begin.
+    send_U: Their number.
+    output_U: The places at which they begin over there.
+    receive_U: The number of rows that each device sends here.
   """
 
   input_U: jax.Array
@@ -33,16 +31,17 @@ class Offsets:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RaggedTrip:
-  """The used rows alone, into a buffer of bounded size.
+class RaggedExchange:
+  """A `ragged_all_to_all` of the used rows, into a buffer of bounded size.
 
   Attributes:
-    send_counts_UN, receive_counts_UX: as in `Trip`.
-    outward: from the rows to the buffer.
-    homeward: from the buffer to the rows.
-    num_rows: M.
-    room: rows of the buffer.
-    axis: of the devices.
+    send_counts_UN: As in `moe_jax.experts.exchange.Exchange`.
+    receive_counts_UX: As there.
+    outward: The way from the rows to the buffer.
+    homeward: The way from the buffer to the rows.
+    num_rows: M, the number of rows.
+    room: The number of rows of the buffer.
+    axis: The mesh axis of the devices.
   """
 
   send_counts_UN: jax.Array
@@ -53,68 +52,56 @@ class RaggedTrip:
   room: int = static()
   axis: str = static()
 
-  def there(self, rows_MD: jax.Array) -> jax.Array:
-    """As in `Trip`."""
+  @classmethod
+  def plan(
+    cls, sizes_UN: jax.Array, num_rows: int, room: int, axis: str
+  ) -> 'RaggedExchange':
+    """Plans an exchange into buffers of `room` rows.
+
+    Args:
+      sizes_UN: int32, the rows for each local expert of each device.
+      num_rows: M, the number of rows, unused ones among them.
+      room: The number of rows that a device can receive.
+      axis: The mesh axis of the devices.
+    """
+    here, devices = lax.axis_index(axis), len(sizes_UN)
+    # [from, to, expert]: every device knows all, and so all offsets.
+    sizes_UUN = lax.all_gather(sizes_UN, axis)
+    # A buffer is filled device by device, expert by expert.
+    queue = sizes_UUN.swapaxes(0, 1).reshape(devices, -1)
+    counts_UUN = fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
+    counts_UU = counts_UUN.sum(2)
+    row_UU = offsets(sizes_UUN.sum(2))
+    place_UU = offsets(counts_UU.T).T
+    outward = Offsets(
+      row_UU[here], counts_UU[here], place_UU[here], counts_UU[:, here]
+    )
+    homeward = Offsets(
+      place_UU[:, here], counts_UU[:, here], row_UU[:, here], counts_UU[here]
+    )
+    receive_counts_UN = counts_UUN[:, here]
+    last_U = jnp.arange(devices) == devices - 1
+    unused_U = jnp.where(last_U, room - receive_counts_UN.sum(), 0)
+    return cls(
+      counts_UUN[here],
+      jnp.concatenate([receive_counts_UN, unused_U[:, None]], axis=1),
+      outward,
+      homeward,
+      num_rows,
+      room,
+      axis,
+    )
+
+  def dispatch(self, rows_MD: jax.Array) -> jax.Array:
+    """Sends rows to their experts' devices; returns the buffer."""
     return _ragged(
       self.axis, self.room, self.num_rows, rows_MD, self.outward, self.homeward
     )
 
-  def back(self, rows: jax.Array) -> jax.Array:
-    """As in `Trip`."""
+  def combine(self, rows: jax.Array) -> jax.Array:
+    """Sends the buffer's rows back to where they came from."""
     return _ragged(
       self.axis, self.num_rows, self.room, rows, self.homeward, self.outward
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-  """Plans trips by `ragged_all_to_all`.
-
-  Attributes:
-    axis: of the devices.
-    factor: room of a device's buffer over the balanced share.
-  """
-
-  axis: str
-  factor: float
-
-  def __call__(self, sizes_UN: jax.Array, sizes: ExchangeSizes) -> RaggedTrip:
-    """As in `Plan`."""
-    room = exchange_cost.buffer_rows(sizes, self.factor)
-    here, devices = lax.axis_index(self.axis), sizes.devices
-    # [from, to, expert]: every device knows all, and so all offsets.
-    sizes_UUN = lax.all_gather(sizes_UN, self.axis)
-    # A buffer is filled device by device, expert by expert.
-    queue = sizes_UUN.swapaxes(0, 1).reshape(devices, -1)
-    send_counts_UUN = (
-      fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
-    )
-    send_counts_UU = send_counts_UUN.sum(2)
-    row_UU = offsets(sizes_UUN.sum(2))
-    place_UU = offsets(send_counts_UU.T).T
-    outward = Offsets(
-      row_UU[here],
-      send_counts_UU[here],
-      place_UU[here],
-      send_counts_UU[:, here],
-    )
-    homeward = Offsets(
-      place_UU[:, here],
-      send_counts_UU[:, here],
-      row_UU[:, here],
-      send_counts_UU[here],
-    )
-    receive_counts_UN = send_counts_UUN[:, here]
-    last_U = jnp.arange(devices) == devices - 1
-    rest_U = jnp.where(last_U, room - receive_counts_UN.sum(), 0)
-    return RaggedTrip(
-      send_counts_UUN[here],
-      with_rest(receive_counts_UN, rest_U),
-      outward,
-      homeward,
-      sizes.tokens * sizes.slots,
-      room,
-      self.axis,
     )
 
 
@@ -127,7 +114,7 @@ def _ragged(
   outward: Offsets,
   homeward: Offsets,
 ) -> jax.Array:
-  """Exchanges rows; what nobody sends stays 0. The gradient goes home.
+  """Exchanges rows; what nobody sends stays 0. The gradient goes back.
 
   JAX would derive as much, with two more exchanges of offsets.
   """
@@ -184,7 +171,7 @@ def _native(
 def _emulated(
   axis: str, rows: jax.Array, empty: jax.Array, offsets: Offsets
 ) -> jax.Array:
-  """The same by gathering everything; reads the offsets as others sent them."""
+  """Does the same by gathering everything, the others' offsets too."""
   here = lax.axis_index(axis)
   rows_UM, all_offsets = jax.tree.map(
     lambda a: lax.all_gather(a, axis), (rows, offsets)

@@ -4,7 +4,6 @@ None of them keeps a square of positions. They are programs for one device, so
 on several each computes its own sequences and heads in a `shard_map`.
 """
 
-import re
 from collections.abc import Callable
 
 import jax
@@ -86,11 +85,3 @@ def _block_sizes(length: int) -> splash_attention.BlockSizes:
     'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'.split()
   )
   return splash_attention.BlockSizes(**dict.fromkeys(names, size))
-
-
-def capability(device: jax.Device) -> tuple[int, ...]:
-  """CUDA's compute capability; () of what has none, as AMD's 'gfx942'."""
-  said = getattr(device, 'compute_capability', '')
-  if not re.fullmatch(r'\d+(\.\d+)*', said):
-    return ()
-  return tuple(map(int, said.split('.')))

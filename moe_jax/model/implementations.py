@@ -5,7 +5,6 @@ between devices, `auto` means the first or cheapest that can run; one that is
 named and cannot run is refused with the reason, its obstacle.
 """
 
-import importlib.metadata
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,24 +16,16 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, head_dim
 from moe_jax.errors import UserError, choose
-from moe_jax.experts import exchange_cost
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
-from moe_jax.experts.exchange import (
-  AllGather,
-  Blocks,
-  BufferedAllToAll,
-  CapacityAllToAll,
-)
+from moe_jax.experts.exchange import EXCHANGES, exchanges_for
 from moe_jax.experts.exchange_cost import ExchangeSizes
 from moe_jax.experts.expert_parallel import ExpertParallel, Layout
-from moe_jax.experts.grouped_matmul import IMPLEMENTATIONS as MATMULS
-from moe_jax.experts.grouped_matmul import TunedMatmul, tokamax
-from moe_jax.experts.ragged_exchange import Ragged
+from moe_jax.experts.grouped_matmul import GROUPED_MATMULS, TunedMatmul
 from moe_jax.model import attention_blocks, attention_kernels, tuned
 from moe_jax.model.attention import Attend, Causal, RotaryAttend
-from moe_jax.model.attention_kernels import capability
 from moe_jax.model.attention_span import SpanAttend
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.devices import capability
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,7 +114,7 @@ def _square(
 def _cudnn_obstacle(case: Case) -> str | None:
   if case.device.platform != 'gpu':
     return f'runs on NVIDIA GPUs, not on {case.device.platform}'
-  version = attention_kernels.capability(case.device)
+  version = capability(case.device)
   if version < (8, 0):
     has = getattr(case.device, 'compute_capability', 'none')
     return f'needs compute capability 8.0, and the device has {has}'
@@ -193,13 +184,11 @@ def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
     preferred = _PREFERRED_MATMULS.get(device.platform, _MATMULS_ELSEWHERE)
     name = next(n for n in preferred if n in possible)
     if name != preferred[0]:
-      why = MATMUL_OBSTACLES[preferred[0]](device)
+      why = GROUPED_MATMULS[preferred[0]].obstacle(device)
       _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
     measured = tuned.best(device, possible)
     return TunedMatmul(name, tuple(sorted(measured.items())))
-  obstacle = MATMUL_OBSTACLES[
-    choose('moe.grouped_matmul', asked, MATMUL_OBSTACLES)
-  ](device)
+  obstacle = GROUPED_MATMULS[asked].obstacle(device)
   if obstacle:
     raise UserError(
       f'moe.grouped_matmul = {asked!r} {obstacle}; here it can be auto,'
@@ -210,53 +199,12 @@ def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
 
 def available_matmuls(device: jax.Device) -> list[str]:
   """The implementations that can run there."""
-  return [name for name in MATMULS if not MATMUL_OBSTACLES[name](device)]
+  return [
+    name
+    for name in GROUPED_MATMULS
+    if not GROUPED_MATMULS[name].obstacle(device)
+  ]
 
-
-def _triton_obstacle(device: jax.Device) -> str | None:
-  return _gpu_obstacle(device, (8, 0)) or _tokamax_obstacle('triton', 'cuda')
-
-
-def _mosaic_obstacle(device: jax.Device) -> str | None:
-  on_tpu = device.platform == 'tpu'
-  if not on_tpu and (obstacle := _gpu_obstacle(device, (9, 0))):
-    return obstacle
-  if device not in jax.devices():
-    return 'is compiled only where such a device is'
-  return _tokamax_obstacle('mosaic', 'tpu' if on_tpu else 'cuda')
-
-
-def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
-  if device.platform != 'gpu':
-    return f'does not run on {device.platform}'
-  if capability(device) < least:
-    needed = '.'.join(map(str, least))
-    has = getattr(device, 'compute_capability', 'none')
-    return f'needs compute capability {needed}, and this is {has}'
-  return None
-
-
-def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
-  if not tokamax.installed():
-    return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
-  if said := tokamax.missing(kernel):
-    version = importlib.metadata.version('tokamax')
-    return f'is not in tokamax {version}, which says {said!r}'
-  return None
-
-
-def _none(device: jax.Device) -> None:
-  del device
-
-
-# Of each implementation, why it cannot run somewhere, or None.
-MATMUL_OBSTACLES: dict[str, Callable[[jax.Device], str | None]] = {
-  'blocks': _none,
-  'ragged_dot': _none,
-  'padded': _none,
-  'triton': _triton_obstacle,
-  'mosaic': _mosaic_obstacle,
-}
 
 # By platform, the first that can run is taken where nothing was measured.
 _PREFERRED_MATMULS = {
@@ -268,54 +216,13 @@ _MATMULS_ELSEWHERE = ('ragged_dot',)
 
 _EXPERT = 'expert'  # the mesh axis
 
-# For every `moe.dispatch` the values of `moe.exchange`, from the config and the
-# dispatch of one device.
-EXCHANGES: dict[str, dict[str, Callable[[ConfigDict, Dispatch], Dispatch]]] = {
-  'dropless': {
-    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
-    'all_to_all': lambda moe, inner: BufferedAllToAll(
-      Blocks(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
-    ),
-    'ragged': lambda moe, inner: BufferedAllToAll(
-      Ragged(_EXPERT, moe.buffer_factor), _EXPERT, mesh_lib.MESH_AXES
-    ),
-  },
-  'capacity': {
-    'gather': lambda moe, inner: AllGather(inner, _EXPERT),
-    'all_to_all': lambda moe, inner: CapacityAllToAll(inner, _EXPERT),
-  },
-}
-
-# What each sends, from the config, the sizes and the bytes of a hidden state.
-_SENT: dict[
-  str, dict[str, Callable[[ConfigDict, ExchangeSizes, int], float]]
-] = {
-  'dropless': {
-    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
-    'all_to_all': lambda moe, sizes, row: exchange_cost.block_bytes(
-      sizes, row, moe.buffer_factor
-    ),
-    'ragged': lambda moe, sizes, row: exchange_cost.ragged_bytes(sizes, row),
-  },
-  'capacity': {
-    'gather': lambda moe, sizes, row: exchange_cost.gather_bytes(sizes, row),
-    'all_to_all': lambda moe, sizes, row: exchange_cost.queue_bytes(
-      sizes, row, moe.capacity_factor
-    ),
-  },
-}
-
-# XLA has no `ragged_all_to_all` on CPU, and a slow one on GPUs.
-_RAGGED_PLATFORMS = ('tpu',)
-
 
 def dispatch(
   config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
 ) -> Dispatch:
   """The dispatch of all MoE layers; `dtype` is that of their arithmetic."""
-  name = choose('moe.dispatch', config.moe.dispatch, DISPATCHES)
   if mesh is None or mesh.size == 1:
-    return DISPATCHES[name](config.moe)
+    return DISPATCHES[config.moe.dispatch](config.moe)
   device = next(iter(mesh.devices.flat))
   return across(config, mesh, exchange_name(config, mesh.shape, dtype, device))
 
@@ -326,11 +233,11 @@ def across(
   exchange: str,
 ) -> ExpertParallel:
   """The dispatch on the devices of a mesh, by an exchange of that name."""
-  moe = config.moe
+  moe, layout = config.moe, Layout(mesh_lib.BATCH_AXES)
   inner = DISPATCHES[moe.dispatch](moe)
-  if mesh.shape[_EXPERT] > 1:
-    inner = EXCHANGES[moe.dispatch][exchange](moe, inner)
-  return ExpertParallel(mesh, inner, Layout(mesh_lib.BATCH_AXES))
+  if mesh.shape[layout.expert_axis] > 1:
+    inner = EXCHANGES[exchange].make(moe, inner, layout)
+  return ExpertParallel(mesh, inner, layout)
 
 
 def exchange_name(
@@ -345,19 +252,21 @@ def exchange_name(
     UserError: it is not known, or does not compile for so many devices.
   """
   asked, count = config.moe.exchange, math.prod(mesh.values())
-  limited = mesh_lib.limited_routing(device, count)
-  sent = exchange_bytes(config, mesh, dtype)
-  if device.platform not in _RAGGED_PLATFORMS or limited:
-    sent.pop('ragged', None)
-  best = min(sent, key=sent.get)
+  sent = {
+    name: num_bytes
+    for name, num_bytes in exchange_bytes(config, mesh, dtype).items()
+    if EXCHANGES[name].suits(device, count)
+  }
+  best = min(sent, key=lambda name: sent[name])
   if asked == 'auto':
     return best
-  if asked == 'ragged' and limited and mesh[_EXPERT] > 1:
+  name = choose('moe.exchange', asked, exchanges_for(config.moe.dispatch))
+  obstacle = EXCHANGES[name].obstacle(device, count)
+  if obstacle and mesh[_EXPERT] > 1:
     raise UserError(
-      f"moe.exchange = 'ragged' does not compile for {count} x"
-      f" {device.device_kind}; 'auto' takes {best!r}, which does"
+      f"moe.exchange = {asked!r} {obstacle}; 'auto' takes {best!r}, which does"
     )
-  return choose('moe.exchange', asked, EXCHANGES[config.moe.dispatch])
+  return name
 
 
 def exchange_bytes(
@@ -378,12 +287,12 @@ def exchange_bytes(
   used = config.router.selection == 'top_k'
   sizes = ExchangeSizes(
     tokens=rows * config.data.seq_len,
-    slots=moe.top_k if used else moe.num_experts,
+    top_k=moe.top_k if used else moe.num_experts,
     num_experts=moe.num_experts,
     devices=mesh[_EXPERT],
   )
   row_bytes = config.model.hidden_size * jnp.dtype(dtype).itemsize
   return {
-    name: round(sent(moe, sizes, row_bytes))
-    for name, sent in _SENT[moe.dispatch].items()
+    name: round(EXCHANGES[name].num_bytes(moe, sizes, row_bytes))
+    for name in exchanges_for(moe.dispatch)
   }

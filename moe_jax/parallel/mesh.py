@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import BATCH_AXES, MESH_AXES, mesh_shape
 from moe_jax.errors import UserError
 from moe_jax.parallel import slices
+from moe_jax.parallel.devices import limited_routing
 
 # Those along which parameters are repeated, not split.
 REPEATED_AXES = tuple(axis for axis in BATCH_AXES if axis != 'fsdp')
@@ -57,8 +58,6 @@ RULES = (
 )
 
 _ROOMY_KINDS = ('TPU v5 lite', 'TPU v6 lite')  # v5e and v6e
-# TPU v5e, beyond so many chips.
-_LIMITED_KIND, _LIMITED_BEYOND = 'TPU v5 lite', 16
 
 
 def from_config(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
@@ -112,15 +111,6 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     options['xla_tpu_enable_async_all_to_all'] = 'true'
     options['xla_tpu_enable_async_ragged_all_to_all'] = 'true'
   return options
-
-
-def limited_routing(device: jax.Device, count: int) -> bool:
-  """Whether so many of a device are a slice with "limited ICI routing".
-
-  For these libtpu 0.0.42 compiles no ragged all-to-all, and no other one that
-  goes on beside computation. Several smaller slices count as one.
-  """
-  return device.device_kind == _LIMITED_KIND and count > _LIMITED_BEYOND
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.exchange import Blocks, regroup
-from moe_jax.experts.exchange_cost import ExchangeSizes
-from moe_jax.experts.ragged_exchange import Offsets, Ragged
+from moe_jax.experts.exchange import BlockExchange
+from moe_jax.experts.permute import regroup
+from moe_jax.experts.ragged_exchange import Offsets, RaggedExchange
 
 # Devices, tokens and slots of each, experts: two on every device.
 U, T, K, N = 4, 6, 2, 8
@@ -28,19 +28,19 @@ def travelled() -> dict[str, Any]:
 
   def local(sizes_1UN: jax.Array, rows_MD: jax.Array) -> Any:
     found = {}
-    for name, plan in (
-      ('blocks', Blocks('expert', FACTOR)),
-      ('ragged', Ragged('expert', FACTOR)),
+    for name, plan, room in (
+      ('blocks', BlockExchange.plan, BLOCK),
+      ('ragged', RaggedExchange.plan, ROOM),
     ):
-      trip = plan(sizes_1UN[0], ExchangeSizes(T, K, N, U))
-      there = trip.there(rows_MD)
-      order, place = regroup(trip.receive_counts_UX, len(there))
+      exchange = plan(sizes_1UN[0], T * K, room, 'expert')
+      there = exchange.dispatch(rows_MD)
+      order, place = regroup(exchange.receive_counts_UX, len(there))
       found[name] = {
-        'trip': trip,
+        'exchange': exchange,
         'there': there,
         'sorted': there[order],
         'unsorted': there[order][place],
-        'back': trip.back(there),
+        'back': exchange.combine(there),
       }
     return jax.tree.map(lambda a: a[None], found)
 
@@ -100,9 +100,10 @@ def test_ragged_trips_fill_buffers_device_by_device() -> None:
 
 def test_ragged_offsets_mean_the_same_to_the_collective() -> None:
   ragged = travelled()['ragged']
-  trip, there = ragged['trip'], ragged['there'][..., 0]
-  np.testing.assert_array_equal(exchanged(rows(), trip.outward, ROOM), there)
-  back = exchanged(there, trip.homeward, T * K)
+  exchange, there = ragged['exchange'], ragged['there'][..., 0]
+  outward, homeward = exchange.outward, exchange.homeward
+  np.testing.assert_array_equal(exchanged(rows(), outward, ROOM), there)
+  back = exchanged(there, homeward, T * K)
   np.testing.assert_array_equal(back, ragged['back'][..., 0])
 
 
@@ -117,7 +118,7 @@ def test_blocks_hold_the_first_rows_for_every_device() -> None:
 
 def test_what_travelled_comes_back_to_its_place_and_the_rest_as_zeros() -> None:
   for found in travelled().values():
-    kept = found['trip'].send_counts_UN
+    kept = found['exchange'].send_counts_UN
     for device in range(U):
       of_expert = np.repeat(np.arange(N), sizes()[device].reshape(-1))
       nth = np.concatenate([np.arange(n) for n in np.bincount(of_expert)])
@@ -134,7 +135,7 @@ def test_rows_are_regrouped_by_expert() -> None:
   for found in travelled().values():
     np.testing.assert_array_equal(found['unsorted'], found['there'])
     for device in range(U):
-      arriving = found['trip'].receive_counts_UX[device]
+      arriving = found['exchange'].receive_counts_UX[device]
       expert = np.concatenate(
         [np.repeat(np.arange(arriving.shape[1]), row) for row in arriving]
       )

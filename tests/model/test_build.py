@@ -3,11 +3,11 @@
 import pytest
 
 from moe_jax.config.schema import KEYS
-from moe_jax.experts import grouped_matmul
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.build import MIXINGS, repetition
 from moe_jax.model.decoder import REMAT_POLICIES
-from moe_jax.model.implementations import EXCHANGES, IMPLEMENTATIONS
+from moe_jax.model.implementations import IMPLEMENTATIONS
+from moe_jax.registry import EXCHANGES, GROUPED_MATMULS
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.gates import GATES
 
@@ -37,9 +37,9 @@ def test_config_knows_every_part_there_is() -> None:
   """A part that the schema does not list could not be chosen."""
   parts = {
     'moe.dispatch': DISPATCHES,
-    'moe.exchange': {'auto', *EXCHANGES['dropless']},
+    'moe.exchange': {'auto', *EXCHANGES},
     'moe.priority': PRIORITIES,
-    'moe.grouped_matmul': {'auto', *grouped_matmul.IMPLEMENTATIONS},
+    'moe.grouped_matmul': {'auto', *GROUPED_MATMULS},
     'moe.shared.mixing': MIXINGS,
     'router.recurrent': CELLS,
     'router.score': GATES,

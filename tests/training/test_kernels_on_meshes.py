@@ -10,8 +10,9 @@ from moe_jax.experts import grouped_matmul
 from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.compiled import abstract_batch
+from moe_jax.registry import GROUPED_MATMULS
 from moe_jax.training.step import make_train_step
-from tests.helpers import tiny
+from tests.helpers import registries, tiny
 from tests.training.test_step import batch, setup
 
 EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
@@ -54,7 +55,7 @@ def test_a_step_is_that_of_one_device(
   """By what runs on CPU of tokamax, to `blocks` without a mesh."""
   implementation = grouped_matmul.by_tokamax('xla')
   # Under the name of one that a config may ask for on CPU.
-  monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, 'padded', implementation)
+  registries.register(monkeypatch, GROUPED_MATMULS, 'padded', implementation)
   loss, moments = step(config(exchange, remat, 'padded'), EVERY_AXIS)
   expected_loss, expected = step(config(exchange, remat, 'blocks'), {})
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)

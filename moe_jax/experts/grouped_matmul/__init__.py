@@ -1,20 +1,24 @@
-"""Sorted rows times a bank of weights: the matmul at the heart of dropless MoE.
+"""Sorted rows times weights: the matmul at the heart of dropless MoE.
 
-One meaning, several implementations: `IMPLEMENTATIONS`. Which one is best on a
-device is a matter of measurement, `python -m benchmarks.grouped_matmul`.
+It has one meaning and several implementations, `GROUPED_MATMULS`. Which one is
+best on a device is a matter of measurement, `python -m
+benchmarks.grouped_matmul`. A user's own is registered as those below are:
+
+  GROUPED_MATMULS.register('mine')(Implementation(forward, backward))
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from moe_jax.experts.grouped_matmul import blocks, padded, tokamax
+from moe_jax.registry import GROUPED_MATMULS
 
 # (rows_MD, weights_NDF, sizes_N) -> [M, F]
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -26,11 +30,13 @@ class Implementation(NamedTuple):
   Attributes:
     forward: (rows_MD, weights_NDF, sizes_N) -> out_MF.
     backward: (rows_MD, weights_NDF, sizes_N, grad_MF) -> the gradients of rows
-      and bank.
+      and weights.
+    obstacle: (device) -> str | None: why it cannot run on such a device.
   """
 
   forward: GroupedMatmul
   backward: Callable[..., tuple[jax.Array, jax.Array]]
+  obstacle: Callable[[jax.Device], str | None] = lambda device: None
 
 
 def grouped_matmul(
@@ -39,17 +45,18 @@ def grouped_matmul(
   sizes_N: jax.Array,
   implementation: str | None = None,
 ) -> jax.Array:
-  """`rows_MD[m] @ weights_NDF[group of m]`, differentiable in rows and bank.
+  """Returns `rows_MD[m] @ weights_NDF[group of m]` for every row m.
 
-  Inside `shard_map` all three must vary over the same mesh axes: a custom
-  gradient cannot know of a sum over devices.
+  It is differentiable in rows and weights. Inside `shard_map` all three
+  operands must vary over the same mesh axes: a custom gradient cannot know of a
+  sum over devices.
 
   Args:
-    rows_MD: rows sorted by group: the first sizes_N[0] are group 0's, and so
+    rows_MD: Rows sorted by group: the first sizes_N[0] are group 0's, and so
       on. Rows past sum(sizes_N) belong to none, and are finite all the same.
-    weights_NDF: one matrix per group, of the rows' dtype.
+    weights_NDF: One matrix per group, of the rows' dtype.
     sizes_N: int32 group sizes, each >= 0, at most M in all.
-    implementation: a name in `IMPLEMENTATIONS`; None for one that needs no
+    implementation: A name in `GROUPED_MATMULS`; None takes one that needs no
       package, picked by the platform that the program is lowered for.
 
   Returns:
@@ -60,11 +67,11 @@ def grouped_matmul(
 
 @dataclasses.dataclass(frozen=True)
 class TunedMatmul:
-  """`grouped_matmul` by the implementation that is best for the shapes.
+  """Computes `grouped_matmul` by the best implementation for the shapes.
 
   Attributes:
-    name: of the implementation where nothing was measured.
-    measured: pairs of a case, see `case`, and the name of its best.
+    name: The implementation where nothing was measured.
+    measured: Pairs of a case, see `case`, and the name of its best.
   """
 
   name: str | None = None
@@ -74,18 +81,24 @@ class TunedMatmul:
     self, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
     measured = dict(self.measured)
-    of_shapes = case(len(rows_MD), *weights_NDF.shape, rows_MD.dtype)
-    name = measured.get(of_shapes, self.name)
+    num_groups, d, f = weights_NDF.shape
+    shapes = case(len(rows_MD), num_groups, d, f, rows_MD.dtype)
+    name = measured.get(shapes, self.name)
     return grouped_matmul(rows_MD, weights_NDF, sizes_N, name)
 
 
-def case(num_rows: int, num_groups: int, d: int, f: int, dtype: object) -> str:
-  """What a measurement holds for; rows are rounded up to a power of two."""
+def case(
+  num_rows: int, num_groups: int, d: int, f: int, dtype: DTypeLike
+) -> str:
+  """Names the case that a measurement holds for.
+
+  Rows are rounded up to a power of two.
+  """
   rounded = 1 << (num_rows - 1).bit_length()
   return f'{rounded} rows, {num_groups} x {d} x {f}, {jnp.dtype(dtype).name}'
 
 
-def _ragged(
+def _ragged_dot(
   rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
   if len(weights_NDF) == 1:
@@ -95,7 +108,7 @@ def _ragged(
 
 
 def _derived(multiply: GroupedMatmul) -> Implementation:
-  """With the gradients that `multiply` has of itself."""
+  """Returns an implementation with the gradients that JAX derives."""
 
   def forward(
     rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
@@ -111,7 +124,9 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
     grad_MF: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     _, vjp = jax.vjp(
-      lambda rows, bank: forward(rows, bank, sizes_N), rows_MD, weights_NDF
+      lambda rows, weights: forward(rows, weights, sizes_N),
+      rows_MD,
+      weights_NDF,
     )
     rows_grad_MD, weights_grad_NDF = vjp(grad_MF)
     used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
@@ -120,61 +135,24 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
   return Implementation(forward, backward)
 
 
-def _block_sizes(rows: jax.Array, weights_NDF: jax.Array) -> blocks.BlockSizes:
-  num_groups, *weight = weights_NDF.shape
-  return blocks.choose_sizes(len(rows), num_groups, math.prod(weight))
-
-
-def _blocks(
-  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
-) -> jax.Array:
-  block_sizes = _block_sizes(rows_MD, weights_NDF)
-  return blocks.multiply(rows_MD, weights_NDF, sizes_N, block_sizes=block_sizes)
-
-
-def _blocks_backward(
-  rows_MD: jax.Array,
-  weights_NDF: jax.Array,
-  sizes_N: jax.Array,
-  grad_MF: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  block_sizes = _block_sizes(rows_MD, weights_NDF)
-  rows_grad_MD = blocks.multiply(
-    grad_MF, weights_NDF, sizes_N, block_sizes=block_sizes, transposed=True
-  )
-  # Summed over blocks in float32, whatever the operands are in.
-  weights_grad_NDF = blocks.weights_gradient(
-    rows_MD, grad_MF, sizes_N, block_sizes=block_sizes
-  )
-  return rows_grad_MD, weights_grad_NDF.astype(weights_NDF.dtype)
-
-
 def by_tokamax(kernel: str) -> Implementation:
-  """That of a kernel of `tokamax.multiply`."""
+  """Returns the implementation by a kernel of `tokamax.forward`."""
   return Implementation(
-    functools.partial(tokamax.multiply, kernel=kernel),
-    functools.partial(tokamax.gradients, kernel=kernel),
+    functools.partial(tokamax.forward, kernel=kernel),
+    functools.partial(tokamax.backward, kernel=kernel),
+    functools.partial(tokamax.obstacle, kernel=kernel),
   )
 
 
-IMPLEMENTATIONS = {
-  'blocks': Implementation(_blocks, _blocks_backward),
-  'ragged_dot': _derived(_ragged),
-  'padded': Implementation(padded.multiply, padded.gradients),
-  'triton': by_tokamax('triton'),
-  'mosaic': by_tokamax('mosaic'),
-}
-
-
-def _run(implementation: str | None, part: str, *operands: jax.Array) -> object:
-  if implementation is not None:
-    return getattr(IMPLEMENTATIONS[implementation], part)(*operands)
-  # XLA computes `ragged_dot` densely on CPU, every row with every matrix.
-  return lax.platform_dependent(
-    *operands,
-    cpu=getattr(IMPLEMENTATIONS['blocks'], part),
-    default=getattr(IMPLEMENTATIONS['ragged_dot'], part),
-  )
+GROUPED_MATMULS.register('blocks')(
+  Implementation(blocks.forward, blocks.backward)
+)
+GROUPED_MATMULS.register('ragged_dot')(_derived(_ragged_dot))
+GROUPED_MATMULS.register('padded')(
+  Implementation(padded.forward, padded.backward)
+)
+GROUPED_MATMULS.register('triton')(by_tokamax('triton'))
+GROUPED_MATMULS.register('mosaic')(by_tokamax('mosaic'))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -184,7 +162,15 @@ def _grouped_matmul(
   weights_NDF: jax.Array,
   sizes_N: jax.Array,
 ) -> jax.Array:
-  return _run(implementation, 'forward', rows_MD, weights_NDF, sizes_N)
+  operands = rows_MD, weights_NDF, sizes_N
+  if implementation is not None:
+    return GROUPED_MATMULS[implementation].forward(*operands)
+  # XLA computes `ragged_dot` densely on CPU, every row with every matrix.
+  return lax.platform_dependent(
+    *operands,
+    cpu=GROUPED_MATMULS['blocks'].forward,
+    default=GROUPED_MATMULS['ragged_dot'].forward,
+  )
 
 
 def _forward(
@@ -198,7 +184,16 @@ def _backward(
   operands: tuple[jax.Array, ...],
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
-  return *_run(implementation, 'backward', *operands, grad_MF), None
+  if implementation is not None:
+    backward = GROUPED_MATMULS[implementation].backward
+    return *backward(*operands, grad_MF), None
+  grads = lax.platform_dependent(
+    *operands,
+    grad_MF,
+    cpu=GROUPED_MATMULS['blocks'].backward,
+    default=GROUPED_MATMULS['ragged_dot'].backward,
+  )
+  return *grads, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

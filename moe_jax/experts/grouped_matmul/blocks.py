@@ -8,6 +8,7 @@ large blocks first, so that cost follows the rows in use, not the most of them.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,9 @@ class BlockSizes(NamedTuple):
   """Sizes of blocks, in rows.
 
   Attributes:
-    whole: falling; a group is cut into these while it is larger.
-    last: rising; for what is then left of every group. If there is none, the
-      last of `whole` takes that too.
+    whole: Falling sizes; a group is cut into these while it is larger.
+    last: Rising sizes for what is then left of every group. If there is none,
+      the last of `whole` takes that too.
   """
 
   whole: tuple[int, ...]
@@ -38,7 +39,13 @@ class BlockSizes(NamedTuple):
 def choose_sizes(
   num_rows: int, num_groups: int, weight_elements: int
 ) -> BlockSizes:
-  """Sizes for groups of about `num_rows / num_groups`, or of fewer rows."""
+  """Returns sizes for groups of about `num_rows / num_groups` rows, or fewer.
+
+  Args:
+    num_rows: M.
+    num_groups: N.
+    weight_elements: The number of elements of one group's matrix.
+  """
   if weight_elements <= _LIGHT:
     return BlockSizes((min(_ONLY, num_rows),), ())
   mean = -(-num_rows // num_groups)
@@ -52,6 +59,37 @@ def choose_sizes(
   return BlockSizes(tuple(sorted({large, last[-1]}, reverse=True)), tuple(last))
 
 
+def forward(
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
+) -> jax.Array:
+  """Returns [M, F], 0 outside of all groups; see `grouped_matmul`."""
+  block_sizes = _block_sizes(rows_MD, weights_NDF)
+  return multiply(rows_MD, weights_NDF, sizes_N, block_sizes=block_sizes)
+
+
+def backward(
+  rows_MD: jax.Array,
+  weights_NDF: jax.Array,
+  sizes_N: jax.Array,
+  grad_MF: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of rows and weights."""
+  block_sizes = _block_sizes(rows_MD, weights_NDF)
+  rows_grad_MD = multiply(
+    grad_MF, weights_NDF, sizes_N, block_sizes=block_sizes, transposed=True
+  )
+  # Summed over blocks in float32, whatever the operands are in.
+  weights_grad_NDF = weights_gradient(
+    rows_MD, grad_MF, sizes_N, block_sizes=block_sizes
+  )
+  return rows_grad_MD, weights_grad_NDF.astype(weights_NDF.dtype)
+
+
+def _block_sizes(rows_MD: jax.Array, weights_NDF: jax.Array) -> BlockSizes:
+  num_groups, *weight = weights_NDF.shape
+  return choose_sizes(len(rows_MD), num_groups, math.prod(weight))
+
+
 class _Loop(NamedTuple):
   """Blocks of one size: entries from `begin` to `end` of the tables.
 
@@ -59,14 +97,15 @@ class _Loop(NamedTuple):
   loop, and do it even if the loop never runs.
 
   Attributes:
-    size: rows of each.
-    opens: whether every block is the first of its group that is computed.
-    group_J, first_J, stop_J: of every block its group, the row it begins at,
-      and the row its group ends at.
+    size: The rows of each block.
+    is_first: Whether every block is the first of its group that is computed.
+    group_J: int32, the group of every block.
+    first_J: int32, the row that it begins at.
+    stop_J: int32, the row that its group ends at.
   """
 
   size: int
-  opens: bool
+  is_first: bool
   begin: jax.Array | int
   end: jax.Array
   group_J: jax.Array
@@ -77,7 +116,7 @@ class _Loop(NamedTuple):
 def _loops(
   num_rows: int, sizes_N: jax.Array, block_sizes: BlockSizes
 ) -> list[_Loop]:
-  """All blocks; the loops that open groups come before the others."""
+  """Returns all blocks; loops over first blocks come before the others."""
   num_groups = len(sizes_N)
   stop_N = jnp.cumsum(sizes_N)
   first_N, left_N = stop_N - sizes_N, sizes_N
@@ -105,7 +144,7 @@ def _loops(
 def _last_blocks(
   left_N: jax.Array, first_N: jax.Array, stop_N: jax.Array, sizes: tuple
 ) -> list[_Loop]:
-  """One block of every group that has rows, the smallest that holds them."""
+  """Takes for every group that has rows the smallest block that holds them."""
   if not sizes:
     return []
   size_N = (left_N[:, None] > jnp.array(sizes)).sum(1)
@@ -123,7 +162,7 @@ def _last_blocks(
 def _window(
   loop: _Loop, i: jax.Array, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-  """First row of block i, and which of its rows are the block's, [size, 1]."""
+  """Returns the first row of block i, and which rows are its own [size, 1]."""
   # A block that would end behind the last row begins earlier instead.
   first = jnp.minimum(loop.first_J[i], num_rows - loop.size)
   row = first + jnp.arange(loop.size)
@@ -139,7 +178,7 @@ def multiply(
   block_sizes: BlockSizes,
   transposed: bool = False,
 ) -> jax.Array:
-  """Every row times its group's matrix, or that matrix transposed.
+  """Multiplies every row by its group's matrix, or that matrix transposed.
 
   Returns:
     [M, F], or of rows [M, F] and `transposed` [M, D]; 0 outside of all groups.
@@ -173,7 +212,7 @@ def weights_gradient(
   *,
   block_sizes: BlockSizes,
 ) -> jax.Array:
-  """`rows^T grad` of every group [N, D, F], float32; 0 for empty ones."""
+  """Returns `rows^T grad` of every group, [N, D, F], float32; 0 if empty."""
   num_rows = len(rows_MD)
 
   def block(loop: _Loop, i: jax.Array, out_NDF: jax.Array) -> jax.Array:
@@ -191,7 +230,7 @@ def weights_gradient(
       preferred_element_type=jnp.float32,
     )
     group = loop.group_J[i]
-    if not loop.opens:  # reading the sum so far costs as much as writing it
+    if not loop.is_first:  # reading the sum so far costs as much as writing it
       product += lax.dynamic_index_in_dim(out_NDF, group, keepdims=False)
     return lax.dynamic_update_index_in_dim(out_NDF, product, group, 0)
 

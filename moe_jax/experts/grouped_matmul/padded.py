@@ -13,20 +13,20 @@ _ROOM = 1.25  # rows of a group in a round, over the mean group
 _GRAIN = 8  # that they are a multiple of
 
 
-def multiply(
+def forward(
   rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  """[M, F]; 0 outside of all groups."""
+  """Returns [M, F], 0 outside of all groups."""
   return _multiply(rows_MD, weights_NDF, sizes_N)
 
 
-def gradients(
+def backward(
   rows_MD: jax.Array,
   weights_NDF: jax.Array,
   sizes_N: jax.Array,
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Of the rows and of the bank; the latter summed in float32."""
+  """Returns the gradients of rows and weights, these summed in float32."""
   rows_grad_MD = _multiply(grad_MF, weights_NDF, sizes_N, transposed=True)
   capacity = _capacity(len(rows_MD), len(weights_NDF))
 
@@ -49,7 +49,7 @@ def _multiply(
   *,
   transposed: bool = False,
 ) -> jax.Array:
-  """[M, F], or of rows [M, F] and `transposed` [M, D]."""
+  """Returns [M, F], or of rows [M, F] and `transposed` [M, D]."""
   num_rows, num_groups = len(rows_MD), len(weights_NDF)
   capacity = _capacity(num_rows, num_groups)
   ends_N = jnp.cumsum(sizes_N)
@@ -85,7 +85,7 @@ def _rounds(sizes_N: jax.Array, capacity: int) -> jax.Array:
 def _round(
   rows: jax.Array, sizes_N: jax.Array, i: jax.Array, capacity: int
 ) -> jax.Array:
-  """[N, C, ...]: rows number i C to i C + C - 1 of every group, or zeros."""
+  """Returns [N, C, ...]: rows i C to i C + C - 1 of every group, or zeros."""
   nth_NC = i * capacity + jnp.arange(capacity)[None]
   source_NC = (jnp.cumsum(sizes_N) - sizes_N)[:, None] + nth_NC
   source_NC = jnp.where(nth_NC < sizes_N[:, None], source_NC, len(rows))

@@ -5,6 +5,7 @@ tokamax is optional and slow to import, so this happens where it is used.
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.parallel.devices import capability
+
 
 def _product(
   contracting: tuple[int, int], group_dimensions: list[int]
 ) -> lax.RaggedDotDimensionNumbers:
-  """Of rows, sorted by group, with a second operand."""
+  """Describes a product of rows, sorted by group, with a second operand."""
   one, other = contracting
   return lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([one], [other]), ([], [])),
@@ -35,41 +38,77 @@ _MD_MF = _product((0, 0), [])
 
 
 def installed() -> bool:
-  """Whether tokamax can be imported."""
+  """Returns whether tokamax can be imported."""
   return importlib.util.find_spec('tokamax') is not None
 
 
 @functools.cache
 def missing(kernel: str) -> str | None:
-  """What tokamax, if installed, says of a kernel it does not have here.
+  """Returns what tokamax, if installed, says of a kernel it lacks here.
 
   Its versions differ in their kernels, and in the packages these need. Mosaic's
   depend on the default device too.
   """
   rows = jax.ShapeDtypeStruct((_TILE, _TILE), jnp.bfloat16)
-  bank = jax.ShapeDtypeStruct((1, _TILE, _TILE), jnp.bfloat16)
+  weights = jax.ShapeDtypeStruct((1, _TILE, _TILE), jnp.bfloat16)
   sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
   try:
     jax.eval_shape(
-      functools.partial(multiply, kernel=kernel), rows, bank, sizes
+      functools.partial(forward, kernel=kernel), rows, weights, sizes
     )
     jax.eval_shape(
-      functools.partial(gradients, kernel=kernel), rows, bank, sizes, rows
+      functools.partial(backward, kernel=kernel), rows, weights, sizes, rows
     )
   except (ImportError, NotImplementedError, ValueError) as error:
     return str(error)
   return None
 
 
-def multiply(
-  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
-) -> jax.Array:
-  """[M, F]; 0 outside of all groups.
+def obstacle(device: jax.Device, *, kernel: str) -> str | None:
+  """Returns why a kernel of `forward` cannot run on a device, or None.
 
   Args:
-    rows_MD: as those of `grouped_matmul`, as are the others.
-    weights_NDF: one matrix per group.
-    sizes_N: of the groups.
+    device: A device of the kind that the program is for; it need not be here.
+    kernel: 'triton' or 'mosaic'.
+  """
+  on_tpu = device.platform == 'tpu'
+  if not (on_tpu and kernel == 'mosaic'):
+    least = (8, 0) if kernel == 'triton' else (9, 0)
+    if reason := _gpu_obstacle(device, least):
+      return reason
+  if kernel == 'mosaic' and device not in jax.devices():
+    return 'is compiled only where such a device is'
+  return _tokamax_obstacle(kernel, 'tpu' if on_tpu else 'cuda')
+
+
+def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
+  if device.platform != 'gpu':
+    return f'does not run on {device.platform}'
+  if capability(device) < least:
+    needed = '.'.join(map(str, least))
+    has = getattr(device, 'compute_capability', 'none')
+    return f'needs compute capability {needed}, and this is {has}'
+  return None
+
+
+def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
+  if not installed():
+    return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
+  if reason := missing(kernel):
+    version = importlib.metadata.version('tokamax')
+    return f'is not in tokamax {version}, which says {reason!r}'
+  return None
+
+
+def forward(
+  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
+) -> jax.Array:
+  """Returns [M, F], 0 outside of all groups.
+
+  Args:
+    rows_MD: Rows sorted by group, as in `grouped_matmul`.
+    weights_NDF: One matrix per group.
+    sizes_N: int32, the rows of each group.
     kernel: 'triton', for NVIDIA GPUs from compute capability 8.0; 'mosaic',
       for those of 9.0 and TPUs from generation 5; 'xla', which is
       `lax.ragged_dot`.
@@ -78,7 +117,7 @@ def multiply(
   return _in_groups(out_MF, sizes_N)
 
 
-def gradients(
+def backward(
   rows_MD: jax.Array,
   weights_NDF: jax.Array,
   sizes_N: jax.Array,
@@ -86,7 +125,7 @@ def gradients(
   *,
   kernel: str,
 ) -> tuple[jax.Array, jax.Array]:
-  """Of the rows and of the bank; see `multiply`."""
+  """Returns the gradients of the rows and of the weights; see `forward`."""
   rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, weights_NDF, sizes_N)
   weights_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
   # tokamax's issue 887: of an empty group Triton's kernel multiplies the rows
