@@ -3,9 +3,9 @@
 import os
 import pathlib
 
-# Tests compile far longer than they compute: nothing is optimised, and loops are
-# made by the older of the CPU's emitters, which takes half of the time of the
-# newer one. Processes that tests start inherit it.
+# Tests compile far longer than they compute: nothing is optimised, and loops
+# are made by the older of the CPU's emitters, which takes half of the time of
+# the newer one. Processes that tests start inherit it.
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',

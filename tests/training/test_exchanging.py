@@ -13,16 +13,15 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.metrics import routing_metrics
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
-from tests.training.test_step import batch, setup
+from tests.helpers.steps import (
+  BALANCED,
+  BOUNDED,
+  EVERY_AXIS,
+  batch,
+  init,
+  setup,
+)
 
-EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
-# Balanced by a bias too, which also lets a test choose the experts.
-BALANCED = tiny.MODELS['cartesian rmoe'] | {
-  'loss.bias_rate': 0.01,
-  'loss.z_weight': 0.01,
-}
-# Room for little more than half of the slots.
-BOUNDED = BALANCED | {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 0.6}
 # As the model routes; mostly to the first experts; all to the same two.
 SKEWS = (0.0, 0.02, 10.0)
 
@@ -38,7 +37,7 @@ def step(
     skew: by so much more than the next one each expert is preferred.
   """
   made, train_step = compiled(tuple(overrides.items()), tuple(axes.items()))
-  state = made.init()
+  state = init(made)
 
   def prefer(path: Any, leaf: jax.Array) -> jax.Array:
     if path[-1].key != 'choice_bias_N':

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.training.step import make_train_step
 from tests.helpers import choosing, gradients, oracle, tiny
-from tests.training.test_step import setup
+from tests.helpers.steps import init, setup
 
 SIZES = {
   'model.hidden_size': 8,
@@ -107,7 +107,7 @@ def test_losses_and_gradients(name: str) -> None:
   made = setup(config)
   params = gradients.random_like(made.abstract['params'], 0.4)
   params = jax.tree.map(np.float32, params)
-  state = jax.tree.map(np.asarray, made.init()) | {'params': params}
+  state = jax.tree.map(np.asarray, init(made)) | {'params': params}
   new, metrics = make_train_step(made)(state, batch())
   for key, value in losses(config, params, params).items():
     np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)

@@ -13,9 +13,8 @@ from moe_jax.planning.compiled import abstract_batch
 from moe_jax.registry import GROUPED_MATMULS
 from moe_jax.training.step import make_train_step
 from tests.helpers import registries, tiny
-from tests.training.test_step import batch, setup
+from tests.helpers.steps import EVERY_AXIS, batch, init, setup
 
-EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
 WAYS = [('gather', 'none'), ('all_to_all', 'none'), ('gather', 'dots')]
 
 
@@ -68,6 +67,6 @@ def step(made_of: Any, axes: dict[str, int]) -> tuple[Any, list[np.ndarray]]:
   """The loss of one step, and Adam's moments after it."""
   made = setup(made_of, **axes)
   data = jax.device_put(batch(made_of), mesh_lib.batch_sharding(made.mesh))
-  state, metrics = make_train_step(made)(made.init(), data)
+  state, metrics = make_train_step(made)(init(made), data)
   moments = jax.tree.map(np.asarray, jax.tree.leaves(state['opt_state']))
   return metrics['loss'], moments

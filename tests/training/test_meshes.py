@@ -13,8 +13,7 @@ from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
-from tests.training.test_exchanging import BOUNDED, EVERY_AXIS
-from tests.training.test_step import batch, setup
+from tests.helpers.steps import BOUNDED, EVERY_AXIS, batch, init, setup
 
 MESHES = {
   'data 8': {'data': 8},
@@ -26,7 +25,7 @@ MESHES = {
 
 def losses(made: Setup, steps: int) -> np.ndarray:
   """The losses of the first steps, after each of which all copies agree."""
-  train_step, state = make_train_step(made), made.init()
+  train_step, state = make_train_step(made), init(made)
   found = []
   for step in range(steps):
     data = jax.device_put(
@@ -75,7 +74,7 @@ def test_parameters_and_moments_are_split() -> None:
   made = setup(
     tiny.config(**tiny.MODELS['cartesian rmoe']), fsdp=2, expert=2, tensor=2
   )
-  state = made.init()
+  state = init(made)
 
   def specs(tree: dict) -> dict[str, P]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -17,7 +17,7 @@ from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
-from tests.training.test_step import batch, setup, to_numpy
+from tests.helpers.steps import batch, init, setup, to_numpy
 
 NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
 
@@ -25,7 +25,7 @@ NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
 def trained(config: ConfigDict, steps: int = 1) -> tuple[Any, Any, list[Any]]:
   """Parameters before and after, and the metrics of every step."""
   made = setup(config)
-  state, found = made.init(), []
+  state, found = init(made), []
   before, step = to_numpy(state['params']), make_train_step(made)
   for _ in range(steps):
     state, metrics = step(state, batch(config))
@@ -138,7 +138,7 @@ def test_jitter_is_drawn_anew_each_step_and_never_in_evaluation() -> None:
 
 
 def evaluated(made: Setup) -> Any:
-  params = made.init()['params']
+  params = init(made)['params']
   return to_numpy(make_eval_step(made)(params, batch(made.config)))
 
 
@@ -156,7 +156,7 @@ def test_disabled_experts_are_chosen_by_no_token_in_evaluation() -> None:
     counts['disabled'] + counts['one'], counts['both']
   )
   trained_with = make_train_step(disabled)(
-    disabled.init(), batch(disabled.config)
+    init(disabled), batch(disabled.config)
   )[1]
   np.testing.assert_array_equal(trained_with['load'].counts_N[0], counts['one'])
 
@@ -168,7 +168,7 @@ def origin_run(
   """The workdir of a run of one step, and its parameters."""
   config = tiny.config(**NOW)
   made = setup(config)
-  state, _ = make_train_step(made)(made.init(), batch(config))
+  state, _ = make_train_step(made)(init(made), batch(config))
   folder = tmp_path_factory.mktemp('origin')
   with Checkpointer.open(str(folder), config) as store:
     store.save(1, state, {'step': 1})
@@ -185,7 +185,7 @@ def test_a_run_starts_on_the_parameters_it_is_given(
       **{'train.init_from': str(folder), 'router.jitter': 0.1, 'seed': 5}
     )
   )
-  drawn = made.init()
+  drawn = init(made)
   monkeypatch.setattr(state_lib, '_init_params', lambda *_: pytest.fail())
   given = init_from.params(made)
   state = made.init(given)

@@ -12,7 +12,7 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.state import Setup, empty_memory
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
-from tests.training.test_step import setup
+from tests.helpers.steps import init, setup
 
 SPAN = {
   'model.positions': 'span',
@@ -50,7 +50,7 @@ def batches(config: ConfigDict, steps: int) -> list[dict[str, np.ndarray]]:
 
 
 def losses(made: Setup, steps: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
-  train_step, state = make_train_step(made), made.init()
+  train_step, state = make_train_step(made), init(made)
   found = []
   for data in batches(made.config, steps):
     placed = jax.device_put(data, mesh_lib.batch_sharding(made.mesh))
@@ -163,7 +163,7 @@ def test_a_fresh_row_forgets() -> None:
   data = batches(config, 3)[2]
   results = []
   for value in (0.0, 7.0):
-    state = made.init()
+    state = init(made)
     state['memory'] = state['memory'].at[:, 3].set(value)
     state, metrics = train_step(state, data)
     results.append((metrics['loss'], state['memory']))
@@ -173,7 +173,7 @@ def test_a_fresh_row_forgets() -> None:
 def test_evaluation_draws_nothing_and_hands_on_its_memory() -> None:
   config = tiny.config(**SPAN)
   made = setup(config)
-  params, eval_step = made.init()['params'], make_eval_step(made)
+  params, eval_step = init(made)['params'], make_eval_step(made)
   first, second = batches(config, 2)
   sums = [eval_step(params, first) for _ in range(2)]
   assert float(sums[0]['nll']) == float(sums[1]['nll'])
@@ -187,7 +187,7 @@ def test_every_step_has_masks_of_its_own() -> None:
   config = tiny.config(**SPAN, **{'optimizer.learning_rate': 1e-9})
   made = setup(config)
   train_step, data = make_train_step(made), batches(config, 1)[0]
-  state = made.init()
+  state = init(made)
   results = []
   for _ in range(2):
     state, metrics = train_step(state, data)

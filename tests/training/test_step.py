@@ -1,46 +1,21 @@
 """The training step: its loss, its gradient and what it updates."""
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training import optimizer, state
-from moe_jax.training.state import Setup
+from moe_jax.training import optimizer
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import oracle, tiny
-
-
-def setup(config: ConfigDict, **axes: int) -> Setup:
-  shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
-  size = int(np.prod(list(shape.values())))
-  mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
-  return state.setup(config, tiny.VOCAB, mesh)
-
-
-def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
-  """Sequences with something to learn: every second token repeats."""
-  rng = np.random.default_rng(seed)
-  size, length = config.train.batch_size, config.data.seq_len
-  ids = rng.integers(0, tiny.VOCAB, (size, length + 1)).astype(np.int32)
-  ids[:, 1::2] = ids[:, :-1:2]
-  mask = np.ones((size, length), bool)
-  mask[-1, length // 2 :] = False
-  return {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
-
-
-def to_numpy(tree: Any) -> Any:
-  return jax.tree.map(np.asarray, tree)
+from tests.helpers.steps import batch, init, setup, to_numpy
 
 
 def test_losses_equal_the_oracle() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   made = setup(config)
-  params, data = made.init()['params'], batch(config)
+  params, data = init(made)['params'], batch(config)
   sums = make_eval_step(made)(params, data)
   nll, counts, probabilities = 0.0, np.zeros((4, 8)), np.zeros((4, 8))
   for row in range(config.train.batch_size):
@@ -55,7 +30,7 @@ def test_losses_equal_the_oracle() -> None:
       counts[i] += np.bincount(np.concatenate(experts), minlength=8)
       probabilities[i] += p.sum(0)
   tokens = data['padding_mask'].sum()
-  _, metrics = make_train_step(made)(made.init(), data)
+  _, metrics = make_train_step(made)(init(made), data)
   # N * sum_n f_n P_n, summed over the four sub-layers.
   balance = 8 * (counts / tokens * probabilities / tokens).sum()
   np.testing.assert_allclose(sums['nll'], nll, rtol=1e-6)
@@ -76,8 +51,8 @@ def test_first_update_is_adam_with_clipping_and_decay() -> None:
     }
   )
   made = setup(config)
-  before = to_numpy(made.init()['params'])
-  after, metrics = make_train_step(made)(made.init(), batch(config))
+  before = to_numpy(init(made)['params'])
+  after, metrics = make_train_step(made)(init(made), batch(config))
   assert float(metrics['learning_rate']) == pytest.approx(1e-2)
   moved = jax.tree.map(lambda a, b: a - b, to_numpy(after['params']), before)
   head, scale = moved['head_DV'], moved['norm']['scale_D']
@@ -93,7 +68,7 @@ def test_first_update_is_adam_with_clipping_and_decay() -> None:
 def test_every_parameter_has_a_gradient() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   made = setup(config)
-  first, _ = make_train_step(made)(made.init(), batch(config))
+  first, _ = make_train_step(made)(init(made), batch(config))
   moments = optax.tree.get(first['opt_state'], 'mu')
   for path, leaf in jax.tree_util.tree_leaves_with_path(moments):
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
@@ -107,7 +82,7 @@ def test_accumulation_changes_nothing_but_the_balance_loss() -> None:
     made = setup(
       tiny.config(**plain, **{'train.accumulation': micro_batches}), data=2
     )
-    new, metrics = make_train_step(made)(made.init(), data)
+    new, metrics = make_train_step(made)(init(made), data)
     results.append((new['params'], metrics['loss'], metrics['gradient_norm']))
     load = metrics['load']
     np.testing.assert_array_equal(load.tokens, data['padding_mask'].sum())
@@ -138,7 +113,7 @@ def test_schedule() -> None:
 def test_state_is_donated() -> None:
   config = tiny.config()
   made = setup(config)
-  old = made.init()
+  old = init(made)
   make_train_step(made)(old, batch(config))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['params']))
 
@@ -146,12 +121,12 @@ def test_state_is_donated() -> None:
 def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
   config = tiny.config(**{'model.dtype': 'bfloat16'})
   made = setup(config)
-  new, metrics = make_train_step(made)(made.init(), batch(config))
+  new, metrics = make_train_step(made)(init(made), batch(config))
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(new['params'])}
   assert dtypes == {np.dtype(np.float32)}
   assert metrics['load'].probability_N.dtype == np.float32
   full = setup(tiny.config())
-  _, exact = make_train_step(full)(full.init(), batch(config))
+  _, exact = make_train_step(full)(init(full), batch(config))
   np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=1e-2)
 
 
@@ -160,7 +135,7 @@ def test_both_steps_are_compiled_for_their_mesh(
 ) -> None:
   config = tiny.config(model__num_layers=1)
   made = setup(config)
-  initial = made.init()
+  initial = init(made)
   monkeypatch.setattr(
     mesh_lib, 'compiler_options', lambda mesh: {'no_such_option': '1'}
   )

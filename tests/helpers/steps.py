@@ -1,0 +1,65 @@
+"""Setups of tiny configs on meshes, first states and something to learn."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from moe_jax.model.build import build
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.training import state
+from moe_jax.training.state import Setup, TrainState
+from tests.helpers import tiny
+
+EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
+# Balanced by a bias too, which also lets a test choose the experts.
+BALANCED = tiny.MODELS['cartesian rmoe'] | {
+  'loss.bias_rate': 0.01,
+  'loss.z_weight': 0.01,
+}
+# Room for little more than half of the slots.
+BOUNDED = BALANCED | {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 0.6}
+
+
+def setup(config: ConfigDict, **axes: int) -> Setup:
+  """The setup of a config on a mesh of as many devices as `axes` ask for."""
+  shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
+  size = int(np.prod(list(shape.values())))
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
+  return state.setup(config, tiny.VOCAB, mesh)
+
+
+def init(made: Setup) -> TrainState:
+  """The state of `made.init()`, whose parameters are drawn op by op.
+
+  Operations of one shape compile once for all tests of a process, where
+  `made.init()` compiles a program for every config.
+  """
+  key, _ = jax.random.split(jax.random.key(made.config.seed))
+  model = build(
+    made.config, made.vocab_size, made.mesh, rngs=nnx.Rngs(params=key)
+  )
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  placed = jax.tree.map(
+    lambda leaf, asked: jax.device_put(leaf, asked.sharding),
+    params,
+    made.abstract['params'],
+  )
+  return made.init(placed)
+
+
+def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
+  """Sequences with something to learn: every second token repeats."""
+  rng = np.random.default_rng(seed)
+  size, length = config.train.batch_size, config.data.seq_len
+  ids = rng.integers(0, tiny.VOCAB, (size, length + 1)).astype(np.int32)
+  ids[:, 1::2] = ids[:, :-1:2]
+  mask = np.ones((size, length), bool)
+  mask[-1, length // 2 :] = False
+  return {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
+
+
+def to_numpy(tree: Any) -> Any:
+  return jax.tree.map(np.asarray, tree)
