@@ -214,16 +214,20 @@ class AllGather:
   def __call__(
     self, x_TD: jax.Array, routing: Routing, experts: Experts
   ) -> Dispatched:
-    sent = x_TD, _Assignments.of(routing)
     x_TD, assignments = jax.tree.map(
-      lambda a: lax.all_gather(a, self.axis, tiled=True), sent
+      self.dispatch, (x_TD, _Assignments.of(routing))
     )
     local = assignments.local(routing, experts, self.axis)
     done = self.inner(x_TD, local, experts)
-    y_TD = lax.psum_scatter(
-      done.y_TD, self.axis, scatter_dimension=0, tiled=True
-    )
-    return done._replace(y_TD=y_TD)
+    return done._replace(y_TD=self.combine(done.y_TD))
+
+  def dispatch(self, x_TD: jax.Array) -> jax.Array:
+    """Returns what all devices have of an array, device by device."""
+    return lax.all_gather(x_TD, self.axis, tiled=True)
+
+  def combine(self, y_TD: jax.Array) -> jax.Array:
+    """Returns the sum over devices, of this device's own tokens."""
+    return lax.psum_scatter(y_TD, self.axis, scatter_dimension=0, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True)

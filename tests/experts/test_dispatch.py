@@ -1,38 +1,66 @@
 """On one device: a loop over experts in float64, and who finds room."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import config as config_lib
 from moe_jax.experts.dispatch import (
+  DISPATCHES,
   Capacity,
   by_position,
   by_probability,
   dropless,
 )
 from moe_jax.experts.mlp import SwiGLUExperts
+from moe_jax.model import implementations
 from moe_jax.routing.selection import Routing
-from tests.helpers import dense_experts
+from tests.helpers import dense_experts, own_parts, registries, tiny
 from tests.helpers.dense_experts import D, F, T
 
 K, N = 2, 8
-DISPATCHES = {
-  'dropless': dropless,
-  'capacity': Capacity(float(N), by_position),  # room for all in one expert
-  'capacity by weight': Capacity(float(N), by_probability),
-}
 
 
-@pytest.mark.parametrize('name', DISPATCHES)
-def test_equals_dense_loop(name: str) -> None:
-  computed = dense_experts.jitted(DISPATCHES[name], N, dropout=True)
+def on_one_device(name: str, **moe: Any) -> Any:
+  """The dispatch that a config's `moe.dispatch` means."""
+  roomy = {'moe.capacity_factor': float(N)}  # room for all in one expert
+  settings = {f'moe.{key}': value for key, value in moe.items()}
+  return DISPATCHES[name](tiny.config(**(roomy | settings)).moe)
+
+
+def check(dispatch: Any) -> None:
+  """Holds a dispatch to the loop over experts, for every kind of routing."""
+  computed = dense_experts.jitted(dispatch, N, dropout=True)
   for seed, choose in enumerate(dense_experts.CHOICES):
     of = dense_experts.problem(choose, N, K, seed, dropout=True)
     ours, done = computed(of)
     dense_experts.assert_close(ours, dense_experts.dense_loop(of))
     assert int(done.dropped) == 0 and done.overflowed is None
+
+
+@pytest.mark.parametrize('name', DISPATCHES)
+def test_equals_dense_loop(name: str) -> None:
+  check(on_one_device(name))
+
+
+def test_capacity_by_weight_equals_dense_loop() -> None:
+  check(on_one_device('capacity', priority='probability'))
+
+
+def test_an_own_dispatch_keeps_the_contract(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  registries.forget(monkeypatch, DISPATCHES)
+  DISPATCHES.register('own')(lambda moe: own_parts.every_expert)
+  check(on_one_device('own'))
+  config = tiny.config(**{'moe.dispatch': 'own'})
+  config_lib.validate(config, 1)
+  made = implementations.dispatch(config, None, jnp.float32)
+  assert made is own_parts.every_expert
 
 
 def test_capacity_keeps_the_first_tokens_of_an_expert() -> None:

@@ -6,90 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe_jax.errors import UserError
 from moe_jax.experts.grouped_matmul import (
   GROUPED_MATMULS,
+  Implementation,
   TunedMatmul,
   blocks,
   case,
   grouped_matmul,
 )
-
-ROWS = 400
-SIZES = {
-  'even': [100, 100, 100, 100],
-  'uneven': [7, 250, 1, 142],
-  'empty groups': [0, 400, 0, 0],
-  'whole blocks': [128, 0, 128, 144],
-  'rows in no group': [3, 130, 0, 90],
-  'no rows at all': [0, 0, 0, 0],
-}
-
-
-def dense_loop(
-  rows_MD: np.ndarray, weights_NDF: np.ndarray, sizes: list[int]
-) -> np.ndarray:
-  out_MF = np.zeros((len(rows_MD), weights_NDF.shape[-1]))
-  start = 0
-  for weight_DF, size in zip(weights_NDF, sizes, strict=True):
-    out_MF[start : start + size] = rows_MD[start : start + size] @ weight_DF
-    start += size
-  return out_MF
-
-
-def dense_gradients(
-  rows_MD: np.ndarray,
-  weights_NDF: np.ndarray,
-  sizes: list[int],
-  grad: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-  rows_grad, bank_grad = np.zeros_like(rows_MD), np.zeros_like(weights_NDF)
-  start = 0
-  for n, size in enumerate(sizes):
-    part = slice(start, start + size)
-    rows_grad[part] = grad[part] @ weights_NDF[n].T
-    bank_grad[n] = rows_MD[part].T @ grad[part]
-    start += size
-  return rows_grad, bank_grad
-
+from moe_jax.model.implementations import available_matmuls, chosen_matmul
+from tests.helpers import registries
+from tests.helpers.dense_matmul import ROWS, SIZES, both_ways, of_gpus
 
 # The kernels of tokamax run on their devices alone.
 HERE = ['blocks', 'ragged_dot', 'padded']
-
-
-def both_ways(name: str, dtype: Any) -> Any:
-  @jax.jit
-  def run(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
-    out, vjp = jax.vjp(
-      lambda rows, bank: grouped_matmul(rows, bank, sizes, name), rows, bank
-    )
-    return out, *vjp(grad)
-
-  def checked(sizes: list[int], shape: tuple[int, int, int], atol: float):
-    num_rows, d, f = shape
-    rng = np.random.default_rng(0)
-    rows, bank, grad = (
-      rng.standard_normal(s)
-      for s in ((num_rows, d), (len(sizes), d, f), (num_rows, f))
-    )
-    # Both sides start from what the dtype can hold.
-    operands = [jnp.asarray(a, dtype) for a in (rows, bank, grad)]
-    rows, bank, grad = (np.asarray(a, np.float64) for a in operands)
-    expected = (
-      dense_loop(rows, bank, sizes),
-      *dense_gradients(rows, bank, sizes, grad),
-    )
-    results = run(*operands[:2], jnp.asarray(sizes, jnp.int32), operands[2])
-    for ours, theirs in zip(results, expected, strict=True):
-      assert ours.dtype == dtype
-      scale = max(1.0, np.abs(theirs).max())
-      np.testing.assert_allclose(
-        np.asarray(ours, np.float64) / scale, theirs / scale, atol=atol
-      )
-
-  return checked
 
 
 @pytest.fixture(scope='module', params=HERE)
@@ -115,6 +47,39 @@ def test_one_row_and_one_group(name: str, sizes: list[int]) -> None:
 def test_bfloat16(name: str) -> None:
   """Sums over 100 rows would be off by 0.3 if they were kept in bfloat16."""
   both_ways(name, jnp.bfloat16)([7, 250, 1, 142], (ROWS, 24, 40), 0.01)
+
+
+def every_group(rows: Any, weights: Any, sizes: Any) -> jax.Array:
+  """Multiplies every row with every matrix, and keeps its group's product."""
+  return jnp.einsum('MN,MD,NDF->MF', members(rows, sizes), rows, weights)
+
+
+def every_group_backward(rows: Any, weights: Any, sizes: Any, grad: Any) -> Any:
+  member = members(rows, sizes)
+  return (
+    jnp.einsum('MN,MF,NDF->MD', member, grad, weights),
+    jnp.einsum('MN,MD,MF->NDF', member, rows, grad),
+  )
+
+
+def members(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+  ends, row = jnp.cumsum(sizes), jnp.arange(len(rows))[:, None]
+  return ((row >= ends - sizes) & (row < ends)).astype(rows.dtype)
+
+
+def test_an_own_implementation_keeps_the_contract(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  registries.forget(monkeypatch, GROUPED_MATMULS)
+  GROUPED_MATMULS.register('own')(
+    Implementation(every_group, every_group_backward)
+  )
+  own = both_ways('own', jnp.float32)
+  for sizes in SIZES.values():
+    own(sizes, (ROWS, 24, 40), 1e-5)
+  device = jax.devices()[0]
+  assert 'own' in available_matmuls(device)
+  assert chosen_matmul('own', device) == TunedMatmul('own')
 
 
 @pytest.fixture(scope='module')
@@ -163,16 +128,6 @@ def test_measurements_decide_for_their_shapes_alone() -> None:
   np.testing.assert_array_equal(tuned(rows[:4], bank, sizes // 2)[:3], 3.0)
 
 
-def of_gpus(**sizes: int) -> AbstractMesh:
-  """A mesh of GPUs that need not be here."""
-  return AbstractMesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * len(sizes),
-    abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'cuda'),
-  )
-
-
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_triton_lowers_for_cuda(dtype: Any) -> None:
   """Forward and both gradients are kernels, not what XLA makes of them."""
@@ -197,6 +152,7 @@ def test_triton_lowers_for_cuda(dtype: Any) -> None:
 
 
 def test_the_contract_is_run_by_all_that_can() -> None:
+  assert available_matmuls(jax.devices()[0]) == HERE
   assert set(GROUPED_MATMULS) == {*HERE, 'triton', 'mosaic'}
 
 

@@ -1,4 +1,4 @@
-"""Entries of registries that live as long as a test."""
+"""Registries that forget what a test registers."""
 
 from typing import Any
 
@@ -7,16 +7,18 @@ import pytest
 from moe_jax.registry import Registry
 
 
-def register(
+def forget(monkeypatch: pytest.MonkeyPatch, *registries: Registry) -> None:
+  """Lets the registries forget what is registered until the test ends."""
+  for registry in registries:
+    for entries in ('_entries', '_files'):
+      copied = dict(getattr(registry, entries))
+      monkeypatch.setattr(registry, entries, copied)
+
+
+def replace(
   monkeypatch: pytest.MonkeyPatch, registry: Registry, name: str, entry: Any
 ) -> None:
-  """Registers an entry, in the place of another of that name if there is one.
-
-  Args:
-    monkeypatch: Takes it back when the test ends.
-    registry: The registry.
-    name: The name of the entry.
-    entry: What it means.
-  """
-  monkeypatch.setitem(registry._entries, name, entry)
-  monkeypatch.setitem(registry._files, name, __file__)
+  """Puts an entry in the place of another, or beside all, until then."""
+  forget(monkeypatch, registry)
+  registry._entries[name] = entry
+  registry._files[name] = __file__

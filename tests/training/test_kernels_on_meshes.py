@@ -54,7 +54,7 @@ def test_a_step_is_that_of_one_device(
   """By what runs on CPU of tokamax, to `blocks` without a mesh."""
   implementation = grouped_matmul.by_tokamax('xla')
   # Under the name of one that a config may ask for on CPU.
-  registries.register(monkeypatch, GROUPED_MATMULS, 'padded', implementation)
+  registries.replace(monkeypatch, GROUPED_MATMULS, 'padded', implementation)
   loss, moments = step(config(exchange, remat, 'padded'), EVERY_AXIS)
   expected_loss, expected = step(config(exchange, remat, 'blocks'), {})
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)

@@ -15,8 +15,8 @@ from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.collectives import collectives, total_bytes
 from moe_jax.routing.selection import Routing
-from tests.experts.test_exchanges import across
 from tests.helpers import tiny
+from tests.helpers.exchanges import across
 
 # Tokens of one device; slots, sizes, experts; devices that share these.
 T, K, D, F, N, U = 128, 2, 64, 128, 16, 8

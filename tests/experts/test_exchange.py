@@ -6,39 +6,34 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts.dispatch import dropless
+from moe_jax import config as config_lib
+from moe_jax.errors import UserError
+from moe_jax.experts.dispatch import DISPATCHES, dropless
+from moe_jax.experts.exchange import EXCHANGES, ExchangeMethod, exchanges_for
 from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
-from tests.helpers import dense_experts, tiny
+from tests.helpers import dense_experts, own_parts, registries, tiny
 from tests.helpers.dense_experts import T
+from tests.helpers.exchanges import MESHES, N, across
 
-N = 8
-MESHES = {
-  'expert 8': {'expert': 8},
-  'data 2, expert 4': {'data': 2, 'expert': 4},
-  'data 2, fsdp 2, expert 2': {'data': 2, 'fsdp': 2, 'expert': 2},
-  'fsdp 2, expert 2, tensor 2': {'fsdp': 2, 'expert': 2, 'tensor': 2},
-  'expert 2, tensor 4': {'expert': 2, 'tensor': 4},
-}
 # Room for all; for the balanced share; for less.
 FACTORS = (9.0, 1.0, 0.3)
-
-
-def across(
-  axes: dict[str, int], exchange: str, num_experts: int = N, **moe: Any
-) -> Any:
-  """The dispatch on a mesh, from the same registry as a model's."""
-  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
-  mesh = mesh_lib.make_mesh(shape, jax.devices())
-  # With so much capacity nothing is dropped.
-  settings = {'num_experts': num_experts, 'capacity_factor': float(num_experts)}
-  config = tiny.config(
-    **{f'moe.{key}': value for key, value in (settings | moe).items()}
-  )
-  return implementations.across(config, mesh, exchange)
+PAIRS = [
+  (dispatch, exchange)
+  for dispatch in DISPATCHES
+  for exchange in exchanges_for(dispatch)
+]
+# The pairs whose buffers may overflow.
+BOUNDED = [('dropless', 'all_to_all'), ('dropless', 'ragged')]
+CONTRACT_MESHES = (
+  'data 2, fsdp 2, expert 2',
+  'data 2, expert 4',
+  'fsdp 2, expert 2, tensor 2',
+)
 
 
 def overflows(
@@ -81,25 +76,68 @@ def check(
 
 
 @pytest.mark.parametrize(
-  'exchange, mesh',
+  ('dispatch', 'exchange', 'mesh'),
   [
-    ('gather', 'data 2, fsdp 2, expert 2'),
-    ('all_to_all', 'data 2, expert 4'),
-    ('ragged', 'fsdp 2, expert 2, tensor 2'),
+    (*pair, mesh)
+    for pair, mesh in zip(PAIRS, itertools.cycle(CONTRACT_MESHES), strict=False)
   ],
 )
-def test_dropless_equals_the_loop(exchange: str, mesh: str) -> None:
+def test_every_pair_of_the_registries_equals_the_loop(
+  dispatch: str, exchange: str, mesh: str
+) -> None:
   axes, factor = MESHES[mesh], 1.0
-  dispatch = across(axes, exchange, buffer_factor=factor)
-  computed = dense_experts.jitted(dispatch, N, dropout=True)
-  bounded = factor if exchange != 'gather' else 0.0
+  made = across(axes, exchange, dispatch=dispatch, buffer_factor=factor)
+  computed = dense_experts.jitted(made, N, dropout=True)
+  bounded = factor if (dispatch, exchange) in BOUNDED else 0.0
   check(computed, axes, exchange, factor=bounded, dropout=True)
 
 
-def test_capacity_by_all_to_all_equals_the_loop() -> None:
+@pytest.mark.parametrize(
+  'own',
+  [
+    'batched',
+    # Rows sorted by expert go in blocks that have room for all.
+    pytest.param('grouped', marks=pytest.mark.slow),
+  ],
+)
+def test_an_own_dispatch_keeps_the_contract(
+  own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  registries.forget(monkeypatch, DISPATCHES)
+  function = {'batched': own_parts.every_expert, 'grouped': dropless}[own]
+  DISPATCHES.register('own')(lambda moe: function)
+  assert exchanges_for('own') == ('gather', 'all_to_all')
   axes = MESHES['fsdp 2, expert 2, tensor 2']
-  dispatch = across(axes, 'all_to_all', dispatch='capacity')
-  check(dense_experts.jitted(dispatch, N), axes, 'all_to_all')
+  for exchange in exchanges_for('own'):
+    made = across(axes, exchange, dispatch='own')
+    computed = dense_experts.jitted(made, N, dropout=True)
+    check(computed, axes, exchange, dropout=True)
+
+
+def test_an_own_exchange_keeps_the_contract_and_auto_weighs_it(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  registries.forget(monkeypatch, EXCHANGES)
+  EXCHANGES.register('own')(
+    ExchangeMethod(
+      make=lambda moe, inner, layout: own_parts.SumEverywhere(
+        inner, layout.expert_axis
+      ),
+      num_bytes=lambda moe, sizes, row_bytes: 1.0,  # so that it is the cheapest
+    )
+  )
+  axes = MESHES['data 2, fsdp 2, expert 2']
+  config = tiny.config(**{f'mesh.{axis}': size for axis, size in axes.items()})
+  config_lib.validate(config, 8)
+  mesh = mesh_lib.from_config(config, jax.devices())
+  made = implementations.dispatch(config, mesh, jnp.float32)
+  assert isinstance(made.inner, own_parts.SumEverywhere)
+  check(dense_experts.jitted(made, N, dropout=True), axes, 'own', dropout=True)
+  config.moe.exchange = 'own'
+  config_lib.validate(config, 8)
+  config.moe.exchange = 'ring'
+  with pytest.raises(UserError, match=r"moe.exchange = 'ring'"):
+    config_lib.validate(config, 8)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.experts import grouped_matmul
 from moe_jax.experts.grouped_matmul import tokamax
 from moe_jax.registry import GROUPED_MATMULS
-from tests.experts.test_grouped_matmul import (
+from tests.helpers import registries
+from tests.helpers.dense_matmul import (
   ROWS,
   SIZES,
   both_ways,
@@ -23,7 +24,6 @@ from tests.experts.test_grouped_matmul import (
   dense_loop,
   of_gpus,
 )
-from tests.helpers import registries
 
 # Pallas interprets on CPU only what fills its blocks.
 D, F = 128, 256
@@ -106,7 +106,7 @@ def test_inside_of_shard_map(
 ) -> None:
   """By what runs on CPU, `lax.ragged_dot`, through the same code."""
   implementation = grouped_matmul.by_tokamax('xla')
-  registries.register(monkeypatch, GROUPED_MATMULS, 'xla', implementation)
+  registries.replace(monkeypatch, GROUPED_MATMULS, 'xla', implementation)
   run = on_mesh(eight_devices(), 'xla', check)
   check_on_eight_devices(jax.jit(run) if jit else run, 64)
 

@@ -9,18 +9,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.mlp import ReLUExperts
 from moe_jax.routing.selection import Routing
-from tests.experts.test_dispatch import DISPATCHES, D, F, K, N, T
-from tests.experts.test_exchanges import across
+from tests.helpers import tiny
+from tests.helpers.dense_experts import D, F, T
+from tests.helpers.exchanges import N, across
 
+K = 2
 RATE = 0.4
 # The bias of the output has to be in one part of the width only.
 MESH = {'fsdp': 2, 'expert': 2, 'tensor': 2}
 ALONE = ('dropless', 'capacity')
+
+
+def on_one_device(name: str) -> Dispatch:
+  moe = tiny.config(**{'moe.capacity_factor': float(N)}).moe  # room for all
+  return DISPATCHES[name](moe)
+
+
 EVERYWHERE = {
-  **{name: lambda name=name: DISPATCHES[name] for name in ALONE},
+  **{name: functools.partial(on_one_device, name) for name in ALONE},
   'gather': lambda: across(MESH, 'gather'),
   'all_to_all': lambda: across(MESH, 'all_to_all', buffer_factor=0.8),
   'ragged': lambda: across(MESH, 'ragged', buffer_factor=0.8),
