@@ -10,14 +10,17 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from moe_jax import runtime
+from moe_jax.config import help as config_help
 from moe_jax.config import loading
+from moe_jax.config.keys import Value
+from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
@@ -31,27 +34,40 @@ def main(
   """Parses the command line, calls `run` and exits.
 
   Args:
-    run: called with the config, then every other flag by its name: `workdir`
-      and those of `define_flags`. It imports jax itself, when called.
-    define_flags: defines the flags that only this program has.
-    workdir: whether the program takes --workdir, which it then requires.
+    run: What the program does. It is called with the config, then every other
+      flag by its name: `workdir` and those of `define_flags`. It imports jax
+      itself, when called. The docstring of its module is the program's help.
+    define_flags: Defines the flags that only this program has.
+    workdir: Whether the program works in --workdir, which it then requires.
+      Without, --workdir is only asked for its config where --config is missing.
   """
-  try:
-    config, values = parse(sys.argv, define_flags, workdir)
+
+  def parse_and_run() -> None:
+    # Before a config of the user's, which may import jax.
     runtime.configure_malloc()
     runtime.silence_libtpu()
+    about = sys.modules[run.__module__].__doc__ or ''
+    config, values = parse(sys.argv, define_flags, workdir, about)
     run(config, **values)
+
+  exit_with(parse_and_run)
+
+
+def exit_with(run: Callable[[], None]) -> NoReturn:
+  """Calls `run` and exits: with 0, or with 2 after a user's mistake."""
+  try:
+    run()
     sys.stdout.flush()
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
   except RuntimeError as error:
     # JAX's, which cannot be imported here.
-    said = ' '.join(str(error).split())
-    if not said.startswith('Unable to initialize backend'):
+    message = ' '.join(str(error).split())
+    if not message.startswith('Unable to initialize backend'):
       raise
     chosen = os.environ.get('JAX_PLATFORMS', 'not set')
-    print(f'error: JAX_PLATFORMS is {chosen}: {said[:300]}', file=sys.stderr)
+    print(f'error: JAX_PLATFORMS is {chosen}: {message[:300]}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)
@@ -100,78 +116,144 @@ def parse(
   argv: Sequence[str],
   define_flags: DefineFlags | None = None,
   workdir: bool = True,
+  about: str = '',
 ) -> tuple[ConfigDict, dict[str, Any]]:
   """Returns the config, overridden and locked, and the other flags by name.
 
+  Args:
+    argv: The command line, the program's name first.
+    define_flags: As in `main`.
+    workdir: As in `main`.
+    about: What --help says before it lists the flags.
+
   Raises:
-    UserError: any mistake on the command line or in the config file.
+    UserError: Any mistake on the command line or in the config file.
     SystemExit: --help was given, and answered.
   """
   known = _flags(define_flags, workdir)
-  rest = _parse(known, argv, known_only=True)
+  _answer_help(argv, known, about)
+  rest = _parse(known, argv)
+  overrides = _overrides(rest[1:], [f'--{name}' for name in known])
   values = known.flag_values_dict()
-  if values.pop('help'):
-    print(sys.modules['__main__'].__doc__)
-    print(known.get_help(include_special_flags=False).strip('\n'))
-    sys.exit(0)
-  for name in ('config', 'workdir'):
-    if name in values and not values[name]:
-      raise UserError(f'--{name} is missing: {known[name].help}')
-  config = loading.load(values.pop('config'))
-  _refuse_unknown(rest[1:], [f'--{name}' for name in known])
-  return _overridden(config, rest), values
+  directory = os.path.expanduser(values.pop('workdir') or '')
+  if workdir:
+    if not directory:
+      raise UserError(f'--workdir is missing: {known["workdir"].help}')
+    values['workdir'] = directory
+  config = _config(values.pop('config'), directory, known)
+  for key, value in overrides:
+    config.update_from_flattened_dict({key: value})
+  return loading.expand_paths(config), values
 
 
 def _flags(define_flags: DefineFlags | None, workdir: bool) -> flags.FlagValues:
-  """The flags of a program, all but --config.KEY."""
+  """Returns the flags of a program, all but --config.KEY."""
   values = flags.FlagValues()
-  values.set_gnu_getopt(True)  # go on after what only the config will know
-  flags.DEFINE_boolean('help', False, 'print this', flag_values=values)
+  values.set_gnu_getopt(True)  # go on after what only the schema knows
   flags.DEFINE_string(
     'config',
     None,
-    'FILE or FILE:preset,variants, such as configs/quickstart.py;'
-    ' --config.KEY=VALUE then changes a key',
+    'NAME or NAME:preset,variants, such as quickstart or rmoe:enwik8_small,np:'
+    ' a file of yours, or one of `moe_jax presets`; may be left out where'
+    ' --workdir holds a run; --config.KEY=VALUE then changes a key',
     flag_values=values,
   )
-  if workdir:
-    about = 'the directory of the run'
-    flags.DEFINE_string('workdir', None, about, flag_values=values)
+  about = 'the directory of the run'
+  if not workdir:
+    about += ' whose config is taken if --config is left out'
+  flags.DEFINE_string('workdir', None, about, flag_values=values)
   if define_flags:
     define_flags(values)
   return values
 
 
-def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
-  """Refuses misspelt flags and config keys, naming the nearest real one."""
-  keys = loading.known_keys()
-  for argument in arguments:
-    override = re.match(r'--?(?:no)?config\.([^=]*)', argument)
-    if override and override[1] not in keys:
-      raise UserError(loading.unknown_key(override[1], keys))
-    flag = re.match(r'--?[A-Za-z][^=]*', argument)
-    if flag and not override:
-      raise UserError(f'there is no flag {flag[0]}{nearest(flag[0], known)}')
+def _answer_help(
+  argv: Sequence[str], known: flags.FlagValues, about: str
+) -> None:
+  """Answers --help and --help=SECTION, and exits."""
+  for argument in argv[1:]:
+    asked = re.fullmatch(r'-h|--?help(?:full|short)?(?:=(.*))?', argument)
+    if not asked:
+      continue
+    if asked[1]:
+      print(config_help.section(asked[1]))
+    else:
+      print(f'{about.strip()}\n')
+      lines = known.get_help(include_special_flags=False).split('\n')
+      # Without the names of the modules that define them.
+      print(*[line for line in lines if line.startswith('  ')], sep='\n')
+      print(f'\n{config_help.sections()}')
+    sys.exit(0)
 
 
-def _overridden(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
-  """`config` with every --config.KEY=VALUE in `argv` carried out."""
-  values = flags.FlagValues()
-  values.set_gnu_getopt(True)
-  config_flags.DEFINE_config_dict(
-    'config', config, flag_values=values, sys_argv=list(argv)
+def _config(
+  argument: str | None, workdir: str, known: flags.FlagValues
+) -> ConfigDict:
+  """Returns the config that --config names, or else that of the run."""
+  if argument:
+    return loading.load(argument)
+  if workdir and loading.holds_run(workdir):
+    return loading.of_run(workdir)
+  holds = f', and {workdir} holds no run whose config it could be'
+  raise UserError(
+    f'--config is missing{holds if workdir else ""}: {known["config"].help}'
   )
-  rest = _parse(values, argv)
-  if rest[1:]:
-    raise UserError(f'{rest[1]!r} is not a flag: write --name=value')
-  return values['config'].value
 
 
-def _parse(
-  values: flags.FlagValues, argv: Sequence[str], known_only: bool = False
-) -> list[str]:
-  """Parses `argv` into `values` and returns what it did not use."""
+def _overrides(
+  arguments: Sequence[str], known: Sequence[str]
+) -> list[tuple[str, Value]]:
+  """Returns the keys that --config.KEY=VALUE names, with their values.
+
+  Args:
+    arguments: What the flags of the program left.
+    known: These flags, to name the nearest to a misspelt one.
+
+  Raises:
+    UserError: An argument is no such thing.
+  """
+  overrides: list[tuple[str, Value]] = []
+  rest = iter(arguments)
+  for argument in rest:
+    override = re.fullmatch(
+      r'--?(no)?config\.([^=]*)(?:=(.*))?', argument, re.DOTALL
+    )
+    if override:
+      overrides.append(_override(*override.groups(), rest=rest))
+      continue
+    flag = re.match(r'--?[A-Za-z][^=]*', argument)
+    if flag:
+      raise UserError(f'there is no flag {flag[0]}{nearest(flag[0], known)}')
+    raise UserError(f'{argument!r} is not a flag: write --name=value')
+  return overrides
+
+
+def _override(
+  negated: str | None, name: str, text: str | None, rest: Iterator[str]
+) -> tuple[str, Value]:
+  """Returns the key and the value of --config.NAME=TEXT.
+
+  Args:
+    negated: 'no', if it is --noconfig.NAME.
+    name: The dotted key.
+    text: The value; None if it is not part of the argument.
+    rest: The arguments that follow; the first may be the value.
+  """
+  if name not in KEYS:
+    raise UserError(loading.unknown_key(name, loading.known_keys()))
+  key = KEYS[name]
+  if text is None and isinstance(key.default, bool):
+    return name, not negated
+  if text is None and not negated:
+    text = next(rest, None)
+  if text is None or negated:
+    raise UserError(f'--config.{name} needs a value: {key.wanted()}')
+  return name, key.parse(f'--config.{name}', text)
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+  """Parses `argv` into `values` and returns what it does not know."""
   try:
-    return values(argv, known_only=known_only)
+    return values(argv, known_only=True)
   except flags.Error as error:
     raise UserError(str(error)) from error

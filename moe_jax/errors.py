@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
   """`; did you mean 'x'?` for the known name closest to `name`, else ''."""
-  matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
   return f"; did you mean '{matches[0]}'?" if matches else ''
 
 

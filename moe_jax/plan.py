@@ -1,48 +1,35 @@
-"""What a config will build and cost, before anything runs.
+"""Tells what a config will build and cost, before anything runs.
 
-  python -m moe_jax.plan --config=configs/cartesian_moe.py:large --devices=16
+  moe_jax plan --config=cartesian_moe:large --devices=16
 
 Everything follows from shapes: no array is made, whatever the model's size.
 With --json it prints one JSON object instead of a table.
 
-  python -m moe_jax.plan --config=... --compile --topology=v5e:16x16 --slices=2
+  moe_jax plan --config=... --compile --topology=v5e:16x16 --slices=2
 
 also compiles the training step, for TPUs that need not be here, and tells what
 their compiler says; without --topology, for the devices of this machine. --fit
 searches, by compiling, for the batch and the rematerialisation that fit.
+`python -m moe_jax.plan` is the same program.
 """
 
-import json as json_lib
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli
-from moe_jax import config as config_lib
-from moe_jax.errors import UserError
-from moe_jax.model import build, implementations, sizes
-from moe_jax.planning import (
-  compiled,
-  estimate,
-  setups,
-  topologies,
-)
-from moe_jax.planning import fit as fit_lib
-from moe_jax.planning.table import table, tell
-from moe_jax.training import state
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean(
     'json', False, 'print one JSON object', flag_values=values
   )
   flags.DEFINE_integer(
     'devices',
     None,
-    'of all hosts together; those of this machine if left out',
+    'the devices of all hosts together; those of this machine if left out',
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -52,7 +39,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_integer(
-    'slices', 1, 'of that topology, on a slower network', flag_values=values
+    'slices',
+    1,
+    'how many slices of that topology a slower network joins',
+    flag_values=values,
   )
   flags.DEFINE_boolean(
     'compile', False, 'compile the training step', flag_values=values
@@ -66,150 +56,18 @@ def define_flags(values: flags.FlagValues) -> None:
   )
 
 
-def run(
-  config: ConfigDict,
-  json: bool,
-  devices: int | None,
-  topology: str | None,
-  slices: int,
-  compile: bool,
-  fit: bool,
-) -> None:
-  """Prints the plan of `config` on such devices."""
-  target = _target(topology, slices)
-  count = len(target.devices)
-  named = topology is not None
-  if devices not in (None, count) and (named or compile or fit):
-    raise UserError(
-      f'--devices = {devices}, but {"--topology" if named else "here"} has'
-      f' {count}; leave --devices out'
-    )
-  if compile or fit:
-    # Or the seconds would tell of the cache.
-    jax.config.update('jax_enable_compilation_cache', False)
-  found = fit_lib.find(config, target, tell) if fit else {}
-  if fit:
-    config.update_from_flattened_dict(found['overrides'])
-  plan = make(config, count if devices is None else devices, target.devices[0])
-  if named:
-    setups.check_slices(config, target.devices)
-  if compile:
-    plan['compiled'] = _compiled(config, target)
-  if fit:
-    plan['fit'] = found
-  print(json_lib.dumps(plan) if json else table(plan))
+def run(config: ConfigDict, **options: Any) -> None:
+  """Prints the plan of `config`; `options` are the flags by their names."""
+  # jax must not be imported before the command line has set the allocator.
+  from moe_jax.planning import plan
+
+  plan.run(config, **options)
 
 
-def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
-  try:
-    return compiled.plan(config, target)
-  except compiled.DoesNotFitError as refused:
-    advice = fit_lib.advice(config, target, refused)
-    raise UserError(f'{refused}; {advice}') from refused
-
-
-def _target(topology: str | None, slices: int) -> topologies.Target:
-  if topology is not None:
-    return topologies.target(topology, slices)
-  if slices != 1:
-    raise UserError(f'--slices = {slices} is of a --topology, which is missing')
-  return topologies.here()
-
-
-def make(
-  config: ConfigDict,
-  num_devices: int | None = None,
-  device: jax.Device | None = None,
-) -> dict[str, Any]:
-  """Returns the plan of a config, a dictionary that JSON can hold.
-
-  Args:
-    config: see configs/base.py.
-    num_devices: of all hosts together; they need not be there. None: those
-      that jax finds.
-    device: of their kind; None: the first that jax finds.
-
-  Returns:
-    `parameters` (total, active, router, idle), `flops_per_token` of training
-    and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
-    `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
-    exactly and the rest as `moe_jax.model.memory` estimates it;
-    `tokens_per_step`; and the `strategy` that the config's choices come to.
-
-  Raises:
-    UserError: anything wrong with the config or the number of devices.
-  """
-  if num_devices is None:
-    num_devices = jax.device_count()
-  if num_devices < 1:
-    raise UserError(f'--devices = {num_devices} must be at least 1')
-  config_lib.validate(config, num_devices)
-  setup = setups.shapes(config, device)
-  params = setup.abstract['params']
-  mesh = config_lib.mesh_shape(config, num_devices)
-  parts = estimate.parts(setup, mesh)
-  return {
-    'parameters': sizes.count_parameters(config, params)._asdict(),
-    'flops_per_token': sizes.flops_per_token(config, params),
-    'flops_per_token_forward': sizes.flops_per_token_forward(config, params),
-    'memory_bytes_per_device': sum(parts.values()),
-    'memory_parts_per_device': parts,
-    'tokens_per_step': config.train.batch_size * config.data.seq_len,
-    'strategy': _strategy(setup, mesh),
-  }
-
-
-def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
-  """What the config's choices come to, after every `auto` and `-1`."""
-  config = setups.resolved(setup, mesh)
-  kinds = config_lib.layer_kinds(config)
-  first, period = build.repetition(kinds, config.moe.every)
-  routed = 'moe' in kinds
-  split = routed and mesh['expert'] > 1
-  return {
-    'layers': {
-      'prefix': list(kinds[:first]),
-      'period': list(kinds[first : first + period]),
-      'repeats': (len(kinds) - first) // period,
-    },
-    'mesh': mesh,
-    'dispatch': config.moe.dispatch if routed else 'none',
-    **_exchange(config, mesh, split),
-    **_router(config, routed),
-    'platform': setup.mesh.devices.flat[0].platform,
-    'dtype': config.model.dtype,
-    'remat': config.model.remat,
-  }
-
-
-def _exchange(
-  config: ConfigDict, mesh: dict[str, int], split: bool
-) -> dict[str, Any]:
-  """How tokens get to experts on other devices, and what each way sends."""
-  if not split:
-    return {'expert_parallelism': 'none'}
-  sent = implementations.exchange_bytes(config, mesh, config.model.dtype)
-  return {'expert_parallelism': config.moe.exchange, 'exchange_bytes': sent}
-
-
-def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
-  """How experts are chosen: only what has a meaning for this router."""
-  router = config.router
-  if not routed:
-    return {'score': 'none', 'recurrent': 'none'}
-  chosen = {'score': router.score, 'recurrent': router.recurrent}
-  if router.recurrent != 'none':
-    chosen |= {'projector': router.projector, 'passing': router.passing}
-  if router.residual:
-    chosen['residual'] = str(router.residual)
-  limit = {
-    'top_k': f'top_k {config.moe.top_k} of {config.moe.num_experts}',
-    'top_p': f'top_p {router.top_p} of {config.moe.num_experts}',
-  }
-  chosen['selection'] = limit[router.selection]
-  chosen['weights'] = router.weights
-  return chosen
+def main() -> None:
+  """Plans as the command line says, and exits."""
+  cli.main(run, define_flags, workdir=False)
 
 
 if __name__ == '__main__':
-  cli.main(run, define_flags, workdir=False)
+  main()

@@ -98,10 +98,14 @@ ROOMS = {
     ' planning.collectives planning.replica_groups planning.units',
     'jax ml_collections',
   ),
-  'plan': Room(
-    f'{_CONFIG} cli model planning training',
-    'jax absl ml_collections',
+  # The command: each program imports what it runs when it runs.
+  'programs.presets': Room('cli config errors'),
+  'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
+  'programs.eval': Room(
+    'cli parallel.launch evaluation', 'absl ml_collections'
   ),
+  'plan': Room('cli planning', 'absl ml_collections'),
+  '__main__': Room('cli errors'),
 }
 
 

@@ -75,7 +75,7 @@ BAD = {
   ),
   'not a number': (
     [BASE, '--config.loss.z_weight=x'],
-    ['config.loss.z_weight', 'float'],
+    ['config.loss.z_weight', 'a number, at least 0'],
   ),
   'not a boolean': ([BASE, '--config.moe.bias=2'], ['config.moe.bias']),
   'flag of a wrong type': ([BASE, '--step=last'], ['--step', 'last']),
@@ -113,7 +113,7 @@ BAD_FILES = {
     "no config key 'new'"
   ],
   'return ConfigDict({**base.get_config(), "seed": "1"})': [
-    "seed = '1' is not of type int"
+    "seed = '1' must be a whole number, between 0"
   ],
 }
 

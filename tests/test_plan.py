@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import plan
 from moe_jax.errors import UserError
+from moe_jax.planning import plan
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]

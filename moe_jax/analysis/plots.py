@@ -1,7 +1,7 @@
 """Draws training curves and the balance of the experts from metrics.jsonl.
 
-  python -m moe_jax.analysis.plots runs/quickstart
-  python -m moe_jax.analysis.plots runs/a runs/b --output=both.png
+  moe_jax plots runs/quickstart
+  moe_jax plots runs/a runs/b --output=both.png
 
 The picture of one run shows every MoE layer, that of several compares them.
 """
@@ -67,10 +67,10 @@ def draw(runs: Sequence[Run]) -> Figure:
   return figure
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
   """Draws what the command line asks for; returns the exit status."""
   parser = argparse.ArgumentParser(
-    prog='python -m moe_jax.analysis.plots',
+    prog='moe_jax plots',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -197,4 +197,4 @@ def _save(figure: Figure, output: str) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(main())

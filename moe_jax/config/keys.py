@@ -60,8 +60,8 @@ class Key(NamedTuple):
       return 'True or False'
     if isinstance(self.default, str):
       return self._wanted_text()
-    kind = 'a whole number, ' if isinstance(self.default, int) else ''
-    return f'{kind}{self.range()}'
+    kind = 'a whole number' if isinstance(self.default, int) else 'a number'
+    return f'{kind}, {self.range()}'
 
   def range(self) -> str:
     """Returns the bounds of a number, in words: 'at least 1'."""

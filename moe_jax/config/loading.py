@@ -1,8 +1,8 @@
-"""Loads a config file and says where it is wrong."""
+"""Finds and loads config files, and says where they are wrong."""
 
 import difflib
-import importlib.util
 import inspect
+import json
 import os
 import re
 import traceback
@@ -12,47 +12,127 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from moe_jax.config import saved, schema
-from moe_jax.config.derived import flatten
+from moe_jax.config.derived import flatten, get
+from moe_jax.config.user_code import (
+  extensions,
+  import_file,
+  load_extensions,
+  shipped,
+)
 from moe_jax.errors import UserError, nearest
+
+__all__ = [
+  'expand_paths',
+  'extensions',
+  'holds_run',
+  'known_keys',
+  'load',
+  'load_extensions',
+  'of_run',
+  'preset_files',
+  'unknown_key',
+]
 
 
 def load(argument: str) -> ConfigDict:
-  """Returns the config of `FILE` or `FILE:preset,variants`, locked.
+  """Returns the config of `NAME` or `NAME:preset,variants`, locked.
 
-  A file named .json is the config of a run: `config.json` of its workdir.
+  Args:
+    argument: A file's path, or the name of a preset file that comes with the
+      library, and after a colon what its `get_config` is called with. A file
+      named .json is the config of a run, `config.json` of its workdir.
 
   Raises:
-    UserError: there is no such file, preset or variant, or the file fails.
+    UserError: There is no such file, preset or variant, or the file fails.
   """
-  path, colon, names = argument.partition(':')
-  if not os.path.isfile(path):
-    raise UserError(f'--config: there is no file {path}{_similar(path)}')
+  path, names = _find(os.path.expanduser(argument))
   if path.endswith('.json'):
-    return _saved(path)
+    return of_run(os.path.dirname(path), path)
   try:
-    config = _call(path, _import(path), [names] if colon else [])
+    config = _call(path, import_file(path), names)
   except UserError:
     raise
   except Exception as error:  # it is the user's program: all it does is input
     raise UserError(_blame(path, error)) from error
-  _check_schema(path, config)
-  return config.lock()
+  return _checked(path, config)
 
 
-def _saved(path: str) -> ConfigDict:
-  """The config that a run wrote."""
+def of_run(workdir: str, path: str = '') -> ConfigDict:
+  """Returns the config of the run in `workdir`, locked.
+
+  What users' files registered for the run is registered again.
+
+  Args:
+    workdir: The directory of the run.
+    path: The file of the config, if it is not the run's own `config.json`.
+
+  Raises:
+    UserError: There is no such run, or its files cannot be read.
+  """
+  path = path or os.path.join(workdir, saved.CONFIG_FILE)
   try:
-    with open(path, encoding='utf-8') as file:
-      config = saved.from_json(file.read())
+    config = saved.from_json(_read(path))
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is not the JSON of a config: {error}') from error
-  _check_schema(path, config)
-  return config
+  record = os.path.join(workdir, saved.RECORD_FILE)
+  if os.path.isfile(record):
+    load_extensions(_extensions_in(record), record)
+  return _checked(path, config)
+
+
+def holds_run(workdir: str) -> bool:
+  """Returns whether `workdir` has the config of a run."""
+  return os.path.isfile(os.path.join(workdir, saved.CONFIG_FILE))
+
+
+def preset_files() -> dict[str, str]:
+  """Returns the paths of the preset files of the library, by name."""
+  return {
+    path.stem: str(path)
+    for path in sorted(shipped().glob('*.py'))
+    if path.stem != '__init__'
+  }
+
+
+def _find(argument: str) -> tuple[str, list[str]]:
+  """Returns the path that `argument` begins with, and what follows it.
+
+  A path may hold colons itself, so the whole is tried first.
+  """
+  if os.path.isfile(argument):
+    return argument, []
+  head, colon, names = argument.rpartition(':')
+  path = head if colon else argument
+  arguments = [names] if colon else []
+  if os.path.isfile(path):
+    return path, arguments
+  # `configs/rmoe.py` is `rmoe` where there is no clone.
+  name = re.sub(r'^configs[/\\]|\.py$', '', path)
+  if name not in preset_files():
+    raise UserError(
+      f'--config: there is no file or preset {path}{_similar(path)}'
+      f' (moe_jax comes with {", ".join(preset_files())})'
+    )
+  return preset_files()[name], arguments
+
+
+def _read(path: str) -> str:
+  with open(path, encoding='utf-8') as file:
+    return file.read()
+
+
+def _extensions_in(record: str) -> list[str]:
+  """Returns the files of users that a run's record names."""
+  try:
+    names = json.loads(_read(record)).get('extensions', [])
+  except (OSError, ValueError, AttributeError) as error:
+    raise UserError(f'{record} cannot be read: {error}') from error
+  return [str(name) for name in names]
 
 
 def known_keys() -> list[str]:
   """Every key there is, dotted."""
-  return list(flatten(schema.get_config().to_dict()))
+  return list(schema.KEYS)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
@@ -61,7 +141,7 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
   if inside:
     return f"config key '{key}' is a section; name a key, as '{inside[0]}'"
   section, _, last = key.rpartition('.')
-  alike = difflib.get_close_matches(last, map(_last, known), len(known), 0.5)
+  alike = difflib.get_close_matches(last, map(_last, known), len(known), 0.6)
   hint = nearest(key, [name for name in known if _last(name) in alike])
   if not hint:
     prefix = f'{section}.' if section else ''
@@ -81,16 +161,8 @@ def _similar(path: str) -> str:
   if not os.path.isdir(folder or '.'):
     return ''
   paths = [os.path.join(folder, name) for name in os.listdir(folder or '.')]
-  return nearest(path, set(paths) - {path})
-
-
-def _import(path: str) -> ModuleType:
-  spec = importlib.util.spec_from_file_location('config_file', path)
-  if spec is None or spec.loader is None:
-    raise UserError(f'--config: {path} is not a Python file (.py)')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  hint = nearest(path, set(paths) - {path})
+  return hint or nearest(path, preset_files())
 
 
 def _call(path: str, module: ModuleType, names: list[str]) -> ConfigDict:
@@ -110,8 +182,9 @@ def _blame(path: str, error: Exception) -> str:
   """`FILE:LINE: what is wrong`, a misspelt key with the nearest real one."""
   if isinstance(error, SyntaxError):
     return f'{error.filename}:{error.lineno}: {error.msg}'
+  file = os.path.abspath(path)
   frames = traceback.extract_tb(error.__traceback__)
-  lines = [frame.lineno for frame in frames if frame.filename == path]
+  lines = [frame.lineno for frame in frames if frame.filename == file]
   where = f'{path}:{lines[-1]}' if lines else path
   if 'ml_collections' in frames[-1].filename:
     # Its messages begin: Key "topk" does not exist / 'topk'.
@@ -127,29 +200,40 @@ def _nearest(name: str) -> str:
   for key in known_keys():
     keys.setdefault(_last(key), []).append(key)
     keys.setdefault(key.split('.')[0], [key.split('.')[0]])
-  matches = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+  matches = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
   if not matches:
     return ''
   real = ' or '.join(f"'{key}'" for key in keys[matches[0]])
   return f'; did you mean {real}?'
 
 
-def _check_schema(path: str, config: ConfigDict) -> None:
-  """Refuses a config made otherwise than by changing the base's."""
+def _checked(path: str, config: ConfigDict) -> ConfigDict:
+  """Returns `config`, locked, if it is the defaults with other values."""
   if not isinstance(config, ConfigDict):
     raise UserError(
       f'{path}: get_config returned a {type(config).__name__}, not the'
-      ' ConfigDict of configs/base.py with other values'
+      ' ConfigDict of moe_jax.config.get_config() with other values'
     )
-  known = flatten(schema.get_config().to_dict())
   given = flatten(config.to_dict())
-  for key in given | known:
-    if key not in known:
-      raise UserError(f'{path}: {unknown_key(key, list(known))}')
-    if key not in given:
-      raise UserError(f'{path}: key {key} is missing; start from configs/base')
-    if type(given[key]) is not type(known[key]):
+  for name in given:
+    if name not in schema.KEYS:
+      raise UserError(f'{path}: {unknown_key(name, known_keys())}')
+  for name, key in schema.KEYS.items():
+    if name not in given:
       raise UserError(
-        f'{path}: {key} = {given[key]!r} is not of type'
-        f' {type(known[key]).__name__}'
+        f'{path}: key {name} is missing; start from moe_jax.config.get_config()'
       )
+    if type(given[name]) is not type(key.default):
+      raise UserError(
+        f'{path}: {name} = {given[name]!r} must be {key.wanted()}'
+      )
+  return expand_paths(config.lock())
+
+
+def expand_paths(config: ConfigDict) -> ConfigDict:
+  """Returns `config` with ~ expanded in its paths."""
+  for name, key in schema.KEYS.items():
+    if key.path:
+      path = os.path.expanduser(get(config, name))
+      config.update_from_flattened_dict({name: path})
+  return config

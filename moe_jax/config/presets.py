@@ -18,14 +18,14 @@ def build(
   """Returns `start` as the preset and then every variant, in order, change it.
 
   Args:
-    names: a preset and variants with commas between; the first preset may be
+    names: A preset and variants with commas between; the first preset may be
       left out, so may all.
-    start: the config to change.
-    presets: the presets there are, the default first; may be empty.
-    variants: the variants there are.
+    start: The config to change.
+    presets: The presets there are, the default first; may be empty.
+    variants: The variants there are.
 
   Raises:
-    UserError: a name is unknown, or a preset does not come first.
+    UserError: A name is unknown, or a preset does not come first.
   """
   chosen = [name.strip() for name in names.split(',') if name.strip()]
   if presets and (not chosen or chosen[0] not in presets):
@@ -39,11 +39,15 @@ def build(
 
 
 def sets(values: Mapping[str, int | float | bool | str]) -> Change:
-  """The change that gives dotted keys these values."""
+  """Returns the change that gives dotted keys these values."""
 
   def change(config: ConfigDict) -> None:
     config.update_from_flattened_dict(values)
 
+  # What `moe_jax presets` says of it.
+  change.__doc__ = ', '.join(
+    f'{key} = {value}' for key, value in values.items()
+  )
   return change
 
 

@@ -11,6 +11,8 @@ from moe_jax.config.schema import KEYS, get_config
 
 # Of a key that exists no longer, its section says whether it was the model's.
 _MODEL = ('model', 'moe', 'router')
+# Of a workdir: its config, and the record of what ran.
+CONFIG_FILE, RECORD_FILE = 'config.json', 'run.json'
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
 _ABSENT = 'absent'
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax import plan
 from moe_jax.data.pipeline import EvaluationRows
 from moe_jax.evaluation import perplexity
+from moe_jax.planning import plan
 from moe_jax.training import loop
 from moe_jax.training.step import make_eval_step
 from tests.helpers import runs, tiny

@@ -4,11 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import plan
 from moe_jax.errors import UserError
 from moe_jax.model import loss, memory
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import topologies
+from moe_jax.planning import plan, topologies
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny

@@ -9,10 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import plan
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import compiled, fit, setups, topologies
+from moe_jax.planning import compiled, fit, plan, setups, topologies
 from tests.helpers import tiny
 
 SLICE = 'v5e:2x2'

@@ -9,9 +9,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax import plan
 from moe_jax.errors import UserError
-from moe_jax.planning import compiled, fit, topologies
+from moe_jax.planning import compiled, fit, plan, topologies
 from moe_jax.planning.estimate import Estimate
 from moe_jax.planning.fit import POLICIES, Trial
 from tests.helpers import tiny

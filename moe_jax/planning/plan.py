@@ -1,0 +1,165 @@
+"""The plan of a config: what it will build and cost, before anything runs."""
+
+import json as json_lib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import config as config_lib
+from moe_jax.errors import UserError
+from moe_jax.model import build, implementations, sizes
+from moe_jax.planning import (
+  compiled,
+  estimate,
+  setups,
+  topologies,
+)
+from moe_jax.planning import fit as fit_lib
+from moe_jax.planning.table import table, tell
+from moe_jax.training import state
+
+
+def run(
+  config: ConfigDict,
+  json: bool,
+  devices: int | None,
+  topology: str | None,
+  slices: int,
+  compile: bool,
+  fit: bool,
+) -> None:
+  """Prints the plan of `config` on such devices."""
+  target = _target(topology, slices)
+  count = len(target.devices)
+  named = topology is not None
+  if devices not in (None, count) and (named or compile or fit):
+    raise UserError(
+      f'--devices = {devices}, but {"--topology" if named else "here"} has'
+      f' {count}; leave --devices out'
+    )
+  if compile or fit:
+    # Or the seconds would tell of the cache.
+    jax.config.update('jax_enable_compilation_cache', False)
+  found = fit_lib.find(config, target, tell) if fit else {}
+  if fit:
+    config.update_from_flattened_dict(found['overrides'])
+  plan = make(config, count if devices is None else devices, target.devices[0])
+  if named:
+    setups.check_slices(config, target.devices)
+  if compile:
+    plan['compiled'] = _compiled(config, target)
+  if fit:
+    plan['fit'] = found
+  print(json_lib.dumps(plan) if json else table(plan))
+
+
+def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
+  try:
+    return compiled.plan(config, target)
+  except compiled.DoesNotFitError as refused:
+    advice = fit_lib.advice(config, target, refused)
+    raise UserError(f'{refused}; {advice}') from refused
+
+
+def _target(topology: str | None, slices: int) -> topologies.Target:
+  if topology is not None:
+    return topologies.target(topology, slices)
+  if slices != 1:
+    raise UserError(f'--slices = {slices} is of a --topology, which is missing')
+  return topologies.here()
+
+
+def make(
+  config: ConfigDict,
+  num_devices: int | None = None,
+  device: jax.Device | None = None,
+) -> dict[str, Any]:
+  """Returns the plan of a config, a dictionary that JSON can hold.
+
+  Args:
+    config: see configs/base.py.
+    num_devices: of all hosts together; they need not be there. None: those
+      that jax finds.
+    device: of their kind; None: the first that jax finds.
+
+  Returns:
+    `parameters` (total, active, router, idle), `flops_per_token` of training
+    and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
+    `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
+    exactly and the rest as `moe_jax.model.memory` estimates it;
+    `tokens_per_step`; and the `strategy` that the config's choices come to.
+
+  Raises:
+    UserError: anything wrong with the config or the number of devices.
+  """
+  if num_devices is None:
+    num_devices = jax.device_count()
+  if num_devices < 1:
+    raise UserError(f'--devices = {num_devices} must be at least 1')
+  config_lib.validate(config, num_devices)
+  setup = setups.shapes(config, device)
+  params = setup.abstract['params']
+  mesh = config_lib.mesh_shape(config, num_devices)
+  parts = estimate.parts(setup, mesh)
+  return {
+    'parameters': sizes.count_parameters(config, params)._asdict(),
+    'flops_per_token': sizes.flops_per_token(config, params),
+    'flops_per_token_forward': sizes.flops_per_token_forward(config, params),
+    'memory_bytes_per_device': sum(parts.values()),
+    'memory_parts_per_device': parts,
+    'tokens_per_step': config.train.batch_size * config.data.seq_len,
+    'strategy': _strategy(setup, mesh),
+  }
+
+
+def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
+  """What the config's choices come to, after every `auto` and `-1`."""
+  config = setups.resolved(setup, mesh)
+  kinds = config_lib.layer_kinds(config)
+  first, period = build.repetition(kinds, config.moe.every)
+  routed = 'moe' in kinds
+  split = routed and mesh['expert'] > 1
+  return {
+    'layers': {
+      'prefix': list(kinds[:first]),
+      'period': list(kinds[first : first + period]),
+      'repeats': (len(kinds) - first) // period,
+    },
+    'mesh': mesh,
+    'dispatch': config.moe.dispatch if routed else 'none',
+    **_exchange(config, mesh, split),
+    **_router(config, routed),
+    'platform': setup.mesh.devices.flat[0].platform,
+    'dtype': config.model.dtype,
+    'remat': config.model.remat,
+  }
+
+
+def _exchange(
+  config: ConfigDict, mesh: dict[str, int], split: bool
+) -> dict[str, Any]:
+  """How tokens get to experts on other devices, and what each way sends."""
+  if not split:
+    return {'expert_parallelism': 'none'}
+  sent = implementations.exchange_bytes(config, mesh, config.model.dtype)
+  return {'expert_parallelism': config.moe.exchange, 'exchange_bytes': sent}
+
+
+def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
+  """How experts are chosen: only what has a meaning for this router."""
+  router = config.router
+  if not routed:
+    return {'score': 'none', 'recurrent': 'none'}
+  chosen = {'score': router.score, 'recurrent': router.recurrent}
+  if router.recurrent != 'none':
+    chosen |= {'projector': router.projector, 'passing': router.passing}
+  if router.residual:
+    chosen['residual'] = str(router.residual)
+  limit = {
+    'top_k': f'top_k {config.moe.top_k} of {config.moe.num_experts}',
+    'top_p': f'top_p {router.top_p} of {config.moe.num_experts}',
+  }
+  chosen['selection'] = limit[router.selection]
+  chosen['weights'] = router.weights
+  return chosen

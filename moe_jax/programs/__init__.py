@@ -1,0 +1,1 @@
+"""What `moe_jax PROGRAM` runs, a module for each program."""
