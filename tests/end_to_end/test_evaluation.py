@@ -28,6 +28,7 @@ EOS = 256
 def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
   return make_config(
     **{
+      'model.num_layers': 1,
       'moe.factors': 2,
       'router.recurrent': 'gru',
       'train.steps': STEPS,

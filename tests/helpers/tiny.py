@@ -57,6 +57,14 @@ def select(
   return Select(options, TopK(k) if pick is None else pick)
 
 
+def abstract(made: ConfigDict) -> tuple[nnx.GraphDef, dict[str, Any]]:
+  """As `decoder`, but shapes and dtypes instead of arrays."""
+  model = nnx.eval_shape(
+    lambda: build(made, VOCAB, None, rngs=nnx.Rngs(params=0))
+  )
+  return nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 def decoder(
   made: ConfigDict, seed: int = 0, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError
 from moe_jax.interop import released, upcycling
 from tests.helpers import tiny
+from tests.helpers.marks import fast_only
 
 WIDTH = 48  # of the dense network
 COPIES = {'moe.expert_width': WIDTH}
@@ -135,16 +136,10 @@ def dense_loss() -> float:
   return float(loss(*dense()))
 
 
-QUICK = ('copies, recurrent', 'shared, fixed, narrow', 'Cartesian, shared')
+QUICK = ('copies, recurrent', 'Cartesian, shared')
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name in EXACT
-  ],
-)
+@pytest.mark.parametrize('name', fast_only(QUICK, EXACT))
 def test_the_loss_is_the_dense_models(name: str, dense_loss: float) -> None:
   config = target(EXACT[name])
   assert not upcycling.inexact(config, WIDTH)
@@ -185,7 +180,7 @@ def test_experts_hold_parts_of_the_network_and_learn() -> None:
   def total(params: Any) -> jax.Array:
     return jnp.square(released.run(config, params, ids)).mean()
 
-  gradient = jax.grad(total)(params)
+  gradient = jax.jit(jax.grad(total))(params)
   first, second = (
     gradient['periods']['blocks'][0]['chain']['sub_layers'][s] for s in (0, 1)
   )

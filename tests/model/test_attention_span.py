@@ -11,6 +11,7 @@ from flax import nnx
 from moe_jax.model.attention import group_logits
 from moe_jax.model.attention_span import SpanAttend, shift_rows
 from tests.helpers import oracle_span, tiny
+from tests.helpers.marks import fast_only
 
 SPAN = {
   'model.positions': 'span',
@@ -66,7 +67,7 @@ def run(
   return model(params, jnp.asarray(ids, jnp.int32), memory, key)
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', fast_only(['recurrent cartesian'], VARIANTS))
 def test_two_segments_equal_the_oracle(name: str) -> None:
   """Logits and memories, of a segment longer than the span and a shorter."""
   config = tiny.config(**VARIANTS[name])
@@ -140,7 +141,9 @@ def test_no_gradient_reaches_the_memory_of_the_next_segment() -> None:
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize('name', ['linear', 'recurrent cartesian'])
+@pytest.mark.parametrize(
+  'name', fast_only(['linear'], ['linear', 'recurrent cartesian'])
+)
 def test_segments_with_memory_equal_one_long_segment(name: str) -> None:
   """What a token sees lies in the memory or in its segment: all the same."""
   graphdef, params = tiny.decoder(tiny.config(**VARIANTS[name]))
@@ -225,6 +228,7 @@ def test_grouped_queries_share_their_keys() -> None:
     )
 
 
+@pytest.mark.slow
 def test_remat_and_unroll_change_nothing() -> None:
   ids, results = random_ids(), []
   changes = {'model.num_layers': 4, 'model.dropout': 0.3}

@@ -14,6 +14,7 @@ from flax import nnx
 
 from moe_jax.model.build import build
 from tests.helpers import gradients, oracle, tiny
+from tests.helpers.marks import fast_only
 
 CASES = {
   's-proj gru': {'router.recurrent': 'gru', 'router.projector': 'shared'},
@@ -81,16 +82,10 @@ SIZES = {
 }
 
 
-FAST = ['lstm detached', 'residual detached', 'sigmoid in groups, lstm']
+FAST = ['residual detached', 'sigmoid in groups, lstm']
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@pytest.mark.parametrize('name', fast_only(FAST, CASES))
 def test_logits_and_gradients(name: str) -> None:
   config = tiny.config(**SIZES | CASES[name])
   ids_L = np.array([3, 17, 3, 60, 8])

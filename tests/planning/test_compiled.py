@@ -57,7 +57,7 @@ def test_a_tpu_program() -> None:
 @pytest.mark.parametrize(
   'topology, dtype, dispatch',
   [
-    (None, 'float32', 'capacity'),
+    pytest.param(None, 'float32', 'capacity', marks=pytest.mark.slow),
     pytest.param('v5e:2x4', 'bfloat16', 'dropless', marks=pytest.mark.slow),
   ],
 )
@@ -121,7 +121,12 @@ def test_tpu_programs_of_all_kinds(
 
 
 @pytest.mark.parametrize(
-  'topology, ragged', [('v5e:4x4', True), ('v5e:4x8', False), ('v6e:4x8', True)]
+  'topology, ragged',
+  [
+    pytest.param('v5e:4x4', True, marks=pytest.mark.slow),
+    ('v5e:4x8', False),
+    pytest.param('v6e:4x8', True, marks=pytest.mark.slow),
+  ],
 )
 def test_ragged_exchanges_where_they_compile(
   topology: str, ragged: bool

@@ -66,21 +66,21 @@ def logits(tokens: int = 40, scale: float = 1.5) -> np.ndarray:
 
 
 def agree(routing: Routing, how: Selection, logits_TN: Any, bias: Any) -> None:
-  """Expert by expert: the slots' order is ours, unused ones are marked."""
+  """The slots' order is ours; unused ones are marked and weigh nothing."""
+  indices = np.full(routing.indices_TK.shape, N)
+  weights = np.zeros(routing.weights_TK.shape)
+  probabilities = np.zeros(routing.probabilities_TN.shape)
   for t, logits_N in enumerate(np.asarray(logits_TN, np.float64)):
     expected = select(logits_N, how, 0.0 if bias is None else bias)
     used = len(expected.experts)
-    np.testing.assert_array_equal(
-      routing.indices_TK[t, :used], expected.experts
-    )
-    np.testing.assert_array_equal(routing.indices_TK[t, used:], N)
-    np.testing.assert_array_equal(routing.weights_TK[t, used:], 0)
-    np.testing.assert_allclose(
-      routing.weights_TK[t, :used], expected.weights, rtol=1e-6
-    )
-    np.testing.assert_allclose(
-      routing.probabilities_TN[t], expected.probabilities_N, rtol=2e-6
-    )
+    indices[t, :used] = expected.experts
+    weights[t, :used] = expected.weights
+    probabilities[t] = expected.probabilities_N
+  np.testing.assert_array_equal(routing.indices_TK, indices)
+  np.testing.assert_allclose(routing.weights_TK, weights, rtol=1e-6)
+  np.testing.assert_allclose(
+    routing.probabilities_TN, probabilities, rtol=2e-6
+  )
 
 
 @pytest.mark.parametrize('renormalize', [True, False])
@@ -126,16 +126,8 @@ def test_gradients(pick: str, weights: str, renormalize: bool) -> None:
 
     def ours(logits_TN: jax.Array) -> jax.Array:
       routing = module(logits_TN)
-      return jnp.stack(
-        [
-          dense(
-            routing.indices_TK[t],
-            routing.weights_TK[t],
-            routing.probabilities_TN[t],
-            jnp,
-          )
-          for t in range(len(logits_TN))
-        ]
+      return jax.vmap(lambda *token: dense(*token, jnp))(
+        routing.indices_TK, routing.weights_TK, routing.probabilities_TN
       )
 
     gradients.check(ours, expected, logits(6), rtol=1e-6)

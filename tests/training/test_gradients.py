@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.training.step import make_train_step
 from tests.helpers import choosing, gradients, oracle, tiny
+from tests.helpers.marks import fast_only
 from tests.helpers.steps import init, setup
 
 SIZES = {
@@ -95,13 +96,7 @@ def partitions(micro_batch: list[oracle.Sequence], layer: int) -> float:
 FAST = ['global batch, two micro-batches, sigmoid']
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@pytest.mark.parametrize('name', fast_only(FAST, CASES))
 def test_losses_and_gradients(name: str) -> None:
   config = tiny.config(**SIZES | CASES[name])
   made = setup(config)

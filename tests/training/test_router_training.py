@@ -42,7 +42,7 @@ def moved(before: Any, after: Any) -> dict[str, bool]:
 @pytest.mark.parametrize(
   ('freeze', 'still'),
   [
-    ('router', ("['router']",)),
+    pytest.param('router', ("['router']",), marks=pytest.mark.slow),
     ('router_and_cell', ("['router']", "['cell']")),
   ],
 )
@@ -70,7 +70,9 @@ def test_what_is_fixed_is_never_trained_and_has_no_moments() -> None:
   assert not any('fixed_' in name for name in names)
 
 
-@pytest.mark.parametrize('micro_batches', [1, 2])
+@pytest.mark.parametrize(
+  'micro_batches', [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_the_choice_bias_steps_against_the_global_counts(
   micro_batches: int,
 ) -> None:
@@ -99,6 +101,8 @@ def test_the_choice_bias_steps_against_the_global_counts(
   np.testing.assert_array_equal(found, expected[::-1].reshape(4, 8))
 
 
+# `test_gradients` holds it to the oracle.
+@pytest.mark.slow
 def test_global_balance_is_that_of_one_batch_whatever_the_micro_batches() -> (
   None
 ):

@@ -74,6 +74,8 @@ def test_every_parameter_has_a_gradient() -> None:
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
+# `test_gradients` holds micro-batches to the oracle.
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_the_balance_loss() -> None:
   plain = {'router.recurrent': 'gru', 'loss.balance_weight': 0.0}
   data = batch(tiny.config())
