@@ -34,7 +34,9 @@ def main(sizes_json: str) -> None:
   step()
   peak, source = common.peak_memory(compiled)
   facts = {
-    'parameters': count_parameters(made.config, state['params']).total,
+    'parameters': count_parameters(
+      made.config, state['params'], made.declarations
+    ).total,
     'dtype': str(compute_dtype(made.config, made.mesh)),
     'compile_seconds': seconds,
     'program_peak_bytes': peak,

@@ -69,7 +69,9 @@ def measure(config: ConfigDict, steps: int, warmup: int) -> dict[str, Any]:
     seconds.append(time.perf_counter() - began)
   median = float(np.median(seconds[warmup:]))
   tokens = config.train.batch_size * config.data.seq_len
-  flops = tokens * sizes.flops_per_token(config, made.abstract['params'])
+  flops = tokens * sizes.flops_per_token(
+    config, made.abstract['params'], made.declarations
+  )
   devices = list(made.mesh.devices.flat)
   dtype = str(compute_dtype(config, made.mesh))
   peak, source = common.peak_memory(compiled)

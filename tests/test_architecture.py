@@ -49,7 +49,8 @@ ROOMS = {
   ),
   'parallel.slices': Room('config errors', 'jax ml_collections numpy'),
   'parallel.mesh': Room(
-    'config errors parallel.slices parallel.devices', 'jax ml_collections'
+    'config errors parameter parallel.slices parallel.devices',
+    'jax ml_collections',
   ),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
   'parallel.launch': Room('errors', 'jax'),

@@ -70,7 +70,7 @@ def sharded(
   """The same on every device's own sequences and heads."""
   if mesh is None or mesh.size == 1:
     return attention
-  spec = P(mesh_lib.BATCH_AXES, None, 'tensor', None)
+  spec = P(mesh_lib.BATCH_AXES, None, mesh_lib.TENSOR, None)
   # Unchecked, as the kernels do not say along which axes their results vary.
   # No array is the same on two devices here, neither going in nor coming out.
   return jax.shard_map(

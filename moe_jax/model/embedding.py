@@ -7,8 +7,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel import mesh as mesh_lib
 
-_FSDP = 'fsdp'
-
 
 def look_up(
   table_VD: jax.Array, ids_BL: jax.Array, *, mesh: Mesh | None
@@ -29,15 +27,15 @@ def look_up(
 
   def local(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
     table_VD = lax.pcast(table_VD, mesh_lib.REPEATED_AXES, to='varying')
-    if mesh.shape[_FSDP] > 1:
-      table_VD = lax.all_gather(table_VD, _FSDP, axis=1, tiled=True)
+    if mesh.shape[mesh_lib.FSDP] > 1:
+      table_VD = lax.all_gather(table_VD, mesh_lib.FSDP, axis=1, tiled=True)
     return table_VD[ids_BL]
 
   tokens = P(mesh_lib.BATCH_AXES)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(P(None, _FSDP), tokens),
+    in_specs=(P(None, mesh_lib.FSDP), tokens),
     out_specs=tokens,
     check_vma=True,
   )(table_VD, ids_BL)

@@ -214,8 +214,6 @@ _PREFERRED_MATMULS = {
 }
 _MATMULS_ELSEWHERE = ('ragged_dot',)
 
-_EXPERT = 'expert'  # the mesh axis
-
 
 def dispatch(
   config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
@@ -262,7 +260,7 @@ def exchange_name(
     return best
   name = choose('moe.exchange', asked, exchanges_for(config.moe.dispatch))
   obstacle = EXCHANGES[name].obstacle(device, count)
-  if obstacle and mesh[_EXPERT] > 1:
+  if obstacle and mesh[mesh_lib.EXPERT] > 1:
     raise UserError(
       f"moe.exchange = {asked!r} {obstacle}; 'auto' takes {best!r}, which does"
     )
@@ -289,7 +287,7 @@ def exchange_bytes(
     tokens=rows * config.data.seq_len,
     top_k=moe.top_k if used else moe.num_experts,
     num_experts=moe.num_experts,
-    devices=mesh[_EXPERT],
+    devices=mesh[mesh_lib.EXPERT],
   )
   row_bytes = config.model.hidden_size * jnp.dtype(dtype).itemsize
   return {

@@ -19,14 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.model.decoder import Head
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parameter import EMBED, VOCAB
 
 # Tokens of a device whose logits are in memory together. The gradient of the
 # head is read and written once for each such chunk, so the faster a device
 # computes compared to its memory, the larger they have to be.
 CHUNK = {'cpu': 512}
 _CHUNK_OF_ACCELERATORS = 4096
-
-_FSDP, _TENSOR = 'fsdp', 'tensor'
 
 
 class Targets(NamedTuple):
@@ -101,11 +100,13 @@ def _computed(
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)
   tokens = P(mesh_lib.BATCH_AXES)
-  stored = mesh_lib.shardings({'head_DV': head.weight_DV}, mesh)['head_DV'].spec
+  stored = mesh_lib.spec('head_DV', head.weight_DV.shape, (EMBED, VOCAB), mesh)
   split_vocabulary = stored[1] is not None
   head_specs = Head(stored, P(stored[1]))
   return jax.shard_map(
-    functools.partial(_of_device, local, _TENSOR if split_vocabulary else None),
+    functools.partial(
+      _of_device, local, mesh_lib.TENSOR if split_vocabulary else None
+    ),
     mesh=mesh,
     in_specs=(tokens, head_specs, tokens),
     out_specs=(P(), _Gradients(tokens, head_specs) if with_gradient else None),
@@ -123,14 +124,14 @@ def _of_device(
   """`local` on one device of a mesh; `axis` splits the vocabulary, if any."""
   # Cast before it travels: half the bytes in bfloat16.
   weight_DV = lax.all_gather(
-    head.weight_DV.astype(x_BLD.dtype), _FSDP, tiled=True
+    head.weight_DV.astype(x_BLD.dtype), mesh_lib.FSDP, tiled=True
   )
   loss, gradients = local(x_BLD, Head(weight_DV, head.bias_V), targets, axis)
   loss = lax.psum(loss, mesh_lib.BATCH_AXES)
   if gradients is None:
     return loss, None
   weight_DV, bias_V = gradients.head
-  weight_DV = lax.psum_scatter(weight_DV, _FSDP, tiled=True)
+  weight_DV = lax.psum_scatter(weight_DV, mesh_lib.FSDP, tiled=True)
   weight_DV = lax.psum(weight_DV, mesh_lib.REPEATED_AXES)
   bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.BATCH_AXES)
   return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))

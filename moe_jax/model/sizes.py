@@ -1,26 +1,13 @@
 """Parameters of a model and what a token costs, counted from shapes alone."""
 
-import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-
-# No matmul per token: added, multiplied or looked up. HyperMoE's network works
-# once a step, whatever the number of tokens; positions count with attention.
-_ELEMENTWISE = (
-  r'(scale|shift)_.*|.*bias_.*|log_temperature|fixed_table_VN|key_pe_AW'
-  r'|embedding_X|fixed_up_XF|fixed_weights_FXN'
-)
-# Of G's shape, the linear weights that HyperMoE's network makes and that each
-# token meets.
-_HYPER_WEIGHTS = 'fixed_weights_bias_XN'
-# Weights without a gradient: backward only sends one on to their inputs.
-_FIXED = 'fixed_weight_XN'
-# Random numbers by token id, not weights that anything is multiplied by.
-_TABLE = 'fixed_table_VN'
+from moe_jax.parameter import CELL, EXPERT, ROUTER, Declaration
 
 
 class Parameters(NamedTuple):
@@ -30,11 +17,12 @@ class Parameters(NamedTuple):
   and HyperMoE; the hash router's table does not, as in CartesianMoE's.
 
   Attributes:
-    total: all there are, and the idle ones.
-    active: those that one token meets: all but the experts it did not choose,
-      which with top-p may be none.
-    router: those that choose: projectors, scores and the recurrent cell.
-    idle: `model.idle_parameters` of all layers; counted and never built.
+    total: The number of all parameters, the idle ones included.
+    active: The number of those that one token meets: all but the experts it did
+      not choose, which with top-p may be none.
+    router: The number of those that choose: projectors, gates and the cell.
+    idle: `model.idle_parameters` of all layers, which are counted and never
+      built.
   """
 
   total: int
@@ -43,60 +31,69 @@ class Parameters(NamedTuple):
   idle: int
 
 
-def count_parameters(config: ConfigDict, params: Any) -> Parameters:
+def count_parameters(
+  config: ConfigDict, params: Any, declarations: Any
+) -> Parameters:
   """Counts the parameters of the model that `config` describes.
 
   Args:
-    config: validated.
-    params: the model's tree of parameters, arrays or their shapes.
+    config: A validated config.
+    params: The model's tree of parameters, arrays or their shapes.
+    declarations: What each parameter is, a tree like `params`.
   """
   total = active = router = 0
-  for keys, size in _leaves(params):
-    if keys[-1] == _TABLE:
-      continue
-    total += size
-    active += _active(config, keys, size)
-    if 'router' in keys or keys[0] == 'cell' or keys[-1] == 'choice_bias_N':
-      router += size
+  for declared, size in _sizes(params, declarations):
+    if declared.counted:
+      total += size
+      active += _active(config, declared, size)
+      router += size if declared.part in (ROUTER, CELL) else 0
   idle = config.model.idle_parameters * config.model.num_layers
   return Parameters(total + idle, active, router, idle)
 
 
-def flops_per_token(config: ConfigDict, params: Any) -> int:
-  """Floating-point operations of training on one token, forward and backward.
+def flops_per_token(config: ConfigDict, params: Any, declarations: Any) -> int:
+  """Returns the operations of training on one token, forward and backward.
 
   Counted are the matmuls: two operations per weight and use forward, four
   backward (two where the weight is fixed); and in attention the positions that
   a token sees: `model.span` of them, whose keys and values in the memory are
   made anew for each sequence of `data.seq_len`, or what the causal mask lets it
   see, on average over such a sequence. Not counted are what is done element by
-  element, the optimizer, the embedding's look-up, and what an
-  implementation computes beyond need: masked or padded positions, recomputed
-  activations.
+  element, the optimizer, the embedding's look-up, and what an implementation
+  computes beyond need: masked or padded positions, recomputed activations.
 
   Args:
-    config: validated.
-    params: the model's tree of parameters, arrays or their shapes.
+    config: A validated config.
+    params: The model's tree of parameters, arrays or their shapes.
+    declarations: What each parameter is, a tree like `params`.
   """
-  fixed = sum(
-    _uses(config, keys) * size
-    for keys, size in _leaves(params)
-    if keys[-1] == _FIXED
+  unneeded = sum(
+    (3 - declared.passes) * _uses(config, declared) * size
+    for declared, size in _sizes(params, declarations)
   )
-  return 3 * flops_per_token_forward(config, params) - 2 * fixed
+  forward = flops_per_token_forward(config, params, declarations)
+  return 3 * forward - round(2 * unneeded)
 
 
-def flops_per_token_forward(config: ConfigDict, params: Any) -> int:
-  """What `flops_per_token` counts, forward alone."""
+def flops_per_token_forward(
+  config: ConfigDict, params: Any, declarations: Any
+) -> int:
+  """Returns what `flops_per_token` counts, forward alone."""
   weights = sum(
-    _active(config, keys, size) * _uses(config, keys)
-    for keys, size in _leaves(params)
+    _active(config, declared, size) * _uses(config, declared)
+    for declared, size in _sizes(params, declarations)
   )
   return round(2 * weights) + _attention(config)
 
 
+def chosen_experts(config: ConfigDict) -> int:
+  """Returns K, how many experts a token may choose; all of them with top-p."""
+  moe = config.moe
+  return moe.num_experts if config.router.selection == 'top_p' else moe.top_k
+
+
 def _attention(config: ConfigDict) -> int:
-  """Scores and weighted values of all layers: matmuls without a weight."""
+  """Returns the operations on scores and values, which have no weights."""
   width = config.model.num_heads * config_lib.head_dim(config)
   if config.model.positions == 'span':
     # A token's query meets the keys of the positions before it and of their
@@ -109,37 +106,28 @@ def _attention(config: ConfigDict) -> int:
   return per_layer * config.model.num_layers
 
 
-def _leaves(params: Any) -> list[tuple[list[str], int]]:
-  """The keys that lead to every parameter, and its size."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(params)
-  return [([str(key.key) for key in path], leaf.size) for path, leaf in flat]
+def _sizes(params: Any, declarations: Any) -> Iterator[tuple[Declaration, int]]:
+  """Yields what every parameter is, with its number of elements."""
+  declared = jax.tree.leaves(declarations)
+  return zip(
+    declared, (leaf.size for leaf in jax.tree.leaves(params)), strict=True
+  )
 
 
-def _active(config: ConfigDict, keys: list[str], size: int) -> int:
-  if 'experts' not in keys:
+def _active(config: ConfigDict, declared: Declaration, size: int) -> int:
+  """Returns how many of a parameter's elements one token meets."""
+  if EXPERT not in declared.axes:
     return size
   return size // config.moe.num_experts * chosen_experts(config)
 
 
-def chosen_experts(config: ConfigDict) -> int:
-  """K: how many experts a token may choose; with top-p up to all of them."""
-  moe = config.moe
-  return moe.num_experts if config.router.selection == 'top_p' else moe.top_k
-
-
-def _uses(config: ConfigDict, keys: list[str]) -> float:
-  """Matmuls that each weight of a parameter is part of, for one token."""
-  name = keys[-1]
-  if name == _HYPER_WEIGHTS:
-    return 1
-  if re.fullmatch(_ELEMENTWISE, name):
-    return 0
-  if name == 'embed_VD':
-    return int(config.model.tie_embeddings)  # as the output head
-  if keys[0] == 'cell':  # shared by every MoE sub-layer
+def _uses(config: ConfigDict, declared: Declaration) -> float:
+  """Returns how many matmuls of one token each of the elements is part of."""
+  uses: float = declared.matmuls
+  if declared.part == CELL:  # shared by every MoE sub-layer
     kinds = config_lib.layer_kinds(config)
-    return kinds.count('moe') * config.moe.factors
-  if config.model.positions == 'span' and name in ('key_DGA', 'value_DGA'):
-    # Those of the segment memory are projected again with every segment.
-    return 1 + config.model.span / config.data.seq_len
-  return 1
+    uses *= kinds.count('moe') * config.moe.factors
+  if declared.remembered:
+    # Applied to the memory of a span anew with every sequence.
+    uses *= 1 + config.model.span / config.data.seq_len
+  return uses

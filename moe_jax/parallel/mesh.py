@@ -1,7 +1,5 @@
-"""The mesh and the one table that says where every parameter lives."""
+"""The mesh, and on which of its axes every parameter is split."""
 
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,52 +8,31 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from moe_jax import parameter
 from moe_jax.config import BATCH_AXES, MESH_AXES, mesh_shape
 from moe_jax.errors import UserError
 from moe_jax.parallel import slices
 from moe_jax.parallel.devices import limited_routing
+from moe_jax.parameter import Axes
 
-# Those along which parameters are repeated, not split.
-REPEATED_AXES = tuple(axis for axis in BATCH_AXES if axis != 'fsdp')
-_TYPES = (AxisType.Auto,) * len(
-  MESH_AXES
-)  # the default differs by JAX's version
+DATA, FSDP, EXPERT, TENSOR = MESH_AXES
+# The axes that split tokens and along which most parameters are repeated.
+REPEATED_AXES = tuple(axis for axis in BATCH_AXES if axis != FSDP)
+# The default differs by JAX's version.
+_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
-# (pattern of a parameter's name, its spec). The first match counts; a name
-# that matches none is an error. Stacked parameters get a leading None, and the
-# optimizer's moments, which carry their parameters' names, the same spec.
-RULES = (
-  (r'embed_VD', P('tensor', 'fsdp')),
-  (r'head_DV', P('fsdp', 'tensor')),
-  (r'(query|key|value)_D[HG]A', P('fsdp', 'tensor', None)),
-  (r'out_HAD', P('tensor', None, 'fsdp')),
-  (r'gate_up_D2F', P('fsdp', None, 'tensor')),
-  (r'down_FD', P('tensor', 'fsdp')),
-  (r'gate_up_ND2F', P('expert', 'fsdp', None, 'tensor')),
-  (r'up_DF', P('fsdp', 'tensor')),
-  (r'up_NDF', P('expert', 'fsdp', 'tensor')),
-  (r'down_NFD', P('expert', 'tensor', 'fsdp')),
-  (r'up_bias_NF', P('expert', 'tensor')),
-  (r'down_bias_ND', P('expert', 'fsdp')),
-  # Small, and read by every token: a copy on every device.
-  (r'projector_DR|coefficient_D2', P(None, None)),
-  (r'(input|hidden)_[XR]R|(input|hidden)_bias_[34]R', P(None, None)),
-  (r'(input|hidden)_[XR][34]R', P(None, None, None)),
-  (r'(input|hidden|mlp)_bias_[RF]', P(None)),
-  (r'(weight|mlp|reduction|embedding)_(XN|FN|XF|XE|NX|NE)', P(None, None)),
-  (r'embedding_X|(choice_)?bias_N', P(None)),
-  (r'log_temperature', P()),
-  (r'fixed_(weight_XN|table_VN|up_XF|weights_bias_XN|bias_FN)', P(None, None)),
-  (r'fixed_weights_FXN', P(None, None, None)),
-  (r'fixed_(up_bias_F|bias_bias_N)', P(None)),
-  (r'key_pe_AW', P(None, None)),
-  (r'scale_D|shift_D|bias_D|bias_2', P(None)),
-  (r'up_bias_F|down_bias_D|head_bias_V', P(None)),
-  # Of a run: hidden states of every layer, with the sequences they came from.
-  (r'memory', P(None, BATCH_AXES, None, None)),
-  (r'key', P(None)),
-  (r'count|step', P()),
-)
+# The mesh axis that splits an axis of a parameter, by the name that the
+# parameter declares for it; an axis of another name, or of none, is not split.
+MESH_AXIS = {
+  parameter.VOCAB: TENSOR,
+  parameter.EMBED: FSDP,
+  parameter.HEADS: TENSOR,
+  parameter.KV_HEADS: TENSOR,
+  parameter.MLP: TENSOR,
+  parameter.EXPERT: EXPERT,
+}
+# A vocabulary is what it is: one that a mesh axis does not divide stays whole.
+_OPTIONAL = (parameter.VOCAB,)
 
 _ROOMY_KINDS = ('TPU v5 lite', 'TPU v6 lite')  # v5e and v6e
 
@@ -136,48 +113,80 @@ def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-  """The sharding of every leaf of a tree of parameters or optimizer state.
+def shardings(
+  tree: Any, params: Any, declarations: Any, mesh: Mesh | AbstractMesh
+) -> Any:
+  """Returns the sharding of every leaf of a train state, or of a part of it.
 
   Args:
-    tree: leaves with a shape; the last key of a leaf's path is its name.
-    mesh: with the axes `MESH_AXES`.
+    tree: Leaves with a shape: parameters, or what is made of them, such as an
+      optimizer's moments, and has the end of its path from a parameter. What is
+      below a key 'memory' is [layers, B, W, D]. Anything else is held whole by
+      every device.
+    params: The model's parameters, or their shapes.
+    declarations: What each parameter is, a tree like `params`.
+    mesh: A mesh with the axes `MESH_AXES`.
 
   Raises:
-    UserError: an axis does not divide its dimension.
-    KeyError: no rule knows the name; `RULES` needs a line.
+    UserError: A mesh axis does not divide a dimension of a parameter.
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)),
-    tree,
-  )
+  declared, known = map(parameter.flatten, (declarations, params))
+
+  def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    keys = parameter.keys(path)
+    for end in (keys[start:] for start in range(len(keys))):
+      if end in declared:
+        axes = _axes_of(leaf.shape, declared[end].axes, known[end].shape)
+        name = '/'.join(keys)
+        return NamedSharding(mesh, spec(name, leaf.shape, axes, mesh))
+    return memory_sharding(mesh) if 'memory' in keys else replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-  names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
-  spec = _rule(names[-1])
-  if 'periods' in names:
-    spec = P(None, *spec)
-  if len(spec) != len(shape):
-    raise ValueError(f'{"/".join(names)} of shape {shape} has the rule {spec}')
-  axes = []
-  for axis, size in zip(spec, shape, strict=True):
-    named = (axis,) if isinstance(axis, str) else axis or ()
-    count = math.prod(mesh.shape[name] for name in named)
+def spec(
+  name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh
+) -> P:
+  """Returns how the mesh splits an array.
+
+  Args:
+    name: The array's name, for the error.
+    shape: Its shape.
+    axes: The names of its last axes, as parameters declare them.
+    mesh: A mesh with the axes `MESH_AXES`.
+
+  Raises:
+    UserError: A mesh axis does not divide its dimension.
+  """
+  names = (None,) * (len(shape) - len(axes)) + axes
+  split = []
+  for axis, size in zip(names, shape, strict=True):
+    mesh_axis = MESH_AXIS.get(axis) if axis else None
+    count = mesh.shape[mesh_axis] if mesh_axis else 1
     if size % count == 0:
-      axes.append(axis)
-    elif names[-1] in ('embed_VD', 'head_DV'):
-      axes.append(None)  # a vocabulary is what it is: keep it whole
+      split.append(mesh_axis)
+    elif axis in _OPTIONAL:
+      split.append(None)
     else:
       raise UserError(
-        f'mesh.{axis} = {count} does not divide {size}, a dimension of'
-        f' {"/".join(names)}; choose a mesh.{axis} that divides it'
+        f'mesh.{mesh_axis} = {count} does not divide {size}, a dimension of'
+        f' {name}; choose a mesh.{mesh_axis} that divides it'
       )
-  return P(*axes)
+  return P(*split)
 
 
-def _rule(name: str) -> P:
-  for pattern, spec in RULES:
-    if re.fullmatch(pattern, name):
-      return spec
-  raise KeyError(f'no sharding rule for the parameter {name!r}')
+def _axes_of(
+  shape: tuple[int, ...], axes: Axes, param_shape: tuple[int, ...]
+) -> Axes:
+  """Returns the names of the axes of what an optimizer keeps for a parameter.
+
+  It has the parameter's shape, or that without one dimension, over which
+  factored moments are sums; anything else is not split.
+  """
+  axes = (None,) * (len(param_shape) - len(axes)) + axes
+  if shape == param_shape:
+    return axes
+  for i in range(len(param_shape)):
+    if shape == param_shape[:i] + param_shape[i + 1 :]:
+      return axes[:i] + axes[i + 1 :]
+  return ()

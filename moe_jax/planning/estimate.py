@@ -36,6 +36,7 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
     setup: on devices of the mesh's platform, whatever their number.
     mesh: devices along every axis.
   """
+  config, abstract = setup.config, setup.abstract
   abstract_mesh = mesh_lib.abstract_mesh(mesh)
 
   def on_device(part: Any) -> int:
@@ -44,11 +45,12 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       ),
       part,
-      mesh_lib.shardings(part, abstract_mesh),
+      mesh_lib.shardings(
+        part, abstract['params'], setup.declarations, abstract_mesh
+      ),
     )
     return sum(jax.tree.leaves(bytes_))
 
-  config, abstract = setup.config, setup.abstract
   parameters = on_device(abstract['params'])
   # Of the parameters' shapes, dtypes and shardings; and with micro-batches
   # the sum of those done.

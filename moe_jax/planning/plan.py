@@ -99,13 +99,13 @@ def make(
     raise UserError(f'--devices = {num_devices} must be at least 1')
   config_lib.validate(config, num_devices)
   setup = setups.shapes(config, device)
-  params = setup.abstract['params']
+  counted = config, setup.abstract['params'], setup.declarations
   mesh = config_lib.mesh_shape(config, num_devices)
   parts = estimate.parts(setup, mesh)
   return {
-    'parameters': sizes.count_parameters(config, params)._asdict(),
-    'flops_per_token': sizes.flops_per_token(config, params),
-    'flops_per_token_forward': sizes.flops_per_token_forward(config, params),
+    'parameters': sizes.count_parameters(*counted)._asdict(),
+    'flops_per_token': sizes.flops_per_token(*counted),
+    'flops_per_token_forward': sizes.flops_per_token_forward(*counted),
     'memory_bytes_per_device': sum(parts.values()),
     'memory_parts_per_device': parts,
     'tokens_per_step': config.train.batch_size * config.data.seq_len,

@@ -32,7 +32,9 @@ class Logger:
     self._steps = config.train.steps
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     params = setup.abstract['params']
-    self._flops_per_token = sizes.flops_per_token(config, params)
+    self._flops_per_token = sizes.flops_per_token(
+      config, params, setup.declarations
+    )
     self._devices = list(setup.mesh.devices.flat)
     self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start

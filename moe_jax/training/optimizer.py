@@ -5,7 +5,6 @@ fixed for good are left alone, and the bias by which experts are chosen moves by
 the sign of what its gradient counts.
 """
 
-import re
 from typing import Any
 
 import jax
@@ -13,16 +12,23 @@ import optax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-
-# Norms, biases, temperatures, keys of positions and the router's cell: not
-# pulled towards zero.
-_UNDECAYED = (
-  r'(scale|shift|key_pe)_.*|.*bias_.*|log_temperature'
-  r'|(input|hidden)_[XR][34]?R'
+from moe_jax.parameter import (
+  BIAS_UPDATED,
+  CELL,
+  FIXED,
+  ROUTER,
+  TRAINED,
+  Declaration,
 )
 
-# What happens to a parameter.
-TRAINED, FROZEN, BIAS_UPDATED = 'trained', 'frozen', 'bias_updated'
+# Beside `TRAINED` and `BIAS_UPDATED`, the label of what stays as it is: what is
+# declared `FIXED`, and what `optimizer.freeze` names.
+FROZEN = 'frozen'
+_FROZEN_PARTS = {
+  'none': (),
+  'router': (ROUTER,),
+  'router_and_cell': (ROUTER, CELL),
+}
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -41,8 +47,13 @@ def schedule(config: ConfigDict) -> optax.Schedule:
   )
 
 
-def make(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimizer that a validated config describes."""
+def make(config: ConfigDict, declarations: Any) -> optax.GradientTransformation:
+  """Returns the optimizer that a validated config describes.
+
+  Args:
+    config: The whole config.
+    declarations: What each parameter is, a tree like that of the parameters.
+  """
   optimizer = config.optimizer
   trained = optax.adamw(
     schedule(config),
@@ -50,7 +61,7 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
     b2=optimizer.b2,
     eps=optimizer.epsilon,
     weight_decay=optimizer.weight_decay,
-    mask=decayed,
+    mask=decayed(declarations),
   )
   if optimizer.clip_norm:
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
@@ -61,47 +72,39 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
       FROZEN: optax.set_to_zero(),
       BIAS_UPDATED: optax.sign_sgd(config.loss.bias_rate),
     },
-    lambda params: labels(params, optimizer.freeze),
+    labels(declarations, optimizer.freeze),
   )
 
 
-def labels(params: Any, freeze: str) -> Any:
-  """A tree of `TRAINED`, `FROZEN` and `BIAS_UPDATED`.
+def labels(declarations: Any, freeze: str) -> Any:
+  """Returns a tree of `TRAINED`, `FROZEN` and `BIAS_UPDATED`.
 
   Args:
-    params: of the model, or anything with the same keys.
-    freeze: `optimizer.freeze`. 'router' stands for projectors and scores of all
-      layers (RMoE, arXiv 2408.06793, fine-tuning), 'router_and_cell' for the
-      recurrent cell too.
+    declarations: What each parameter is, a tree like that of the parameters.
+    freeze: The value of `optimizer.freeze`: 'router' stands for projectors and
+      gates of all layers (RMoE, arXiv 2408.06793, fine-tuning),
+      'router_and_cell' for the recurrent cell too.
   """
-  frozen = {
-    'none': (),
-    'router': ('router',),
-    'router_and_cell': ('router', 'cell'),
-  }[freeze]
 
-  def label(path: tuple[Any, ...], _: Any) -> str:
-    keys = [str(key.key) for key in path]
-    if keys[-1] == 'choice_bias_N':
+  def label(declared: Declaration) -> str:
+    if declared.update == BIAS_UPDATED:
       return BIAS_UPDATED
-    fixed = keys[-1].startswith('fixed_')
-    return FROZEN if fixed or set(keys) & set(frozen) else TRAINED
+    frozen = declared.update == FIXED or declared.part in _FROZEN_PARTS[freeze]
+    return FROZEN if frozen else TRAINED
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  return jax.tree.map(label, declarations)
 
 
-def trained_norm(grads: Any, freeze: str) -> jax.Array:
-  """The global norm of the gradient of what is trained; see `labels`."""
-  of = jax.tree.map(
+def trained_norm(grads: Any, declarations: Any, freeze: str) -> jax.Array:
+  """Returns the global norm of the gradient of what is trained."""
+  trained = jax.tree.map(
     lambda grad, label: grad if label == TRAINED else None,
     grads,
-    labels(grads, freeze),
+    labels(declarations, freeze),
   )
-  return optax.tree.norm(of)
+  return optax.tree.norm(trained)
 
 
-def decayed(params: Any) -> Any:
-  """A tree of bools: which parameters weight decay applies to."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: not re.fullmatch(_UNDECAYED, str(path[-1].key)), params
-  )
+def decayed(declarations: Any) -> Any:
+  """Returns a tree of bools: which parameters weight decay applies to."""
+  return jax.tree.map(lambda declared: declared.decay, declarations)

@@ -11,7 +11,9 @@ from moe_jax.training.state import Setup
 def describe(setup: Setup, sequences: TokenSequences) -> str:
   """Model, devices and data of a run, one line each."""
   config, mesh = setup.config, setup.mesh
-  counts = sizes.count_parameters(config, setup.abstract['params'])
+  counts = sizes.count_parameters(
+    config, setup.abstract['params'], setup.declarations
+  )
   device = next(iter(mesh.devices.flat))
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
   processes = (

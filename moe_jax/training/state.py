@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax import parameter
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.build import build, compute_dtype
@@ -33,6 +34,7 @@ class Setup:
   Attributes:
     graphdef: merged with a dict of parameters, the model.
     eval_graphdef: the same for evaluation, where `eval.disable_top` counts.
+    declarations: what each parameter is, a tree like that of the parameters.
     tx: the optimizer.
     abstract: the state as `ShapeDtypeStruct`s with shardings.
     mesh: where it lives.
@@ -41,6 +43,7 @@ class Setup:
 
   graphdef: nnx.GraphDef
   eval_graphdef: nnx.GraphDef
+  declarations: Any
   tx: optax.GradientTransformation
   abstract: TrainState
   mesh: Mesh
@@ -119,11 +122,14 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   Raises:
     UserError: a mesh axis does not divide a dimension of a parameter.
   """
-  tx = optimizer.make(config)
+  model = _abstract_model(config, vocab_size, mesh, disable_top=0)
+  evaluated = _abstract_model(config, vocab_size, mesh, config.eval.disable_top)
+  declarations = parameter.declarations(model)
   made = Setup(
-    _graphdef(config, vocab_size, mesh, disable_top=0),
-    _graphdef(config, vocab_size, mesh, config.eval.disable_top),
-    tx,
+    nnx.graphdef(model),
+    nnx.graphdef(evaluated),
+    declarations,
+    optimizer.make(config, declarations),
     {},
     mesh,
     config,
@@ -135,7 +141,7 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
       leaf.shape, leaf.dtype, sharding=sharding
     ),
     shapes,
-    mesh_lib.shardings(shapes, mesh),
+    mesh_lib.shardings(shapes, shapes['params'], declarations, mesh),
   )
   return dataclasses.replace(made, abstract=abstract)
 
@@ -158,9 +164,9 @@ def empty_memory(
   )
 
 
-def _graphdef(
+def _abstract_model(
   config: ConfigDict, vocab_size: int, mesh: Mesh, disable_top: int
-) -> nnx.GraphDef:
+) -> Decoder:
   def make() -> Decoder:
     return build(
       config,
@@ -170,7 +176,7 @@ def _graphdef(
       disable_top=disable_top,
     )
 
-  return nnx.graphdef(nnx.eval_shape(make))
+  return nnx.eval_shape(make)
 
 
 def _init_options(mesh: Mesh) -> dict[str, int] | None:

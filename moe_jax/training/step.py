@@ -66,7 +66,7 @@ def make_train_step(
     )
     params = optax.apply_updates(state['params'], updates)
     metrics['gradient_norm'] = optimizer.trained_norm(
-      grads, config.optimizer.freeze
+      grads, setup.declarations, config.optimizer.freeze
     )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}

@@ -12,15 +12,17 @@ BYTES = 257  # V of the byte tokenizer
 
 
 def count(config: ConfigDict) -> sizes.Parameters:
-  params = setups.shapes(config).abstract['params']
-  return sizes.count_parameters(config, params)
+  setup = setups.shapes(config)
+  params = setup.abstract['params']
+  return sizes.count_parameters(config, params, setup.declarations)
 
 
 def flops(config: ConfigDict) -> tuple[int, int]:
   """Of a token forward, and in training."""
-  params = setups.shapes(config).abstract['params']
-  forward = sizes.flops_per_token_forward(config, params)
-  return forward, sizes.flops_per_token(config, params)
+  setup = setups.shapes(config)
+  counted = config, setup.abstract['params'], setup.declarations
+  forward = sizes.flops_per_token_forward(*counted)
+  return forward, sizes.flops_per_token(*counted)
 
 
 @pytest.mark.parametrize('names', published.CARTESIAN)

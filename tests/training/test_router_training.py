@@ -88,7 +88,7 @@ def test_the_choice_bias_steps_against_the_global_counts(
   _, after, [metrics] = trained(config)
   counts = metrics['load'].counts_N  # [layers, S, N]
   expected = 0.25 * np.sign(counts.mean(-1, keepdims=True) - counts)
-  labels = optimizer.labels(after, 'none')
+  labels = optimizer.labels(setup(config).declarations, 'none')
   steered = [
     leaf
     for leaf, label in zip(
