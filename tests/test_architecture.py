@@ -77,16 +77,18 @@ ROOMS = {
     'jax ml_collections',
   ),
   # From and to the workdirs of runs.
-  'interop.workdirs': Room(
-    f'{_CONFIG} data parallel.mesh interop model training',
-    'jax flax ml_collections numpy',
+  'interop.checkpoint': Room(
+    f'{_CONFIG} data parallel.mesh interop training',
+    'jax ml_collections numpy',
   ),
-  'interop.programs': Room(
-    f'{_CONFIG} interop interop.workdirs', 'jax ml_collections numpy'
+  'interop.convert': Room(
+    f'{_CONFIG} interop interop.checkpoint', 'jax flax ml_collections numpy'
   ),
-  'interop.command_line': Room('errors interop interop.programs runtime'),
-  'interop.hf': Room('interop interop.command_line'),
-  'interop.upcycle': Room('cli errors interop.programs', 'absl ml_collections'),
+  'interop.cli': Room(
+    'cli errors interop interop.convert runtime', 'absl ml_collections'
+  ),
+  'interop.hf': Room('interop interop.cli'),
+  'interop.upcycle.__main__': Room('interop.cli'),
   'analysis': Room('errors', 'matplotlib numpy'),
   # Text in, numbers out.
   'planning.hlo': Room(),

@@ -1,0 +1,1 @@
+"""Models of other programs: their checkpoints, read, written and upcycled."""

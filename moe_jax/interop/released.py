@@ -1,4 +1,4 @@
-"""Released checkpoints, from a folder to parameters of ours and back.
+"""Released checkpoints: from a folder to our parameters and back.
 
 A checkpoint loads whole or not at all: every tensor is used once, or the error
 names it.
@@ -17,7 +17,7 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
-from moe_jax.interop import formats, layouts, tensor_file, tensor_writer
+from moe_jax.interop import formats, mapping, safetensors
 from moe_jax.model.build import build
 
 
@@ -27,16 +27,16 @@ def logits(
   """Runs a released checkpoint in float32.
 
   Args:
-    directory: with `config.json` and `model.safetensors`, or several files of
-      tensors and their index.
-    input_ids: integers of shape [B, L]; every position is a token, none is
+    directory: The folder that has `config.json` and `model.safetensors`, or
+      several files of tensors and their index.
+    input_ids: Integers of shape [B, L]; every position is a token, none is
       padding.
 
   Returns:
-    logits_BLV float32.
+    logits_BLV, float32.
 
   Raises:
-    UserError: as `load`, or `input_ids` has another rank or an id that is not
+    UserError: As `load`, or `input_ids` has another rank or an id that is not
       in the vocabulary.
   """
   config, params = load(directory)
@@ -47,7 +47,13 @@ def logits(
 def run(
   config: ConfigDict, params: Mapping[str, Any], ids_BL: jax.Array
 ) -> jax.Array:
-  """logits_BLV of a model that computes in float32 and drops no token."""
+  """Returns logits_BLV of a model that computes in float32, dropping nothing.
+
+  Args:
+    config: The config of the model; see `abstract`.
+    params: The nested dict of its parameters, float32.
+    ids_BL: Token ids, int32; every position is a token.
+  """
   graphdef, _ = abstract(config)
 
   def apply(params: dict[str, Any], ids_BL: jax.Array) -> jax.Array:
@@ -64,27 +70,27 @@ def load(
   """Reads a released checkpoint.
 
   Args:
-    directory: as in `logits`.
-    allowed: the formats, of `formats.FORMATS`, that will do.
+    directory: The folder, as in `logits`.
+    allowed: The names of the formats, of `formats.FORMATS`, that will do.
 
   Returns:
-    config: the sections `model`, `moe`, `router` and `loss`, locked.
-    params: the nested dict that `moe_jax.model.build` describes, NumPy float32.
+    config: The sections `model`, `moe`, `router` and `loss`, locked.
+    params: The nested dict that `moe_jax.model.build` describes, NumPy float32.
 
   Raises:
-    UserError: a file cannot be read, the config is not supported, or a tensor
+    UserError: A file cannot be read, the config is not supported, or a tensor
       is missing, left over, or of the wrong shape or dtype.
   """
-  layout, config = formats.read(Path(directory), allowed)
+  format, config = formats.read(Path(directory), allowed)
   _, shapes = abstract(config)
-  leaves = _leaves(shapes, config, layout)
+  leaves = _leaves(shapes, config, format)
   wanted = {
     name: leaf.tensor_shape
     for leaf in leaves.values()
     for name in leaf.names.flat
   }
-  unread = formats.FORMATS[layout].unread(config)
-  tensors = tensor_file.read(Path(directory), wanted, unread, config)
+  unread = formats.FORMATS[format].unread(config)
+  tensors = safetensors.read(Path(directory), wanted, unread, config)
   params = {key: leaf.gather(tensors) for key, leaf in leaves.items()}
   return config, traverse_util.unflatten_dict(params)
 
@@ -93,7 +99,7 @@ def save(
   directory: Path,
   config: ConfigDict,
   params: Mapping[str, Any],
-  layout: str,
+  format: str,
   *,
   max_positions: int,
   dtype: str,
@@ -102,52 +108,52 @@ def save(
   """Writes a model as a released checkpoint, into an existing folder.
 
   Args:
-    directory: the folder.
-    config: of the model, with a `model.vocab_size` that is not 0.
-    params: of the model.
-    layout: a key of `formats.FORMATS`.
-    max_positions: `max_position_embeddings`, the longest sequence it is for.
-    dtype: of the file's tensors, a key of `tensor_writer.DTYPES`.
-    max_shard_bytes: of one file; 0 for a single file.
+    directory: The folder.
+    config: The config of the model, with a `model.vocab_size` that is not 0.
+    params: The parameters of the model.
+    format: A name of `formats.FORMATS`.
+    max_positions: The longest sequence that the model is for, in tokens.
+    dtype: The dtype of the file's tensors, a name of `safetensors.DTYPES`.
+    max_shard_bytes: The most bytes of one file; 0 for a single file.
 
   Raises:
-    UserError: the format cannot say what the model is, or the dtype not hold
-      it.
+    UserError: The format cannot say what the model is, or the dtype cannot
+      hold it.
   """
-  values = formats.write(config, layout) | {
+  values = formats.write(config, format) | {
     'max_position_embeddings': max_positions,
     'torch_dtype': dtype,
   }
-  tensors = to_released(params, config, layout)
-  for name, shape in formats.FORMATS[layout].unread(config).items():
+  tensors = to_released(params, config, format)
+  for name, shape in formats.FORMATS[format].unread(config).items():
     tensors[name] = np.zeros(shape, np.float32)
-  tensors = tensor_writer.rounded(tensors, dtype)
-  tensor_writer.write(directory, tensors, max_shard_bytes)
+  tensors = safetensors.round_to(tensors, dtype)
+  safetensors.write(directory, tensors, max_shard_bytes)
   text = json.dumps(values, indent=2) + '\n'
   (directory / 'config.json').write_text(text, 'utf-8')
 
 
 def to_released(
-  params: Mapping[str, Any], config: ConfigDict, layout: str
+  params: Mapping[str, Any], config: ConfigDict, format: str
 ) -> dict[str, np.ndarray]:
   """Names and shapes a dict like our parameters as a released format does.
 
   Args:
-    params: nested, with the leaves of the model's parameters: they themselves
-      or, say, their gradients.
-    config: of the model.
-    layout: a key of `formats.FORMATS`.
+    params: A nested dict with the leaves of the model's parameters: the
+      parameters themselves or, say, their gradients.
+    config: The config of the model.
+    format: A name of `formats.FORMATS`.
 
   Returns:
     Tensors by their released names; `load` reads the same values from them.
 
   Raises:
-    UserError: the released format has no tensor for one of the parameters.
+    UserError: The released format has no tensor for one of the parameters.
   """
   arrays = traverse_util.flatten_dict(dict(params))
   shapes = {path: array.shape for path, array in arrays.items()}
-  leaves = _leaves(shapes, config, layout)
-  return layouts.joined(
+  leaves = _leaves(shapes, config, format)
+  return mapping.join(
     pair
     for path, leaf in leaves.items()
     for pair in leaf.scatter(np.asarray(arrays[path])).items()
@@ -156,8 +162,8 @@ def to_released(
 
 def abstract(
   config: ConfigDict,
-) -> tuple[nnx.GraphDef, dict[layouts.Path, tuple[int, ...]]]:
-  """The model without arrays, and the shape of every parameter.
+) -> tuple[nnx.GraphDef, dict[mapping.Path, tuple[int, ...]]]:
+  """Returns the model without arrays, and the shape of every parameter.
 
   It computes in float32 and drops no token, whatever the config says of that.
   """
@@ -173,13 +179,13 @@ def abstract(
 
 
 def _leaves(
-  shapes: Mapping[layouts.Path, tuple[int, ...]],
+  shapes: Mapping[mapping.Path, tuple[int, ...]],
   config: ConfigDict,
-  layout: str,
-) -> dict[layouts.Path, layouts.Leaf]:
-  choose('--format', layout, formats.FORMATS)
-  rules = formats.FORMATS[layout].rules(config)
-  return layouts.leaves(shapes, config, layout, rules)
+  format: str,
+) -> dict[mapping.Path, mapping.Leaf]:
+  choose('--format', format, formats.FORMATS)
+  rules = formats.FORMATS[format].rules(config)
+  return mapping.leaves(shapes, config, format, rules)
 
 
 def _check_ids(input_ids: np.ndarray | jax.Array, vocab_size: int) -> jax.Array:

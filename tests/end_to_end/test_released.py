@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.interop import programs
+from moe_jax.interop import convert
 from moe_jax.training import loop
 from tests.helpers import runs
 
@@ -30,11 +30,11 @@ def test_a_run_there_and_back_is_evaluated_alike(
   assert config.model.vocab_size == 0
   run, checkpoint, back = (tmp_path / name for name in ('run', 'ckpt', 'back'))
   loop.train(config, str(run))
-  said = programs.export(run, checkpoint, 'mixtral', 'float32', 0, None)
+  said = convert.export(run, checkpoint, 'mixtral', 'float32', 0, None)
   assert 'step 1 of' in said and "in the format 'mixtral'" in said
   values = json.loads((checkpoint / 'config.json').read_text())
   assert values['vocab_size'] == 257
-  said = programs.import_(checkpoint, back, 'bytes')
+  said = convert.import_(checkpoint, back, 'bytes')
   assert 'data.tokenizer' not in said  # it is the model's
   capsys.readouterr()
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from moe_jax.data import folders, vocabulary
 from moe_jax.errors import UserError
 from moe_jax.evaluation import perplexity
-from moe_jax.interop import programs, workdirs
+from moe_jax.interop import checkpoint, convert
 from moe_jax.training import loop
 from tests.helpers import tiny
 
@@ -146,7 +146,7 @@ def test_upcycling_keeps_the_dictionary(
   grown = config.copy_and_resolve_references()
   grown.moe.num_experts = 2
   upcycled = tmp_path / 'upcycled'
-  programs.upcycle(workdir, grown, upcycled)
-  kept = workdirs.dictionary(workdir)
+  convert.upcycle(workdir, grown, upcycled)
+  kept = checkpoint.vocabulary(workdir)
   assert kept == loop.prepare(config).setup.dictionary
-  assert workdirs.dictionary(upcycled) == kept
+  assert checkpoint.vocabulary(upcycled) == kept

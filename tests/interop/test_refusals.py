@@ -10,14 +10,13 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.interop import (
+  checkpoint,
+  convert,
   formats,
-  programs,
-  proof,
   released,
-  targets,
-  tensor_writer,
-  upcycling,
-  workdirs,
+  safetensors,
+  upcycle,
+  verify,
 )
 from tests.helpers import tiny
 from tests.helpers.released import RELEASED
@@ -31,11 +30,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     raise AssertionError('a model was read')
 
   monkeypatch.setattr(formats, 'read', lambda directory: ('rmoe', None))
-  monkeypatch.setattr(workdirs, 'config_of', lambda workdir: None)
+  monkeypatch.setattr(checkpoint, 'run_config', lambda workdir: None)
   for module, name in (
     (released, 'load'),
-    (workdirs, 'read'),
-    (workdirs, 'initial'),
+    (checkpoint, 'read_run'),
+    (checkpoint, 'initial_params'),
   ):
     monkeypatch.setattr(module, name, refuse)
 
@@ -44,9 +43,9 @@ def commands(target: Path) -> list[Callable[[], str]]:
   """Every command that writes, to `target`."""
   nowhere = Path('nowhere')
   return [
-    lambda: programs.import_(nowhere, target, 'bytes'),
-    lambda: programs.export(nowhere, target, None, 'float32', 0, None),
-    lambda: programs.upcycle(nowhere, tiny.config(), target),
+    lambda: convert.import_(nowhere, target, 'bytes'),
+    lambda: convert.export(nowhere, target, None, 'float32', 0, None),
+    lambda: convert.upcycle(nowhere, tiny.config(), target),
   ]
 
 
@@ -80,13 +79,13 @@ def test_a_target_that_cannot_be_looked_at(
 def test_what_cannot_be_read_is_not_said_of_the_target(tmp_path: Path) -> None:
   with (
     pytest.raises(OSError, match='of the source'),
-    targets.appears(tmp_path / 'w'),
+    convert.output_dir(tmp_path / 'w'),
   ):
     raise OSError(5, 'of the source')
   assert not list(tmp_path.iterdir())
   with (
     pytest.raises(UserError, match='w cannot be written: No such file'),
-    targets.appears(tmp_path / 'w'),
+    convert.output_dir(tmp_path / 'w'),
   ):
     pass  # nothing was made to be moved there
 
@@ -99,24 +98,24 @@ def test_a_folder_that_cannot_be_looked_into(
 
   monkeypatch.setattr(Path, 'is_file', refuse)
   with pytest.raises(UserError, match='cannot be read: Permission denied'):
-    workdirs.read(tmp_path, None)
+    checkpoint.read_run(tmp_path)
   with pytest.raises(UserError, match='cannot be read: Permission denied'):
-    programs.upcycle(tmp_path, tiny.config(), tmp_path / 'w')
+    convert.upcycle(tmp_path, tiny.config(), tmp_path / 'w')
 
 
 @pytest.mark.usefixtures('unread')
 def test_a_tokenizer_that_there_is_not(tmp_path: Path) -> None:
   with pytest.raises(UserError, match="--tokenizer = 'byte' is not known; did"):
-    programs.import_(RELEASED / 'cartesian', tmp_path / 'w', 'byte')
+    convert.import_(RELEASED / 'cartesian', tmp_path / 'w', 'byte')
 
 
 def test_a_tokenizer_that_cannot_be_the_models() -> None:
   config = tiny.config(**{'model.vocab_size': 97})
-  said = workdirs.other_ids(config)
+  said = checkpoint.other_ids(config)
   assert "data.tokenizer = 'bytes' has 257 ids and the model 97" in said
   for tokenizer, size in (('bytes', 257), ('enwik8', 97), ('words', 97)):
     config.data.tokenizer, config.model.vocab_size = tokenizer, size
-    assert workdirs.other_ids(config) == ''
+    assert checkpoint.other_ids(config) == ''
 
 
 @pytest.mark.parametrize('command', ['export', 'verify'])
@@ -126,14 +125,14 @@ def test_arguments_in_the_wrong_order(command: str, tmp_path: Path) -> None:
   (tmp_path / 'x' / 'config.json').write_text('{}')
   more = {'export': (None, 'float32', 0, None), 'verify': ('float32', None)}
   with pytest.raises(UserError, match='of a released .* the workdir first'):
-    getattr(programs, command)(
+    getattr(convert, command)(
       RELEASED / 'rmoe_gru', tmp_path / 'x', *more[command]
     )
 
 
 def test_a_negative_size_of_shards(tmp_path: Path) -> None:
   with pytest.raises(UserError, match='--max-shard-bytes = -5 must be'):
-    tensor_writer.write(tmp_path, {'a': np.zeros(2, 'f4')}, -5)
+    safetensors.write(tmp_path, {'a': np.zeros(2, 'f4')}, -5)
   assert not list(tmp_path.iterdir())
 
 
@@ -145,8 +144,8 @@ def test_a_full_disk_is_one_line(shards: int, tmp_path: Path) -> None:
   with pytest.raises(UserError, match='out cannot be written: .*too large'):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-      with targets.writing(tmp_path / 'out'):
-        tensor_writer.write(tmp_path, tensors, shards)
+      with convert.writing(tmp_path / 'out'):
+        safetensors.write(tmp_path, tensors, shards)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -157,12 +156,12 @@ def test_an_export_that_the_release_cannot_run_says_so(
   config = tiny.config(
     **{'model.vocab_size': 61, 'router.recurrent': 'gru', 'moe.first_dense': 1}
   )
-  monkeypatch.setattr(workdirs, 'config_of', lambda *_: config)
-  monkeypatch.setattr(workdirs, 'read', lambda *_: (config, {}, 3))
+  monkeypatch.setattr(checkpoint, 'run_config', lambda *_: config)
+  monkeypatch.setattr(checkpoint, 'read_run', lambda *_: (config, {}, 3))
   monkeypatch.setattr(released, 'save', lambda *_, **__: None)
   monkeypatch.setattr(released, 'load', lambda *_: None)
-  monkeypatch.setattr(proof, 'prove', lambda *_: 'equal')
-  said = programs.export(tmp_path, tmp_path / 'x', None, 'float32', 0, None)
+  monkeypatch.setattr(verify, 'assert_equal', lambda *_: 'equal')
+  said = convert.export(tmp_path, tmp_path / 'x', None, 'float32', 0, None)
   [first, second] = said.splitlines()
   assert "in the format 'rmoe'" in first and 'the tensors only' in second
 
@@ -173,19 +172,22 @@ def test_an_exact_start_that_is_not_is_no_bug_of_the_user(
   """Both numbers are named, and nothing is made."""
   config = tiny.config(**{'model.vocab_size': 61})
   model = (config, {})
-  monkeypatch.setattr(programs, '_either', lambda dense: model)
-  monkeypatch.setattr(workdirs, 'initial', lambda whole: {})
-  monkeypatch.setattr(upcycling, 'upcycle', lambda *_: {})
-  monkeypatch.setattr(upcycling, 'inexact', lambda *_: [])
+  monkeypatch.setattr(
+    checkpoint, 'read', lambda dense: checkpoint.Checkpoint(*model, 0)
+  )
+  monkeypatch.setattr(checkpoint, 'is_run', lambda dense: False)
+  monkeypatch.setattr(checkpoint, 'initial_params', lambda whole: {})
+  monkeypatch.setattr(upcycle, 'upcycle', lambda *_: {})
+  monkeypatch.setattr(upcycle, 'inexact', lambda *_: [])
   for difference in (3e-3, float('nan')):
-    monkeypatch.setattr(proof, 'difference', lambda *_, d=difference: d)
+    monkeypatch.setattr(verify, 'difference', lambda *_, d=difference: d)
     with pytest.raises(UserError, match=rf'by {difference:.1e} .* 1\.0e-05'):
-      programs.upcycle(tmp_path, config, tmp_path / 'w')
+      convert.upcycle(tmp_path, config, tmp_path / 'w')
   assert not list(tmp_path.iterdir())
 
 
 def test_rounding_grows_with_depth() -> None:
   shallow, deep = tiny.config(), tiny.config(**{'model.num_layers': 96})
-  assert proof.rounding(shallow) == proof.TOLERANCE
+  assert verify.rounding(shallow) == verify.TOLERANCE
   # 96 x sqrt(48) x 2^-23
-  np.testing.assert_allclose(proof.rounding(deep), 7.9287e-5, rtol=1e-3)
+  np.testing.assert_allclose(verify.rounding(deep), 7.9287e-5, rtol=1e-3)

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import decoder_format
-from moe_jax.interop.layouts import Rules, feed_forward
-from moe_jax.interop.released_keys import Keys
+from moe_jax.interop.formats import base
+from moe_jax.interop.formats.base import Keys
+from moe_jax.interop.mapping import Rules, feed_forward
 
-DEFAULTS = decoder_format.DEFAULTS | {
+DEFAULTS = base.DEFAULTS | {
   'num_experts_per_tok': 2,
   'num_local_experts': 8,
   'moe_num_layers': 32,
@@ -30,12 +30,12 @@ _CELLS = ('gru', 'rnn')  # any other moe_router_type is a linear router
 
 
 def recognises(values: dict[str, Any]) -> bool:
-  """Whether a `config.json` is of this format."""
+  """Returns whether the values of a `config.json` are of this format."""
   return values.get('model_type') == 'llama_moe_rnn'
 
 
 def read(keys: Keys) -> dict[str, dict[str, Any]]:
-  """Our sections `model`, `moe` and `router`.
+  """Returns our sections `model`, `moe` and `router`.
 
   With dense layers first the released code has these tensors and fails when
   run: such a layer hands on a router's state that it has not set.
@@ -69,14 +69,14 @@ def read(keys: Keys) -> dict[str, dict[str, Any]]:
   if keys['moe_router_type'] in _CELLS:
     router['recurrent'] = keys['moe_router_type']
     router['state_size'] = keys.integer('moe_router_rnn_hidden_size')
-  return {'model': decoder_format.read(keys), 'moe': moe, 'router': router}
+  return {'model': base.read(keys), 'moe': moe, 'router': router}
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-  """A `config.json`; what it cannot say is for the caller to find.
+  """Returns a `config.json`; what it cannot say, the caller finds.
 
   Raises:
-    UserError: the released code has no such places of MoE layers.
+    UserError: The released code has no such places of MoE layers.
   """
   moe, router = config.moe, config.router
   kinds = config_lib.layer_kinds(config)
@@ -87,7 +87,7 @@ def write(config: ConfigDict) -> dict[str, Any]:
       ' from one on; see moe.num_experts, moe.every, moe.offset'
     )
   shared = moe.shared
-  return decoder_format.write(config) | {
+  return base.write(config) | {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama_moe_rnn',
     'intermediate_size': config.model.ffn_width,
@@ -109,7 +109,7 @@ def write(config: ConfigDict) -> dict[str, Any]:
 
 
 def caveat(config: ConfigDict) -> str:
-  """What the released code does with an export, where that is not to run it."""
+  """Returns what the released code does, where it is not to run an export."""
   if 'dense' not in config_lib.layer_kinds(config):
     return ''
   return (
@@ -119,7 +119,7 @@ def caveat(config: ConfigDict) -> str:
 
 
 def rules(config: ConfigDict) -> Rules:
-  """Where our parameters stand; see `layouts`."""
+  """Returns where our parameters stand; see `mapping`."""
   sub = 'block/chain/sub_layers/0'
   recurrent = config.router.recurrent != 'none'
   score = 'weight2' if recurrent else 'gate.weight'
@@ -145,3 +145,6 @@ def rules(config: ConfigDict) -> Rules:
     f'{sub}/bias_D': ('D->D', 'block_sparse_moe.bias'),
     **feed_forward(f'{sub}/shared', 'mlp_share'),
   }
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, caveat=caveat)

@@ -1,11 +1,11 @@
 """Mixture-of-Experts parameters that begin as a trained dense model.
 
 Every expert gets the dense feed-forward network, or where it is narrower one of
-the G parts that the network's hidden units are cut into; what is wider than the
-network keeps its own random units, whose way out starts at 0. Sparse upcycling
-(arXiv 2212.05055) with the virtual groups of arXiv 2410.07524: experts stand in
-groups of G that hold the parts of one copy, and start with equal scores, so a
-token chooses whole copies.
+the G parts into which the network's hidden units are cut; an expert that is
+wider keeps its own random units, whose down projection starts at 0. This is
+sparse upcycling (arXiv 2212.05055) with the virtual groups of arXiv 2410.07524:
+experts stand in groups of G that hold the parts of one copy, and start with
+equal scores, so a token chooses whole copies.
 
 In a layer of several MoE sub-layers the first is the dense network and the
 others start with an output of 0: `x + A(norm x) + B(...)` equals the dense
@@ -14,27 +14,27 @@ others start with an output of 0: `x + A(norm x) + B(...)` equals the dense
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import depth, neutral
+from moe_jax.interop import mapping, neutral
 
-Layers = dict[depth.LayerPath, np.ndarray]
+Layers = dict[mapping.LayerPath, np.ndarray]
 
 
 class Shares(NamedTuple):
   """How the networks of a sub-layer add up to the dense one.
 
   Attributes:
-    parts: G, the parts of a copy.
-    routed_F: by what the hidden units of routed experts are multiplied.
-    shared_F: those of the shared expert; 0 beyond its width.
-    routed_bias: the bias behind the routed hidden units, likewise.
-    shared_bias: of the shared expert.
+    parts: G, the number of parts of a copy.
+    routed_F: The factors of the hidden units of routed experts.
+    shared_F: The factors of those of the shared expert; 0 beyond its width.
+    routed_bias: The factor of the routed experts' output bias.
+    shared_bias: The factor of the shared expert's output bias.
   """
 
   parts: int
@@ -46,39 +46,39 @@ class Shares(NamedTuple):
 
 def upcycle(
   dense_config: ConfigDict,
-  dense_params: Mapping[str, Any],
+  dense_params: Mapping[mapping.Path, np.ndarray],
   config: ConfigDict,
-  fresh_params: Mapping[str, Any],
-  shapes: Mapping[depth.LayerPath, tuple[int, ...]],
-) -> dict[str, Any]:
-  """Parameters of `config` that compute what the dense model does.
+  fresh_params: Mapping[mapping.Path, np.ndarray],
+) -> dict[mapping.Path, np.ndarray]:
+  """Returns parameters of `config` that compute what the dense model does.
 
   Args:
-    dense_config: of a model without experts.
-    dense_params: its parameters.
-    config: of the model to make; with experts, else alike.
-    fresh_params: as the model is initialised: what is new keeps them.
-    shapes: of every parameter of `config`, by its path.
+    dense_config: The config of a model without experts.
+    dense_params: The parameters of that model, flat as in `mapping`.
+    config: The config of the model to make; with experts, else alike.
+    fresh_params: The parameters of that model as they are initialised, flat;
+      what is new keeps them.
 
   Raises:
-    UserError: the two models differ in more than their experts.
+    UserError: The two models differ in more than their experts.
   """
   _check_alike(dense_config, config)
-  dense, fresh = depth.by_layer(dense_params), depth.by_layer(fresh_params)
   shares = _shares(config, dense_config.model.ffn_width)
-  made = {
+  dense = mapping.by_layer(dense_params)
+  layers = {
     path: _parameter(path, array, dense, config, shares)
-    for path, array in fresh.items()
+    for path, array in mapping.by_layer(fresh_params).items()
   }
-  return depth.stacked(made, shapes)
+  shapes = {path: array.shape for path, array in fresh_params.items()}
+  return mapping.stack_layers(layers, shapes)
 
 
 def inexact(config: ConfigDict, ffn_width: int) -> list[str]:
-  """Why `config` does not start as exactly the dense model; empty if it does.
+  """Returns why `config` does not start as exactly the dense model, if so.
 
   Args:
-    config: of the model with experts.
-    ffn_width: of the dense model.
+    config: The config of the model with experts.
+    ffn_width: The width F of the dense model's networks.
   """
   moe, router = config.moe, config.router
   parts, total = _parts(config, ffn_width), _weights_total(config)
@@ -106,6 +106,7 @@ def inexact(config: ConfigDict, ffn_width: int) -> list[str]:
 
 
 def _check_alike(dense_config: ConfigDict, config: ConfigDict) -> None:
+  """Refuses two models that differ in more than their experts."""
   ours, theirs = neutral.meaning(config), neutral.meaning(dense_config)
   if 'moe' in theirs['layers']:
     raise UserError('--dense has experts already; give a model without')
@@ -123,11 +124,12 @@ def _check_alike(dense_config: ConfigDict, config: ConfigDict) -> None:
 
 
 def _parts(config: ConfigDict, ffn_width: int) -> int:
+  """Returns G, how many experts together are as wide as the network."""
   return math.ceil(ffn_width / (config.moe.expert_width // config.moe.factors))
 
 
 def _in_groups(config: ConfigDict, parts: int) -> bool:
-  """Whether every token can choose nothing but whole groups."""
+  """Returns whether every token can choose nothing but whole groups."""
   moe, router = config.moe, config.router
   counts = [moe.num_experts // router.groups, moe.top_k]
   whole = all(count % parts == 0 for count in counts)
@@ -135,7 +137,7 @@ def _in_groups(config: ConfigDict, parts: int) -> bool:
 
 
 def _weights_total(config: ConfigDict) -> float | None:
-  """What the weights of a token sum to with equal scores; None if always 1."""
+  """Returns what a token's weights sum to with equal scores; None for 1."""
   moe, router = config.moe, config.router
   top_k = router.selection == 'top_k'
   lone = top_k and moe.top_k == 1
@@ -148,7 +150,7 @@ def _weights_total(config: ConfigDict) -> float | None:
 
 
 def _shares(config: ConfigDict, ffn_width: int) -> Shares:
-  """Units that both kinds of experts have come from both alike."""
+  """Returns shares in which units that both kinds have come from both alike."""
   a, b = _mixing_weights(config)
   shared = config.moe.shared
   covered_F = np.arange(ffn_width) < shared.width // config.moe.factors
@@ -171,7 +173,7 @@ def _shares(config: ConfigDict, ffn_width: int) -> Shares:
 
 
 def _mixing_weights(config: ConfigDict) -> tuple[float, float]:
-  """Of the routed and the shared output, at the start."""
+  """Returns the weights of the routed and the shared output, at the start."""
   shared = config.moe.shared
   if not shared.width:
     return 1.0, 0.0
@@ -183,16 +185,16 @@ def _mixing_weights(config: ConfigDict) -> tuple[float, float]:
 
 
 def _parameter(
-  path: depth.LayerPath,
+  path: mapping.LayerPath,
   fresh: np.ndarray,
   dense: Layers,
   config: ConfigDict,
   shares: Shares,
 ) -> np.ndarray:
-  """What one parameter starts as."""
+  """Returns what one parameter starts as."""
   if path[0] == 'cell':
     return fresh
-  if path[2:4] == ('chain', 'norms') and path[4] > 0:
+  if path[2:4] == ('chain', 'norms') and path[4] != 0:
     if config.model.norm_place == 'post':
       return fresh
     return dense[(*path[:4], 0, *path[5:])]
@@ -211,15 +213,15 @@ def _parameter(
     'mixing': _mixing,
     'bias_D': lambda *_: np.zeros_like(fresh),
   }[path[5]]
-  first = path[4] == 0
-  made = make(path[-1], fresh, network, shares)
-  return made if first or not path[-1].startswith('down') else made * 0
+  parameter = make(path[-1], fresh, network, shares)
+  silent = path[4] != 0 and path[-1].startswith('down')
+  return parameter * 0 if silent else parameter
 
 
 def _experts(
   name: str, fresh: np.ndarray, network: Mapping[str, np.ndarray], s: Shares
 ) -> np.ndarray:
-  """Expert n gets part n mod G of the network."""
+  """Returns experts of which number n has part n mod G of the network."""
   stem, axes = name.rsplit('_', 1)
   ours = f'{stem}_{axes.replace("N", "")}'
   part = [n % s.parts for n in range(len(fresh))]
@@ -234,7 +236,7 @@ def _experts(
 def _shared(
   name: str, fresh: np.ndarray, network: Mapping[str, np.ndarray], s: Shares
 ) -> np.ndarray:
-  """The first hidden units of the network, as many as there is room for."""
+  """Returns the network's first hidden units, as many as there is room for."""
   return _cut(name, fresh, network[name], 0, s.shared_F, s.shared_bias)
 
 
@@ -246,24 +248,24 @@ def _cut(
   scale_F: np.ndarray,
   bias_scale: float,
 ) -> np.ndarray:
-  """One part of a network's parameter, as wide as `fresh`."""
+  """Returns one part of a network's parameter, as wide as `fresh`."""
   axes = name.rsplit('_', 1)[1]
   if 'F' not in axes:
     return (whole * bias_scale).astype(fresh.dtype)
-  made = np.moveaxis(np.array(fresh), axes.index('F'), 0)
+  cut = np.moveaxis(np.array(fresh), axes.index('F'), 0)
   units = np.moveaxis(whole, axes.index('F'), 0)
   if name.startswith('down'):
-    made[:] = 0  # so that units beyond the network add nothing
+    cut[:] = 0  # so that units beyond the network add nothing
     units = units * scale_F.reshape(-1, *[1] * (units.ndim - 1))
-  taken = units[part * len(made) : (part + 1) * len(made)]
-  made[: len(taken)] = taken
-  return np.moveaxis(made, 0, axes.index('F'))
+  taken = units[part * len(cut) : (part + 1) * len(cut)]
+  cut[: len(taken)] = taken
+  return np.moveaxis(cut, 0, axes.index('F'))
 
 
 def _scores(
   name: str, fresh: np.ndarray, network: Mapping[str, np.ndarray], s: Shares
 ) -> np.ndarray:
-  """Experts of a group score alike: each as its first."""
+  """Returns scores by which the experts of a group are alike: as its first."""
   del network
   axis = name.rsplit('_', 1)[1].find('N')
   if axis < 0:
@@ -275,6 +277,6 @@ def _scores(
 def _mixing(
   name: str, fresh: np.ndarray, network: Mapping[str, np.ndarray], s: Shares
 ) -> np.ndarray:
-  """One half each, unless both are the whole network and any will do."""
+  """Returns one half each, unless both are the whole network: any will do."""
   del name, network
   return fresh if s.shared_F.all() else np.zeros_like(fresh)

@@ -1,63 +1,27 @@
-"""The formats there are, told apart by what a folder holds.
+"""The released formats, told apart by what a folder holds.
 
 Whatever would make a model compute something else than its own code does is
 refused; keys that its forward pass does not read are ignored.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
-from moe_jax.interop import cartesian, llama, mixtral, neutral, rmoe
-from moe_jax.interop.layouts import Rules
-from moe_jax.interop.released_keys import Keys, is_file, read_json
-
-
-class Format(NamedTuple):
-  """One released layout.
-
-  Attributes:
-    recognises: whether a `config.json`'s values are of it.
-    defaults: what its configuration class fills in for an absent key.
-    read: from its keys to our sections.
-    write: from our config to its keys.
-    rules: where its tensors are; see `layouts`.
-    unread: tensors that its code has and never reads.
-    caveat: what an export of this model is to say; '' for nothing.
-  """
-
-  recognises: Callable[[dict[str, Any]], bool]
-  defaults: dict[str, Any]
-  read: Callable[[Keys], dict[str, dict[str, Any]]]
-  write: Callable[[ConfigDict], dict[str, Any]]
-  rules: Callable[[ConfigDict], Rules]
-  unread: Callable[[ConfigDict], dict[str, tuple[int, ...]]]
-  caveat: Callable[[ConfigDict], str]
-
-
-def _format(module: Any) -> Format:
-  """The format of a module, which may leave out the last two."""
-  return Format(
-    module.recognises,
-    module.DEFAULTS,
-    module.read,
-    module.write,
-    module.rules,
-    getattr(module, 'unread', lambda config: {}),
-    getattr(module, 'caveat', lambda config: ''),
-  )
-
+from moe_jax.interop import neutral
+from moe_jax.interop.formats import cartesian, llama, mixtral, rmoe
+from moe_jax.interop.formats.base import Keys, is_file, read_json
 
 # In this order: what CartesianMoE's code wrote calls itself a Llama too.
 FORMATS = {
-  'rmoe': _format(rmoe),
-  'cartesian': _format(cartesian),
-  'mixtral': _format(mixtral),
-  'llama': _format(llama),
+  'rmoe': rmoe.FORMAT,
+  'cartesian': cartesian.FORMAT,
+  'mixtral': mixtral.FORMAT,
+  'llama': llama.FORMAT,
 }
 ROUTED = ('rmoe', 'cartesian', 'mixtral')
 _SUPPORTED = (
@@ -73,15 +37,15 @@ def read(
   """Reads the `config.json` of a checkpoint.
 
   Args:
-    directory: of the checkpoint.
-    allowed: the formats that will do.
+    directory: The folder of the checkpoint.
+    allowed: The names of the formats that will do.
 
   Returns:
     The name of the format, and a config with the sections of
     `neutral.NEUTRAL`: what `moe_jax.model.build` and the balance loss read.
 
   Raises:
-    UserError: the folder holds no checkpoint, or one of another kind, which
+    UserError: The folder holds no checkpoint, or one of another kind, which
       the message names; or a key is missing or has a value that is not
       supported.
   """
@@ -102,16 +66,16 @@ def read(
 
 
 def parse(path: Path, values: dict[str, Any], name: str) -> ConfigDict:
-  """The config that a format's `config.json` with these values means."""
+  """Returns the config that these values of a `config.json` mean."""
   keys = Keys(path, FORMATS[name].defaults | values)
   return neutral.config_of(**FORMATS[name].read(keys))
 
 
 def write(config: ConfigDict, name: str) -> dict[str, Any]:
-  """The `config.json` of a model of ours in a format.
+  """Returns the `config.json` of a model of ours in a format.
 
   Raises:
-    UserError: the format cannot say what the model is; it names the key.
+    UserError: The format cannot say what the model is; it names the key.
   """
   choose('--format', name, FORMATS)
   values = FORMATS[name].write(config)
@@ -127,7 +91,7 @@ def write(config: ConfigDict, name: str) -> dict[str, Any]:
 
 
 def _refuse_other_folders(directory: Path) -> None:
-  """Tells folders that are not of a released checkpoint at all."""
+  """Refuses folders that do not hold a released checkpoint at all."""
   if directory.is_file():
     raise UserError(f'{directory} is a file; give the folder it is in')
   if is_file(directory / 'config.json'):
@@ -140,16 +104,18 @@ def _refuse_other_folders(directory: Path) -> None:
 
 
 def _orbax(directory: Path) -> bool:
+  """Returns whether the folder is, or holds, a checkpoint of a run."""
   names = ('_CHECKPOINT_METADATA', '_METADATA', 'checkpoints', 'manifest.ocdbt')
   try:
     inside = [path / '_CHECKPOINT_METADATA' for path in directory.iterdir()]
   except OSError as error:
     raise UserError(f'{directory} cannot be read: {error.strerror}') from error
-  found = any((directory / name).exists() for name in names)
-  return found or any(path.exists() for path in inside)
+  here = any((directory / name).exists() for name in names)
+  return here or any(path.exists() for path in inside)
 
 
 def _refuse_other_configs(path: Path, values: dict[str, Any]) -> None:
+  """Refuses a run's config, and weights that only PyTorch can read."""
   if {'model', 'moe', 'router'} <= values.keys():
     raise UserError(
       f'{path} is of a workdir of moe_jax, not of a released checkpoint;'

@@ -5,26 +5,26 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.interop import decoder_format
-from moe_jax.interop.layouts import Rules
-from moe_jax.interop.released_keys import Keys
+from moe_jax.interop.formats import base
+from moe_jax.interop.formats.base import Keys
+from moe_jax.interop.mapping import Rules
 
-DEFAULTS = decoder_format.DEFAULTS
+DEFAULTS = base.DEFAULTS
 
 
 def recognises(values: dict[str, Any]) -> bool:
-  """Whether a `config.json` is of this format."""
+  """Returns whether the values of a `config.json` are of this format."""
   return values.get('model_type') == 'llama'
 
 
 def read(keys: Keys) -> dict[str, dict[str, Any]]:
-  """Our section `model`; there are no experts."""
-  return {'model': decoder_format.read(keys)}
+  """Returns our section `model`; there are no experts."""
+  return {'model': base.read(keys)}
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-  """A `config.json`; what it cannot say is for the caller to find."""
-  return decoder_format.write(config) | {
+  """Returns a `config.json`; what it cannot say, the caller finds."""
+  return base.write(config) | {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
     'head_dim': config_lib.head_dim(config),
@@ -33,6 +33,9 @@ def write(config: ConfigDict) -> dict[str, Any]:
 
 
 def rules(config: ConfigDict) -> Rules:
-  """Nothing beside the decoder's own; see `layouts`."""
+  """Returns nothing beside the rules of the decoder; see `mapping`."""
   del config
   return {}
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules)

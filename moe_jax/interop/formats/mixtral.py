@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import decoder_format, rmoe
-from moe_jax.interop.layouts import Rules
-from moe_jax.interop.released_keys import Keys
+from moe_jax.interop.formats import base, rmoe
+from moe_jax.interop.formats.base import Keys
+from moe_jax.interop.mapping import Rules
 
 # What MixtralConfig fills in.
-DEFAULTS = decoder_format.DEFAULTS | {
+DEFAULTS = base.DEFAULTS | {
   'rms_norm_eps': 1e-5,
   'rope_theta': 1e6,
   'num_key_value_heads': 8,
@@ -26,12 +26,12 @@ DEFAULTS = decoder_format.DEFAULTS | {
 
 
 def recognises(values: dict[str, Any]) -> bool:
-  """Whether a `config.json` is of this format."""
+  """Returns whether the values of a `config.json` are of this format."""
   return values.get('model_type') == 'mixtral'
 
 
 def read(keys: Keys) -> dict[str, dict[str, Any]]:
-  """Our sections `model`, `moe` and `router`."""
+  """Returns our sections `model`, `moe` and `router`."""
   keys.only('sliding_window', None)
   num_experts = keys.integer('num_local_experts')
   top_k = keys.integer('num_experts_per_tok', 1, num_experts)
@@ -42,14 +42,14 @@ def read(keys: Keys) -> dict[str, dict[str, Any]]:
   }
   # A single weight is divided by itself too.
   router = {'weights': 'chosen' if top_k == 1 else 'softmax'}
-  return {'model': decoder_format.read(keys), 'moe': moe, 'router': router}
+  return {'model': base.read(keys), 'moe': moe, 'router': router}
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-  """A `config.json`; what it cannot say is for the caller to find.
+  """Returns a `config.json`; what it cannot say, the caller finds.
 
   Raises:
-    UserError: a layer has no experts.
+    UserError: A layer has no experts.
   """
   kinds = config_lib.layer_kinds(config)
   if 'dense' in kinds:
@@ -57,7 +57,7 @@ def write(config: ConfigDict) -> dict[str, Any]:
       f'layers {", ".join(kinds)}: Mixtral has experts in every layer; see'
       ' moe.num_experts, moe.every, moe.offset and moe.first_dense'
     )
-  return decoder_format.write(config) | {
+  return base.write(config) | {
     'architectures': ['MixtralForCausalLM'],
     'model_type': 'mixtral',
     'head_dim': config_lib.head_dim(config),
@@ -70,5 +70,8 @@ def write(config: ConfigDict) -> dict[str, Any]:
 
 
 def rules(config: ConfigDict) -> Rules:
-  """Where our parameters stand: RMoE's code took Mixtral's names."""
+  """Returns RMoE's rules, whose code took Mixtral's names."""
   return rmoe.rules(config)
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules)

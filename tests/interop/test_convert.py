@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import hf, programs, released, workdirs
+from moe_jax.interop import checkpoint, convert, hf, released
 from tests.helpers import tiny
 from tests.helpers.released import RELEASED, random_params, save
 
@@ -44,7 +44,7 @@ def errors(*arguments: Any, program: str = 'hf') -> str:
 @pytest.fixture(scope='module')
 def import_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
   workdir = tmp_path_factory.mktemp('imported') / 'run'
-  said = programs.import_(RELEASED / 'cartesian', workdir, 'bytes')
+  said = convert.import_(RELEASED / 'cartesian', workdir, 'bytes')
   return workdir, said
 
 
@@ -86,7 +86,7 @@ def test_an_imported_workdir_has_every_key(imported: Path) -> None:
   assert config['moe']['factors'] == 2
   assert config['loss']['balance_layers'] == 'joined'
   assert sorted(path.name for path in imported.parent.iterdir()) == ['run']
-  _, params, step = workdirs.read(imported, None)
+  _, params, step = checkpoint.read_run(imported, None)
   assert step == 0
   theirs = load_file(RELEASED / 'cartesian' / 'model.safetensors')
   ours = params['embed_VD']
@@ -95,7 +95,7 @@ def test_an_imported_workdir_has_every_key(imported: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(imported: Path) -> None:
   with pytest.raises(UserError, match='is there already; name a new folder'):
-    programs.import_(RELEASED / 'cartesian', imported, 'bytes')
+    convert.import_(RELEASED / 'cartesian', imported, 'bytes')
 
 
 def test_an_import_says_whose_ids_they_are(imported_said: str) -> None:
@@ -106,7 +106,7 @@ def test_configs_are_left_as_they_were() -> None:
   """What a run is made with must be what its workdir says."""
   config = tiny.config(**{'model.dtype': 'auto', 'moe.dispatch': 'capacity'})
   before = config.to_dict()
-  whole = workdirs.with_vocabulary(config.lock())
+  whole = checkpoint.with_vocab_size(config.lock())
   assert whole.model.vocab_size == 257 and whole.is_locked
   released.abstract(config)
   released.abstract(whole)
@@ -116,7 +116,7 @@ def test_configs_are_left_as_they_were() -> None:
 
 def test_a_failed_export_leaves_nothing(imported: Path) -> None:
   with pytest.raises(UserError, match='experts in every layer'):
-    programs.export(imported, imported.parent / 'x', 'mixtral', 'float32', 0, 0)
+    convert.export(imported, imported.parent / 'x', 'mixtral', 'float32', 0, 0)
   assert [path.name for path in imported.parent.iterdir()] == ['run']
 
 
@@ -214,4 +214,4 @@ def test_the_config_of_a_run_is_checked(
 ) -> None:
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match=message):
-    workdirs.read(tmp_path, None)
+    checkpoint.read_run(tmp_path)

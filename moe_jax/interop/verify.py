@@ -1,4 +1,4 @@
-"""Whether two models are one: both run in float32 on random tokens."""
+"""Tells whether two models are one: both run in float32 on random tokens."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from moe_jax.interop import released
 
 Model = tuple[ConfigDict, Mapping[str, Any]]  # a config and its parameters
 
-# Of both sides' largest logit: the same float32 program, or one that sums in
-# another order where layers are grouped in another way.
+# The share of the largest logit by which two runs of one model may differ: they
+# are the same float32 program, or one that sums in another order where layers
+# are grouped in another way.
 TOLERANCE = 1e-5
 _EPSILON = float(np.finfo(np.float32).eps)
 _IDS_SHAPE = (2, 48)
@@ -21,28 +22,29 @@ _NUM_IDS = 2 * 48
 _SMALLEST = 1e-30  # a logit to divide by
 
 
-def prove(ours: Model, theirs: Model) -> str:
+def assert_equal(ours: Model, theirs: Model) -> str:
   """Runs both on random ids in float32; returns how close they are.
 
   Raises:
-    UserError: they are not the same model.
+    UserError: They are not the same model.
   """
-  apart = difference(ours, theirs)
-  if not apart <= TOLERANCE:  # nor if it is not a number
+  share = difference(ours, theirs)
+  if not share <= TOLERANCE:  # nor if it is not a number
     raise UserError(
-      f'the models differ: their logits by up to {apart:.1e} of the'
+      f'the models differ: their logits by up to {share:.1e} of the'
       f' largest, above {TOLERANCE:.0e}, on {_NUM_IDS} random tokens'
     )
   return (
-    f'logits equal to {apart:.1e} of the largest on {_NUM_IDS} random tokens'
+    f'logits equal to {share:.1e} of the largest on {_NUM_IDS} random tokens'
   )
 
 
 def rounding(config: ConfigDict) -> float:
-  """Most that float32 makes of one function computed by other sums.
+  """Returns by how much one function may differ where it is summed otherwise.
 
-  Of the largest logit. Each layer adds up products along its widest axis; their
-  errors add up at random along it, and at worst from layer to layer.
+  It is a share of the largest logit, in float32. Each layer adds up products
+  along its widest axis; their errors add up at random along it, and at worst
+  from layer to layer.
   """
   model, moe = config.model, config.moe
   width = max(model.hidden_size, model.ffn_width, moe.expert_width)
@@ -50,10 +52,10 @@ def rounding(config: ConfigDict) -> float:
 
 
 def difference(ours: Model, theirs: Model) -> float:
-  """The largest between two models' logits, by their largest logit.
+  """Returns the largest difference of two models' logits, by the largest logit.
 
   Raises:
-    UserError: the models have different vocabularies.
+    UserError: The models have different vocabularies.
   """
   sizes = [config.model.vocab_size for config, _ in (ours, theirs)]
   if sizes[0] != sizes[1]:

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import decoder_format
-from moe_jax.interop.layouts import Rules, feed_forward
-from moe_jax.interop.released_keys import Keys
+from moe_jax.interop.formats import base
+from moe_jax.interop.formats.base import Keys
+from moe_jax.interop.mapping import Rules, feed_forward
 
 # Any of these in a config.json of model_type llama says that it is this format.
 SIGNS = ('c2_fine_grain', 'moe_grained', 'grain_level')
-DEFAULTS = decoder_format.DEFAULTS | {
+DEFAULTS = base.DEFAULTS | {
   'use_moe': True,
   'initial_moe_layer': 1,
   'interleave_moe_layer': False,
@@ -37,13 +37,13 @@ _ROPE_THETA = 10_000.0  # the released code knows no other
 
 
 def recognises(values: dict[str, Any]) -> bool:
-  """Whether a `config.json` is of this format."""
+  """Returns whether the values of a `config.json` are of this format."""
   signs = any(key in values for key in SIGNS)
   return values.get('model_type') == 'llama' and signs
 
 
 def read(keys: Keys) -> dict[str, dict[str, Any]]:
-  """Our sections `model`, `moe` and `router`."""
+  """Returns our sections `model`, `moe` and `router`."""
   keys.only('rope_theta', _ROPE_THETA)
   keys.only('num_key_value_heads', None, keys['num_attention_heads'])
   keys.only('head_dim', None)
@@ -68,7 +68,7 @@ def read(keys: Keys) -> dict[str, dict[str, Any]]:
   }
   top_k, router = _routing(keys, num_experts, factors)
   return {
-    'model': decoder_format.read(keys),
+    'model': base.read(keys),
     'moe': moe | _placement(keys) | top_k,
     'router': router,
   }
@@ -77,7 +77,7 @@ def read(keys: Keys) -> dict[str, dict[str, Any]]:
 def _routing(
   keys: Keys, num_experts: int, factors: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Keys of `moe` and of `router` that `moe_top_k` stands for."""
+  """Returns the keys of `moe` and of `router` that `moe_top_k` means."""
   top_k = keys.integer('moe_top_k', None, num_experts or None)
   if top_k > 0 or not num_experts:
     return {'top_k': max(top_k, 1)}, {}
@@ -93,7 +93,7 @@ def _routing(
 
 
 def _sub_layer_width(keys: Keys) -> int:
-  """The width of one network of a layer or sub-layer."""
+  """Returns the width of one network of a layer or sub-layer."""
   width = keys.integer('intermediate_size')
   if not keys.flag('fine_grain') and not keys['c2_fine_grain']:
     return width
@@ -101,9 +101,10 @@ def _sub_layer_width(keys: Keys) -> int:
 
 
 def _placement(keys: Keys) -> dict[str, int]:
-  """Which layers have experts: all from one on, or every n-th from the first.
+  """Returns which layers have experts: all from one on, or every n-th.
 
-  A first layer that is not negative goes before the interval.
+  Every n-th counts from the first layer on. A first layer that is not
+  negative goes before the interval.
   """
   first = keys.integer('initial_moe_layer', least=None)
   if first >= 0:
@@ -114,14 +115,14 @@ def _placement(keys: Keys) -> dict[str, int]:
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-  """A `config.json`; what it cannot say is for the caller to find.
+  """Returns a `config.json`; what it cannot say, the caller finds.
 
   Raises:
-    UserError: the released code has no such widths or places of MoE layers.
+    UserError: The released code has no such widths or places of MoE layers.
   """
   moe, kinds = config.moe, config_lib.layer_kinds(config)
   routed = 'moe' in kinds
-  values = decoder_format.write(config) | {
+  values = base.write(config) | {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
     'use_moe': routed,
@@ -144,7 +145,7 @@ def _written_top_k(config: ConfigDict) -> int:
 
 
 def _written_places(kinds: tuple[str, ...]) -> dict[str, Any]:
-  """The keys for which `_placement` gives these kinds."""
+  """Returns the keys for which `_placement` gives these kinds."""
   layers = [layer for layer, kind in enumerate(kinds) if kind == 'moe']
   first = layers[0] if layers else len(kinds)
   interval = layers[1] - first if len(layers) > 1 else len(kinds)
@@ -164,7 +165,7 @@ def _written_places(kinds: tuple[str, ...]) -> dict[str, Any]:
 def _written_widths(
   config: ConfigDict, kinds: tuple[str, ...]
 ) -> dict[str, Any]:
-  """The keys for which the widths of all networks are ours."""
+  """Returns the keys for which the widths of all networks are ours."""
   moe = config.moe
   fine = {'fine_grain': False, 'grain_level': 2}
   if 'moe' not in kinds:
@@ -189,7 +190,7 @@ def _written_widths(
 
 
 def rules(config: ConfigDict) -> Rules:
-  """Where our parameters stand; see `layouts`."""
+  """Returns where our parameters stand; see `mapping`."""
   table = {'block/chain/norms/1/scale_D': ('D->D', 'mlp_layernorm.weight')}
   # The release numbers its two sub-layers, and a conventional layer not at all.
   for s, suffix in enumerate(('',) if config.moe.factors == 1 else ('0', '1')):
@@ -217,7 +218,7 @@ def rules(config: ConfigDict) -> Rules:
 
 
 def unread(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-  """Tensors that the released code keeps and never reads, with their shapes."""
+  """Returns the shapes of tensors that the released code never reads."""
   if config.router.score != 'hash':
     return {}
   shape = config.moe.num_experts, config.model.hidden_size
@@ -236,3 +237,5 @@ _TWO_PART_SHARED = {
   f'{_SHARED}/down_FD': ('pDF->(pF)D', 'res_mlp.{mlp0|mlp1}.down_proj.weight'),
 }
 _HASH_TABLE = 'model.router_tokens.weight'
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, unread)

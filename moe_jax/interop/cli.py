@@ -1,0 +1,165 @@
+"""The command line of interop: import, export, verify and upcycle.
+
+It is `moe_jax convert`, and `python -m moe_jax.interop.hf`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from moe_jax import cli, runtime
+from moe_jax.errors import UserError
+from moe_jax.interop import formats, safetensors
+
+_UPCYCLE = 'upcycle'
+_ABOUT = """\
+Released PyTorch checkpoints of RMoE and CartesianMoE, Mixtral's and Llama's:
+
+  PROGRAM import CHECKPOINT WORKDIR
+  PROGRAM export WORKDIR CHECKPOINT --format=mixtral
+  PROGRAM verify WORKDIR CHECKPOINT
+  PROGRAM upcycle --dense=DIR --config=FILE --workdir=DIR
+"""
+
+
+def main(
+  argv: Sequence[str] | None = None, program: str = 'moe_jax convert'
+) -> NoReturn:
+  """Parses the command line, runs the command and exits.
+
+  A user's mistake becomes one line on stderr and exit status 2.
+
+  Args:
+    argv: The arguments after the name of the program; None for those of this
+      process.
+    program: The name of the program, for its help.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if arguments[:1] == [_UPCYCLE]:
+    upcycle(arguments[1:])
+  try:
+    _run(vars(_parser(program).parse_args(arguments)))
+  except UserError as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+  sys.exit(0)
+
+
+def upcycle(argv: Sequence[str]) -> NoReturn:
+  """Parses the command line of `upcycle`, runs it and exits.
+
+  Args:
+    argv: The arguments after the name of the command.
+  """
+  sys.argv[1:] = argv
+  cli.main(_upcycle, _define_upcycle_flags)
+
+
+def _define_upcycle_flags(values: flags.FlagValues) -> None:
+  """Defines the flags that train.py does not have."""
+  flags.DEFINE_string(
+    'dense',
+    '',
+    'the dense model: a workdir or a checkpoint',
+    flag_values=values,
+  )
+
+
+def _upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
+  """Writes a checkpoint of step 0 into `workdir`."""
+  # jax must not be imported before the command line has set the allocator.
+  from moe_jax.interop import convert
+
+  if not dense:
+    raise UserError('--dense is missing: a workdir or the folder of a Llama')
+  print(convert.upcycle(Path(dense), config, Path(workdir)))
+
+
+def _run(arguments: dict[str, Any]) -> None:
+  """Runs a command and prints its report."""
+  runtime.silence_libtpu()
+  # Training's packages and jax, which a mistake on the command line needs not.
+  from moe_jax.interop import convert
+
+  command = getattr(convert, arguments.pop('command'))
+  print(command(**arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports mistakes as all programs of this library do."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises a mistake on the command line as a user's error."""
+    raise UserError(f'{message}; --help says more')
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+  """Returns the parser of all commands but `upcycle`, which has a config."""
+  parser = _Parser(
+    program,
+    description=_ABOUT.replace('PROGRAM', program),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+  def add(name: str, function: str, about: str, *paths: str) -> Any:
+    command = commands.add_parser(name, help=about, allow_abbrev=False)
+    command.set_defaults(command=function)
+    for path in paths:
+      command.add_argument(path, type=Path)
+    return command
+
+  about = 'makes a workdir of a released checkpoint'
+  command = add('import', 'import_', about, 'checkpoint', 'workdir')
+  command.add_argument(
+    '--tokenizer',
+    default='bytes',
+    help="data.tokenizer of the workdir's config (%(default)s)",
+  )
+  about = 'makes a released checkpoint of a workdir'
+  command = add('export', 'export', about, 'workdir', 'checkpoint')
+  command.add_argument(
+    '--format',
+    choices=tuple(formats.FORMATS),
+    help='the first that fits, but never mixtral, if left out',
+  )
+  command.add_argument(
+    '--max-shard-bytes',
+    type=_size,
+    default=0,
+    help='begin another file when one is so large; 0, one file',
+  )
+  _add_dtype_and_step(command)
+  about = 'holds a workdir to a released checkpoint'
+  command = add('verify', 'verify', about, 'workdir', 'checkpoint')
+  _add_dtype_and_step(command)
+  about = 'begins a workdir from a dense model; see upcycle --help'
+  add(_UPCYCLE, _UPCYCLE, about)
+  return parser
+
+
+def _size(text: str) -> int:
+  """Returns a number of bytes."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f'{text!r} is no number of bytes')
+  return int(text)
+
+
+def _add_dtype_and_step(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    '--dtype',
+    default='float32',
+    choices=tuple(safetensors.DTYPES),
+    help='dtype of the tensors in the checkpoint (%(default)s)',
+  )
+  parser.add_argument(
+    '--step',
+    type=int,
+    help='step of the checkpoint in the workdir; the newest if left out',
+  )
