@@ -9,7 +9,7 @@ import pytest
 from configs import cartesian_moe
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import formats, hf, neutral, released
+from moe_jax.interop import canonical, formats, hf, released
 from tests.helpers import tiny
 from tests.helpers.released import random_params
 
@@ -171,14 +171,14 @@ def test_idle_keys_do_not_change_the_meaning() -> None:
     'router.weights': 'chosen',
   }
   other = tiny.config(**idle)
-  assert neutral.meaning(config) == neutral.meaning(other)
+  assert canonical.meaning(config) == canonical.meaning(other)
 
 
 def test_every_key_is_part_of_the_meaning_or_named_as_free() -> None:
   keys = {
     key
     for section in ('model', 'moe', 'router')
-    for key in config_lib.flatten({section: neutral.NEUTRAL[section]})
+    for key in config_lib.flatten({section: canonical.CANONICAL[section]})
   }
-  meant = neutral.meaning(tiny.config()).keys() - {'layers'}
+  meant = canonical.meaning(tiny.config()).keys() - {'layers'}
   assert meant == keys - {'moe.renormalize'}

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import hf, neutral
+from moe_jax.interop import canonical, hf
 from moe_jax.routing import balance
 from tests.helpers.released import LAYOUTS, RELEASED, both, shape_of_model
 
@@ -97,11 +97,11 @@ def test_what_was_loaded_is_released_again_unchanged(name: str) -> None:
 
 
 @pytest.mark.parametrize('section', ['model', 'moe', 'router', 'loss'])
-def test_the_neutral_values_are_of_the_keys_that_there_are(
+def test_the_canonical_values_are_of_the_keys_that_there_are(
   section: str,
 ) -> None:
   schema = config_lib.flatten(config_lib.get_config()[section].to_dict())
-  ours = config_lib.flatten(neutral.NEUTRAL[section])
+  ours = config_lib.flatten(canonical.CANONICAL[section])
   assert {key: type(value) for key, value in ours.items()} == {
     key: type(value) for key, value in schema.items()
   }

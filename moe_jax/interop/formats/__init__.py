@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
-from moe_jax.interop import neutral
+from moe_jax.interop import canonical
 from moe_jax.interop.formats import cartesian, llama, mixtral, rmoe
 from moe_jax.interop.formats.base import Keys, is_file, read_json
 
@@ -42,7 +42,7 @@ def read(
 
   Returns:
     The name of the format, and a config with the sections of
-    `neutral.NEUTRAL`: what `moe_jax.model.build` and the balance loss read.
+    `canonical.CANONICAL`: what `moe_jax.model.build` and the balance loss read.
 
   Raises:
     UserError: The folder holds no checkpoint, or one of another kind, which
@@ -68,7 +68,7 @@ def read(
 def parse(path: Path, values: dict[str, Any], name: str) -> ConfigDict:
   """Returns the config that these values of a `config.json` mean."""
   keys = Keys(path, FORMATS[name].defaults | values)
-  return neutral.config_of(**FORMATS[name].read(keys))
+  return canonical.config_of(**FORMATS[name].read(keys))
 
 
 def write(config: ConfigDict, name: str) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def write(config: ConfigDict, name: str) -> dict[str, Any]:
   """
   choose('--format', name, FORMATS)
   values = FORMATS[name].write(config)
-  ours = neutral.meaning(config)
-  theirs = neutral.meaning(parse(Path('config.json'), values, name))
+  ours = canonical.meaning(config)
+  theirs = canonical.meaning(parse(Path('config.json'), values, name))
   for key in ours:
     if ours[key] != theirs[key]:
       raise UserError(

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.interop import mapping, neutral
+from moe_jax.interop import canonical, mapping
 
 Layers = dict[mapping.LayerPath, np.ndarray]
 
@@ -107,7 +107,7 @@ def inexact(config: ConfigDict, ffn_width: int) -> list[str]:
 
 def _check_alike(dense_config: ConfigDict, config: ConfigDict) -> None:
   """Refuses two models that differ in more than their experts."""
-  ours, theirs = neutral.meaning(config), neutral.meaning(dense_config)
+  ours, theirs = canonical.meaning(config), canonical.meaning(dense_config)
   if 'moe' in theirs['layers']:
     raise UserError('--dense has experts already; give a model without')
   kinds = config_lib.layer_kinds(config)

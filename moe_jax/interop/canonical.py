@@ -1,7 +1,8 @@
 """What a config means for the function that its model computes.
 
-Formats of other programs say a part of what a config of ours can: `NEUTRAL` is
-the rest.
+Formats of other programs say a part of what a config of ours can: `CANONICAL`
+has the rest, with values by which a model is like a Llama. Configs of the same
+function have the same meaning.
 """
 
 from typing import Any
@@ -37,13 +38,13 @@ _LLAMA = {
 }
 
 
-def _neutral() -> dict[str, Any]:
+def _canonical() -> dict[str, Any]:
   """Returns values with which no key changes a Llama-like model."""
   defaults = config_lib.get_config().to_dict()
   return {name: defaults[name] | values for name, values in _LLAMA.items()}
 
 
-NEUTRAL = _neutral()
+CANONICAL = _canonical()
 
 # A key that makes others idle comes before them.
 _COMPARED = [
@@ -63,25 +64,25 @@ _FREE = [name for name in _COMPARED if not KEYS[name].function] + [
 
 
 def config_of(**sections: dict[str, Any]) -> ConfigDict:
-  """A locked config: `NEUTRAL` with what the sections say instead."""
-  config = ConfigDict(NEUTRAL)
+  """Returns a locked config: `CANONICAL`, and what the sections say instead."""
+  config = ConfigDict(CANONICAL)
   config.update(sections)
   return config.lock()
 
 
 def meaning(config: ConfigDict) -> dict[str, Any]:
-  """Dotted keys and values; equal for configs of the same function.
+  """Returns values by dotted key, equal for configs of the same function.
 
   A key that the model does not read, because another one says so, has its
-  value of `NEUTRAL`. The places of the MoE layers are the key `layers`, and
+  value of `CANONICAL`. The places of the MoE layers are the key `layers`, and
   what `moe.renormalize` does is part of `router.weights`.
   """
   kinds = config_lib.layer_kinds(config)
-  neutral = config_lib.flatten(NEUTRAL)
+  canonical = config_lib.flatten(CANONICAL)
   flat = {key: config_lib.get(config, key) for key in _COMPARED}
   flat['model.head_dim'] = config_lib.head_dim(config)
   for key in _unread(config, kinds):
-    flat[key] = neutral[key]
+    flat[key] = canonical[key]
   flat['router.passing'] = flat['router.passing'].replace('detached', 'state')
   lone = flat['router.selection'] == 'top_k' and flat['moe.top_k'] == 1
   renormalize = flat.pop('moe.renormalize') and not lone
@@ -94,11 +95,11 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
 
 
 def _unread(config: ConfigDict, kinds: tuple[str, ...]) -> list[str]:
-  """Keys of the sections that another key makes idle."""
+  """Returns the keys that are idle for what other keys say."""
   moe, router = config.moe, config.router
-  of_shared = [f'moe.shared.{key}' for key in NEUTRAL['moe']['shared']]
+  of_shared = [f'moe.shared.{key}' for key in CANONICAL['moe']['shared']]
   of_moe = config_lib.flatten(
-    {'moe': NEUTRAL['moe'], 'router': NEUTRAL['router']}
+    {'moe': CANONICAL['moe'], 'router': CANONICAL['router']}
   )
   rules = {
     'model.ffn_width': 'dense' not in kinds,
