@@ -9,9 +9,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from moe_jax import parameter
 from moe_jax.experts.dispatch import Dispatch, Dispatched, Experts
 from moe_jax.experts.mlp import HIDDEN
 from moe_jax.experts.remat import remat
+from moe_jax.parameter import EMBED, EXPERT, MLP
 from moe_jax.routing.selection import Routing
 
 
@@ -34,9 +36,9 @@ class Layout:
   """
 
   token_axes: tuple[str, ...]
-  expert_axis: str = 'expert'
-  tensor_axis: str = 'tensor'
-  fsdp_axis: str = 'fsdp'
+  expert_axis: str
+  tensor_axis: str
+  fsdp_axis: str
 
   @property
   def all_axes(self) -> tuple[str, ...]:
@@ -44,30 +46,37 @@ class Layout:
     return *self.token_axes, self.tensor_axis
 
   def specs(self, params: nnx.State) -> nnx.State:
-    """Returns how each parameter is split, as `shard_map` wants to know."""
-    return jax.tree_util.tree_map_with_path(self._spec, params)
+    """Returns how each parameter is split, as `shard_map` wants to know.
+
+    Raises:
+      ValueError: A parameter declares no axis of experts.
+    """
+    specs = [self._spec(param) for param in _variables(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
 
   def unshard(self, params: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """Returns this device's experts as its own tokens use them, in `dtype`."""
-
-    def unshard(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+    unsharded = [
       # Cast before the weights travel: half the bytes in bfloat16.
-      return self._unshard(param.astype(dtype), self._spec(path, param))
+      self._unshard(param[...].astype(dtype), self._spec(param))
+      for param in _variables(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), unsharded)
 
-    return jax.tree_util.tree_map_with_path(unshard, params)
-
-  def _spec(self, path: tuple[Any, ...], param: jax.Array) -> P:
-    """Splits the axes N, D and F, which the parameter's name ends with."""
-    names = [str(getattr(k, 'key', '')) for k in path]
-    name = next(name for name in reversed(names) if '_' in name)
-    letters = name.rpartition('_')[2]
-    assert len(letters) == param.ndim, name
-    axes = {
-      'N': self.expert_axis,
-      'D': self.fsdp_axis,
-      'F': self.tensor_axis,
+  def _spec(self, param: nnx.Variable) -> P:
+    """Returns the mesh axis of each of the axes that the parameter declares."""
+    axes = parameter.declaration(param).axes
+    if EXPERT not in axes:
+      raise ValueError(
+        f'a parameter of experts, of shape {param.shape}, declares the axes'
+        f' {axes}; give parameter.param the axis parameter.EXPERT'
+      )
+    mesh_axes = {
+      EXPERT: self.expert_axis,
+      MLP: self.tensor_axis,
+      EMBED: self.fsdp_axis,
     }
-    return P(*map(axes.get, letters))
+    return P(*(mesh_axes.get(axis) if axis else None for axis in axes))
 
   def _unshard(self, param: jax.Array, spec: P) -> jax.Array:
     """Gathers a parameter; repeats it along the axes that do not split it.
@@ -93,6 +102,13 @@ class Layout:
       joined = self._gather(param.reshape(*param.shape[:2], -1), dimension)
       return joined.reshape(*joined.shape[:2], *param.shape[2:])
     return lax.all_gather(param, self.fsdp_axis, axis=dimension, tiled=True)
+
+
+def _variables(params: nnx.State) -> list[nnx.Variable]:
+  """Returns the parameters of a state, in the order of its leaves."""
+  return jax.tree.leaves(
+    params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+  )
 
 
 @jax.tree_util.register_dataclass

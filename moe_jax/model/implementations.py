@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from moe_jax import parameter
 from moe_jax.config import BATCH_AXES, head_dim
 from moe_jax.errors import UserError, choose
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
@@ -231,7 +232,13 @@ def across(
   exchange: str,
 ) -> ExpertParallel:
   """The dispatch on the devices of a mesh, by an exchange of that name."""
-  moe, layout = config.moe, Layout(mesh_lib.BATCH_AXES)
+  moe = config.moe
+  layout = Layout(
+    token_axes=mesh_lib.BATCH_AXES,
+    expert_axis=mesh_lib.MESH_AXIS[parameter.EXPERT],
+    tensor_axis=mesh_lib.MESH_AXIS[parameter.MLP],
+    fsdp_axis=mesh_lib.MESH_AXIS[parameter.EMBED],
+  )
   inner = DISPATCHES[moe.dispatch](moe)
   if mesh.shape[layout.expert_axis] > 1:
     inner = EXCHANGES[exchange].make(moe, inner, layout)
