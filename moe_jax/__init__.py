@@ -18,7 +18,7 @@ project uses one legend of letters:
   U  devices that share the experts
 
 A digit is that size itself: `gate_up_ND2F` is [N, D, 2, F]. Within
-`shard_map` letters mean a device's own part: T its tokens, N of its bank the
+`shard_map` letters mean a device's own part: T its tokens, N the
 experts that live there.
 
 In these files a letter stands for something else:
@@ -27,7 +27,7 @@ In these files a letter stands for something else:
   J  blocks, segments of rows                  `experts.grouped_matmul`,
                                                `experts.permute`
   M  query heads of a group, times queries     `model.attention_blocks`
-  N  after U, the experts of each device       `experts.exchange`,
+  N  after U, the experts of each device       `experts.row_exchange`,
                                                `experts.ragged_exchange`
   X  parts that a device's rows arrive in      the same
   P  points of a curve, W  MoE layers          `analysis`

@@ -13,7 +13,7 @@ user's own code registers further ones, from a config file of theirs:
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moe_jax.errors import UserError, choose
 
@@ -100,21 +100,27 @@ class Registry(Generic[T]):
 
 # The keys that a user's own code may add names to. They are declared here, and
 # filled where they are implemented.
-GATES = Registry('router.score', 'linear mlp cosine xmoe hyper random hash')
-CELLS = Registry('router.recurrent', 'none rnn gru lstm')
-SELECTIONS = Registry('router.selection', 'top_k top_p')
-DISPATCHES = Registry('moe.dispatch', 'dropless capacity')
-EXCHANGES = Registry('moe.exchange', 'gather all_to_all ragged')
-ATTENTIONS = Registry('model.attention', 'xla blocks cudnn splash')
-GROUPED_MATMULS = Registry(
+GATES: Registry[Any] = Registry(
+  'router.score', 'linear mlp cosine xmoe hyper random hash'
+)
+CELLS: Registry[Any] = Registry('router.recurrent', 'none rnn gru lstm')
+SELECTIONS: Registry[Any] = Registry('router.selection', 'top_k top_p')
+DISPATCHES: Registry[Any] = Registry('moe.dispatch', 'dropless capacity')
+EXCHANGES: Registry[Any] = Registry('moe.exchange', 'gather all_to_all ragged')
+ATTENTIONS: Registry[Any] = Registry(
+  'model.attention', 'xla blocks cudnn splash'
+)
+GROUPED_MATMULS: Registry[Any] = Registry(
   'moe.grouped_matmul', 'blocks ragged_dot padded triton mosaic'
 )
-OPTIMIZERS = Registry('optimizer.name', 'adamw adafactor lion muon')
-SCHEDULES = Registry(
+OPTIMIZERS: Registry[Any] = Registry(
+  'optimizer.name', 'adamw adafactor lion muon'
+)
+SCHEDULES: Registry[Any] = Registry(
   'optimizer.schedule', 'cosine linear constant wsd inverse_sqrt'
 )
-DATA_SOURCES = Registry(
+DATA_SOURCES: Registry[Any] = Registry(
   'data.name', 'python_stdlib text_folder enwik8 wikitext103'
 )
-TOKENIZERS = Registry('data.tokenizer', 'bytes enwik8 words')
-EVALUATIONS = Registry('eval.evaluations', 'perplexity')
+TOKENIZERS: Registry[Any] = Registry('data.tokenizer', 'bytes enwik8 words')
+EVALUATIONS: Registry[Any] = Registry('eval.evaluations', 'perplexity')

@@ -35,7 +35,7 @@ class RaggedExchange:
   """A `ragged_all_to_all` of the used rows, into a buffer of bounded size.
 
   Attributes:
-    send_counts_UN: As in `moe_jax.experts.exchange.Exchange`.
+    send_counts_UN: As in `moe_jax.experts.row_exchange.Exchange`.
     receive_counts_UX: As there.
     outward: The way from the rows to the buffer.
     homeward: The way from the buffer to the rows.

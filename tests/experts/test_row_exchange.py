@@ -1,4 +1,4 @@
-"""Offsets of ragged exchanges, held to what JAX documents of them."""
+"""Exchanges of rows: what arrives, what comes back, and JAX's offsets."""
 
 import functools
 from typing import Any
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.experts.exchange import BlockExchange
 from moe_jax.experts.permute import regroup
 from moe_jax.experts.ragged_exchange import Offsets, RaggedExchange
+from moe_jax.experts.row_exchange import BlockExchange
 
 # Devices, tokens and slots of each, experts: two on every device.
 U, T, K, N = 4, 6, 2, 8
