@@ -219,7 +219,7 @@ def _overrides(
       r'--?(no)?config\.([^=]*)(?:=(.*))?', argument, re.DOTALL
     )
     if override:
-      overrides.append(_override(*override.groups(), rest=rest))
+      overrides.append(_override(override, rest))
       continue
     flag = re.match(r'--?[A-Za-z][^=]*', argument)
     if flag:
@@ -229,16 +229,16 @@ def _overrides(
 
 
 def _override(
-  negated: str | None, name: str, text: str | None, rest: Iterator[str]
+  argument: re.Match[str], rest: Iterator[str]
 ) -> tuple[str, Value]:
-  """Returns the key and the value of --config.NAME=TEXT.
+  """Returns the key and the value of --config.KEY=VALUE.
 
   Args:
-    negated: 'no', if it is --noconfig.NAME.
-    name: The dotted key.
-    text: The value; None if it is not part of the argument.
+    argument: The parts of the argument: 'no' if it is --noconfig.KEY, the key,
+      and the value or None.
     rest: The arguments that follow; the first may be the value.
   """
+  negated, name, text = argument.groups()
   if name not in KEYS:
     raise UserError(loading.unknown_key(name, loading.known_keys()))
   key = KEYS[name]

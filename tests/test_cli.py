@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli, runtime
-from moe_jax.config import loading
-from moe_jax.errors import UserError
+from moe_jax import config as config_lib
+from moe_jax.config import loading, saved
+from moe_jax.errors import UserError, nearest
 
 BASE = '--config=configs/base.py'
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_a_program_without_a_workdir() -> None:
 
 
 BAD = {
-  'no config': (['--workdir=x'], ['--config is missing']),
+  'no config': (['--workdir=x'], ['--config is missing', 'x holds no run']),
   'no workdir': ([BASE], ['--workdir is missing']),
   'no such file': (['--config=configs/bse.py', '--workdir=x'], ['base.py']),
   'misspelt section': ([BASE, '--config.trian.steps=1'], ["'train.steps'"]),
@@ -71,13 +72,16 @@ BAD = {
   'unknown flag': ([BASE, '--wrkdir=x'], ["'--workdir'"]),
   'not an integer': (
     [BASE, '--config.train.steps=1e3'],
-    ['config.train.steps', '1e3'],
+    ["config.train.steps = '1e3' must be a whole number, at least 1"],
   ),
   'not a number': (
     [BASE, '--config.loss.z_weight=x'],
     ['config.loss.z_weight', 'a number, at least 0'],
   ),
-  'not a boolean': ([BASE, '--config.moe.bias=2'], ['config.moe.bias']),
+  'not a boolean': (
+    [BASE, '--config.moe.bias=2'],
+    ["config.moe.bias = '2' must be True or False"],
+  ),
   'flag of a wrong type': ([BASE, '--step=last'], ['--step', 'last']),
   'no value': ([BASE, '--config.moe.top_k'], ['config.moe.top_k']),
   'stray word': ([BASE, 'quickly'], ["'quickly'"]),
@@ -243,6 +247,115 @@ def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
   printed = capsys.readouterr().out
   for flag in ('--config', '--workdir', '--step'):
     assert flag in printed
+
+
+def test_help_tells_the_keys_of_a_section(
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  with pytest.raises(SystemExit) as stop:
+    parse('--help=router')
+  assert stop.value.code == 0
+  printed = capsys.readouterr().out
+  assert '--config.router.recurrent=none' in printed
+  assert 'none, rnn, gru, lstm' in printed
+  with pytest.raises(UserError, match="did you mean 'router'"):
+    parse('--help=ruoter')
+
+
+def test_a_misspelt_flag_is_named_before_what_is_missing() -> None:
+  with pytest.raises(UserError, match="--wrkdir; did you mean '--workdir'"):
+    cli.parse(['prog', '--wrkdir=x'], define_step)
+
+
+def test_nothing_is_suggested_that_is_not_alike() -> None:
+  assert nearest('json', ['snli', 'xnli']) == ''
+  assert nearest('topk', ['top_k', 'every']) == "; did you mean 'top_k'?"
+
+
+def test_the_config_of_a_run_is_taken_where_none_is_named(
+  tmp_path: Path,
+) -> None:
+  config = config_lib.get_config()
+  config.train.steps = 7
+  (tmp_path / 'config.json').write_text(saved.to_json(config))
+  for known in (True, False):
+    read, values = cli.parse(
+      ['prog', f'--workdir={tmp_path}', '--config.seed=3'], workdir=known
+    )
+    assert (read.train.steps, read.seed) == (7, 3)
+    assert ('workdir' in values) == known
+  with pytest.raises(UserError, match=r'--config is missing, and .* no run'):
+    cli.parse(['prog', f'--workdir={tmp_path}/none'])
+
+
+def test_the_home_directory_is_expanded(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  config, values = parse(
+    BASE, '--workdir=~/run', '--config.train.init_from=~/other'
+  )
+  assert values['workdir'] == f'{tmp_path}/run'
+  assert config.train.init_from == f'{tmp_path}/other'
+
+
+def moe_jax(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+  """Runs `python -m moe_jax` with these arguments."""
+  return subprocess.run(
+    [sys.executable, '-X', 'importtime', '-m', 'moe_jax', *arguments],
+    cwd=cwd,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'arguments, status, message',
+  [
+    ([], 0, 'evaluates a checkpoint'),
+    (['--help'], 0, 'moe_jax PROGRAM'),
+    (['trian'], 2, "there is no program 'trian'; did you mean 'train'?"),
+    (['presets'], 0, 'enwik8_medium'),
+    (['presets', 'rmoe'], 0, 'Layerwise Recurrent Router'),
+    (['presets', 'rmeo'], 2, "did you mean 'rmoe'?"),
+    (['train', '--help=moe'], 0, '--config.moe.top_k=2'),
+    (['plan', '--help'], 0, '--topology'),
+  ],
+)
+def test_the_command_answers_without_jax(
+  arguments: list[str], status: int, message: str, tmp_path: Path
+) -> None:
+  done = moe_jax(*arguments, cwd=tmp_path)
+  assert done.returncode == status, done.stderr
+  assert message in done.stdout + done.stderr
+  imported = {line.split()[-1] for line in done.stderr.splitlines()}
+  assert 'jax' not in imported
+
+
+def test_malloc_is_set_before_a_config_that_imports_jax(
+  tmp_path: Path,
+) -> None:
+  (tmp_path / 'mine.py').write_text(
+    'import jax\n\nfrom moe_jax.config import get_config as defaults\n\n'
+    'def get_config(): return defaults()\n'
+  )
+  code = """
+import sys
+from moe_jax import cli, runtime
+runtime.configure_malloc = lambda: print('jax' in sys.modules)
+def run(config):
+  print('jax' in sys.modules)
+cli.main(run, workdir=False)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code, '--config=mine.py'],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.split() == ['False', 'True']
 
 
 def test_programs_exit_with_2_before_importing_jax() -> None:

@@ -21,7 +21,7 @@ def get(config: ConfigDict, key: str) -> Any:
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """{'a': {'b': 1}} -> {'a.b': 1}."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in config.items():
     if isinstance(value, Mapping):
       flat |= {f'{name}.{key}': leaf for key, leaf in flatten(value).items()}

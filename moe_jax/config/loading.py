@@ -196,7 +196,7 @@ def _blame(path: str, error: Exception) -> str:
 
 def _nearest(name: str) -> str:
   """The hint for a key of which only the last name, or a section, is known."""
-  keys = {}
+  keys: dict[str, list[str]] = {}
   for key in known_keys():
     keys.setdefault(_last(key), []).append(key)
     keys.setdefault(key.split('.')[0], [key.split('.')[0]])
