@@ -49,24 +49,25 @@ class Mixing(Protocol):
   def __call__(
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
-    """Joins the routed and the shared output of the layer's input `u_TD`."""
+    """Returns y_TD from the layer's input and its two outputs."""
+    ...
 
 
 class MoELayer(nnx.Module):
   """`y = sum_k w_k E_k(x)` over the experts the router chose (RMoE eq. 1, 6).
 
   Attributes:
-    router: -> logits and the next router state.
-    select: logits -> Routing.
-    dispatch: moves tokens to experts and back.
-    experts: the bank of routed experts.
-    shared: an expert that every token visits, or None.
-    shared_parts: networks that `shared` stands for: their outputs' mean is its
-      own, divided by their number.
-    mixing: joins routed and shared output.
-    bias_D: a learned vector added to the routed output, or None (RMoE's
+    router: Makes the logits and the next router state.
+    select: Makes a `Routing` of the logits.
+    dispatch: Brings tokens to their experts and the results back.
+    experts: The routed experts.
+    shared: An expert that every token visits, or None.
+    shared_parts: The number of networks that `shared` stands for: their
+      outputs' mean is its own, divided by their number.
+    mixing: Joins the routed and the shared output.
+    bias_D: A learned vector added to the routed output, or None (RMoE's
       released code has it as an option).
-    dropout: rate on the output, and whether experts need seeds for theirs.
+    dropout: The rate on the output; if not 0, experts get seeds for theirs.
   """
 
   def __init__(
@@ -106,7 +107,9 @@ class MoELayer(nnx.Module):
     routing = checkpoint_name(routing, 'routing')  # for the remat policies
     seeded = self._with_seeds(routing, for_seeds.rng)
     with jax.named_scope('experts'):
-      y_TD, dropped, overflowed = self.dispatch(x_TD, seeded, self.experts)
+      y_TD, dropped, overflowed = self.dispatch(
+        x_TD, seeded.among(self.experts.num_experts), self.experts
+      )
     if self.bias_D is not None:
       y_TD += self.bias_D[...].astype(y_TD.dtype)
     if self.shared is not None:
@@ -118,7 +121,7 @@ class MoELayer(nnx.Module):
       routing,
       context.padding_mask_BL,
       dropped,
-      self.select.bias_gradient,
+      self.select,
       overflowed,
     )
     return y_TD, state, Aux(load, routing)
@@ -215,7 +218,7 @@ def _stacked(auxes: Sequence[Aux | None]) -> Aux | None:
 
 
 class SumMixing(nnx.Module):
-  """routed + shared."""
+  """Makes `routed + shared`."""
 
   def __call__(
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
@@ -225,7 +228,11 @@ class SumMixing(nnx.Module):
 
 
 class FixedMixing(nnx.Module):
-  """`moe_weight * routed + share_weight * shared`: RMoE's released code."""
+  """Makes `routed_weight routed + shared_weight shared` (RMoE's released code).
+
+  Attributes:
+    routed_weight, shared_weight: The two numbers.
+  """
 
   def __init__(self, routed_weight: float, shared_weight: float):
     self.routed_weight = routed_weight
@@ -239,9 +246,9 @@ class FixedMixing(nnx.Module):
 
 
 class CoefficientMixing(nnx.Module):
-  """`c_0 routed + c_1 shared` with `c = softmax(u C + b)` per token.
+  """Makes `c_0 routed + c_1 shared` with `c = softmax(u C + b)` per token.
 
-  CartesianMoE (arXiv 2410.16077), as in residual MoE.
+  CartesianMoE (arXiv 2410.16077) mixes so, as residual MoE does.
 
   Attributes:
     coefficient_D2: C, float32.

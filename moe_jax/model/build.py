@@ -328,8 +328,8 @@ def make_cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
 
 
 def num_residual_logits(config: ConfigDict) -> int:
-  """How many logits each MoE sub-layer hands to the next."""
-  return config.moe.num_experts if config.router.residual else 0
+  """Returns how many logits each MoE sub-layer hands to the next."""
+  return make_select(config, 0).num_logits if config.router.residual else 0
 
 
 def make_router(

@@ -6,12 +6,11 @@ whatever the mesh, a mean is over the global batch.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.selection import Routing
+from moe_jax.routing.selection import Routing, Select
 
 
 @jax.tree_util.register_dataclass
@@ -22,18 +21,18 @@ class Load:
   Stacked loads have leading axes: [layers, S] in front of those given here.
 
   Attributes:
-    counts_N: slots that chose each expert, before anything was dropped.
-    probability_N: summed router probabilities.
-    tokens: real tokens.
-    z: summed squared log-partition of the logits.
-    entropy: summed entropy of the router's distribution, in nats.
-    dropped: slots whose expert had no room (capacity dispatch only).
-    overflowed: slots that found no room in the buffers between devices and took
-      a slower way; None where no buffer can overflow.
-    bias_gradient: 0, with the gradient that steers the bias on the choice; see
+    counts_N: The assignments to each expert, before anything was dropped.
+    probability_N: The sum of the router's probabilities.
+    tokens: The number of real tokens.
+    z: The sum of the squared log-partition of the logits.
+    entropy: The sum of the entropy of the router's distribution, in nats.
+    dropped: The assignments whose expert had no room (capacity dispatch only).
+    overflowed: The assignments that found no room in the buffers between
+      devices and took the overflow fallback; None where no buffer can overflow.
+    bias_gradient: 0, with the gradient that updates the expert bias; see
       `moe_jax.routing.selection.Select`.
-    sequence_balance: `N sum_n f_n P_n` of each sequence, summed over them.
-    sequences: those with a real token.
+    sequence_balance: `N sum_n f_n P_n` of each sequence, summed over sequences.
+    sequences: The number of sequences with a real token.
   """
 
   counts_N: jax.Array
@@ -52,17 +51,17 @@ def load_of(
   routing: Routing,
   padding_mask_BL: jax.Array,
   dropped: jax.Array,
-  bias_gradient: Callable[[jax.Array], jax.Array],
+  select: Select,
   overflowed: jax.Array | None = None,
 ) -> Load:
-  """Sums up one sub-layer's routing.
+  """Returns the sums over one sub-layer's routing.
 
   Args:
-    routing: of T tokens; the slots of padding are unused.
-    padding_mask_BL: bool; False marks padding.
-    dropped: a count of slots.
-    bias_gradient: of the counts; see `Load`.
-    overflowed: another count of slots, or None; see `Load`.
+    routing: The routing of T tokens; the assignments of padding are unused.
+    padding_mask_BL: Bool; False marks padding.
+    dropped: The assignments whose expert had no room.
+    select: What made the routing.
+    overflowed: The assignments that took the overflow fallback, or None.
   """
   num_experts, (batch, length) = routing.num_experts, padding_mask_BL.shape
   real_BL = padding_mask_BL.astype(jnp.float32)
@@ -70,6 +69,7 @@ def load_of(
   indices_BLK = routing.indices_TK.reshape(batch, length, -1)
   chosen_BLKN = indices_BLK[..., None] == jnp.arange(num_experts)
   counts_BN = chosen_BLKN.sum((1, 2), dtype=jnp.float32)
+  counts_BN = select.balanced_counts(counts_BN)
   probability_BN = jnp.einsum(
     'BLN,BL->BN',
     routing.probabilities_TN.reshape(batch, length, num_experts),
@@ -89,38 +89,40 @@ def load_of(
     overflowed=overflowed
     if overflowed is None
     else overflowed.astype(jnp.float32),
-    bias_gradient=bias_gradient(counts_N),
+    bias_gradient=select.bias_gradient(counts_N),
     sequence_balance=_balance(counts_BN, probability_BN, real_B).sum(),
     sequences=(real_B > 0).sum(dtype=jnp.float32),
   )
 
 
 def joined(load: Load) -> Load:
-  """Every layer's tokens as if they were one layer's: sums over the layers."""
+  """Returns the sums over all layers, as if their tokens were one layer's."""
   keep = load.counts_N.ndim - 1
   return jax.tree.map(lambda a: a.sum(tuple(range(keep))), load)
 
 
-def balance_loss(load: Load, whole: Load | None = None) -> jax.Array:
-  """`N sum_n f_n P_n`, summed over layers; K when all is balanced (one layer).
+def balance_loss(load: Load, batch: Load | None = None) -> jax.Array:
+  """Returns `N sum_n f_n P_n`, summed over layers; K per balanced layer.
 
-  f_n is the share of tokens that chose expert n, counted once per slot (so the
-  f_n sum to K), P_n its mean probability: the form of Switch Transformers eq. 4
-  (arXiv 2101.03961) for top-k. Only P_n has a gradient.
+  f_n is the share of tokens that chose expert n, counted once per assignment
+  (so the f_n sum to K), P_n its mean probability: the form of Switch
+  Transformers eq. 4 (arXiv 2101.03961) for top-k. Only P_n has a gradient.
 
   Args:
-    load: of the tokens whose probabilities are held to the shares.
-    whole: of the batch that they are part of, whose shares and number of tokens
-      then count: the sum over the parts is the loss of the whole. None: `load`.
+    load: The load of the tokens whose probabilities are held to the shares.
+    batch: The load of the batch that they are part of, whose shares and number
+      of tokens then count, so that the sum over the parts is the loss of the
+      batch. None stands for `load`.
   """
-  whole = load if whole is None else whole
-  return _balance(whole.counts_N, load.probability_N, whole.tokens).sum()
+  batch = load if batch is None else batch
+  return _balance(batch.counts_N, load.probability_N, batch.tokens).sum()
 
 
 def sequence_balance_loss(load: Load) -> jax.Array:
-  """The balance loss within each sequence, as a mean over sequences.
+  """Returns the balance loss within sequences, a mean over them.
 
-  DeepSeek-V3 (arXiv 2412.19437) eq. 17-20, here with f_n counted as above.
+  This is DeepSeek-V3's (arXiv 2412.19437) eq. 17-20, here with f_n counted as
+  above.
   """
   return (load.sequence_balance / jnp.maximum(load.sequences, 1.0)).sum()
 
@@ -128,15 +130,15 @@ def sequence_balance_loss(load: Load) -> jax.Array:
 def _balance(
   counts_N: jax.Array, probability_N: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-  """`N sum_n f_n P_n`; leading axes stay."""
+  """Returns `N sum_n f_n P_n`; leading axes stay."""
   tokens = jnp.maximum(tokens, 1.0)[..., None]
   share_N = jax.lax.stop_gradient(counts_N) / tokens
   return counts_N.shape[-1] * (share_N * probability_N / tokens).sum(-1)
 
 
 def z_loss(load: Load) -> jax.Array:
-  """Mean squared log-partition per token (ST-MoE eq. 5, arXiv 2202.08906).
+  """Returns the mean squared log-partition per token, summed over layers.
 
-  Summed over layers; it keeps router logits small.
+  It keeps router logits small (ST-MoE eq. 5, arXiv 2202.08906).
   """
   return (load.z / jnp.maximum(load.tokens, 1.0)).sum()

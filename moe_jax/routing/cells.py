@@ -27,23 +27,25 @@ class Cell(Protocol):
   """What carries a token's routing history from one MoE layer to the next."""
 
   def start(self, num_tokens: int) -> CellState:
-    """The state below the first MoE layer, for `num_tokens` tokens."""
+    """Returns the state below the first MoE layer, for `num_tokens` tokens."""
+    ...
 
   def __call__(
     self, u_TX: jax.Array, state: CellState
   ) -> tuple[jax.Array, CellState]:
-    """What the router reads (h_TR), and the state for the next layer."""
+    """Returns h_TR, which the router reads, and the next layer's state."""
+    ...
 
 
 @CELLS.register('none')
 class Memoryless(nnx.Module):
-  """No recurrence: what is read is the input, and the state is ()."""
+  """Has no recurrence: what is read is the input, and the state is ()."""
 
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
     del input_size, state_size, rngs
 
   def start(self, num_tokens: int) -> CellState:
-    """Nothing to remember."""
+    """Returns the state of nothing to remember, ()."""
     del num_tokens
     return ()
 
@@ -55,11 +57,11 @@ class Memoryless(nnx.Module):
 
 @CELLS.register('rnn')
 class RNNCell(nnx.Module):
-  """`h' = tanh(W u + b + U h + c)`.
+  """Computes `h' = tanh(W u + b + U h + c)`.
 
   Attributes:
-    input_XR, hidden_RR: W and U, transposed.
-    input_bias_R, hidden_bias_R: b and c.
+    input_XR, hidden_RR: The weights W and U, transposed.
+    input_bias_R, hidden_bias_R: The biases b and c.
   """
 
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
@@ -70,7 +72,7 @@ class RNNCell(nnx.Module):
     self.hidden_bias_R = uniform(state_size)
 
   def start(self, num_tokens: int) -> CellState:
-    """h_0 = 0, [T, R] float32."""
+    """Returns h_0 = 0, [T, R] float32."""
     return jnp.zeros((num_tokens, self.hidden_RR.shape[0]), jnp.float32)
 
   def __call__(
@@ -87,9 +89,9 @@ class GRUCell(nnx.Module):
   """The gated recurrent unit of RMoE eq. 2-3.
 
   Attributes:
-    input_X3R, hidden_R3R: weights of the reset, update and new gates, in this
-      order.
-    input_bias_3R, hidden_bias_3R: their biases.
+    input_X3R, hidden_R3R: The weights of the reset, update and new gates, in
+      this order.
+    input_bias_3R, hidden_bias_3R: Their biases.
   """
 
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
@@ -100,7 +102,7 @@ class GRUCell(nnx.Module):
     self.hidden_bias_3R = uniform(3, state_size, matmuls=0)
 
   def start(self, num_tokens: int) -> CellState:
-    """h_0 = 0, [T, R] float32."""
+    """Returns h_0 = 0, [T, R] float32."""
     return jnp.zeros((num_tokens, self.hidden_R3R.shape[0]), jnp.float32)
 
   def __call__(
@@ -122,9 +124,9 @@ class LSTMCell(nnx.Module):
   """Long short-term memory; its state is the output h and the cell c.
 
   Attributes:
-    input_X4R, hidden_R4R: weights of the input, forget, cell and output gates,
-      in this order.
-    input_bias_4R, hidden_bias_4R: their biases.
+    input_X4R, hidden_R4R: The weights of the input, forget, cell and output
+      gates, in this order.
+    input_bias_4R, hidden_bias_4R: Their biases.
   """
 
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
@@ -135,7 +137,7 @@ class LSTMCell(nnx.Module):
     self.hidden_bias_4R = uniform(4, state_size, matmuls=0)
 
   def start(self, num_tokens: int) -> CellState:
-    """h_0 = c_0 = 0, [T, R] float32 each."""
+    """Returns h_0 = c_0 = 0, [T, R] float32 each."""
     zeros = jnp.zeros((num_tokens, self.hidden_R4R.shape[0]), jnp.float32)
     return zeros, zeros
 
@@ -152,7 +154,7 @@ class LSTMCell(nnx.Module):
 
 
 def _initializer(state_size: int, rngs: nnx.Rngs):
-  """Makes parameters in PyTorch's initial range for recurrent cells."""
+  """Returns a maker of parameters in PyTorch's range for recurrent cells."""
   bound = state_size**-0.5
 
   def uniform(*shape: int, **declared: Any) -> nnx.Param:
@@ -167,7 +169,7 @@ def _initializer(state_size: int, rngs: nnx.Rngs):
 def _gates(
   x_TX: jax.Array, weight: nnx.Param, bias: nnx.Param, count: int
 ) -> list[jax.Array]:
-  """The gates' parts from one side, [T, R] each."""
+  """Returns the gates' parts from one side, [T, R] each."""
   # Flat, so that the gates are split in the last axis: fastest backward.
   weight_XO = weight[...].reshape(x_TX.shape[-1], -1)
   product_TO = jnp.matmul(x_TX, weight_XO, precision=PRECISION)

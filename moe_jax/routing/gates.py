@@ -90,11 +90,11 @@ class Gate(nnx.Module):
 
 @GATES.register('linear')
 class LinearGate(Gate):
-  """`features G + b` (RMoE eq. 1 and 6, which have no bias).
+  """Computes `features G + b` (RMoE eq. 1 and 6, which have no bias).
 
   Attributes:
-    weight_XN: G, float32.
-    bias_N: b, or None.
+    weight_XN: The weights G, float32.
+    bias_N: The bias b, or None.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -109,12 +109,12 @@ class LinearGate(Gate):
 
 @GATES.register('mlp')
 class MLPGate(Gate):
-  """Two layers with a GELU between them (SMoE-MLP), float32.
+  """Has two layers with a GELU between them (SMoE-MLP), float32.
 
   Attributes:
-    mlp_XF: to the hidden layer.
-    weight_FN: from there to the logits.
-    mlp_bias_F, bias_N: their biases, or None.
+    mlp_XF: The weights of the hidden layer.
+    weight_FN: The weights from there to the logits.
+    mlp_bias_F, bias_N: Their biases, or None.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -132,11 +132,11 @@ class MLPGate(Gate):
 
 @GATES.register('cosine')
 class CosineGate(Gate):
-  """`cos(features, e_n) / temperature` (CosineMoE), float32.
+  """Computes `cos(features, e_n) / temperature` (CosineMoE), float32.
 
   Attributes:
-    embedding_NX: e, one embedding per expert.
-    log_temperature: learnable, so that the temperature stays above 0.
+    embedding_NX: The embeddings e, one per expert.
+    log_temperature: Learned in place of the temperature, which stays above 0.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -152,12 +152,14 @@ class CosineGate(Gate):
 
 @GATES.register('xmoe')
 class XMoEGate(Gate):
-  """`cos(features W, e_n) / temperature`, in few dimensions (arXiv 2204.09179).
+  """Computes `cos(features W, e_n) / temperature` in few dimensions.
+
+  It is the gate of XMoE (arXiv 2204.09179).
 
   Attributes, float32:
-    reduction_XE: W.
-    embedding_NE: e, one embedding per expert.
-    log_temperature: as in `CosineGate`.
+    reduction_XE: The weights W.
+    embedding_NE: The embeddings e, one per expert.
+    log_temperature: The same as in `CosineGate`.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -175,15 +177,16 @@ class XMoEGate(Gate):
 
 @GATES.register('hyper')
 class HyperGate(Gate):
-  """A linear gate whose G and b a fixed random network makes (HyperMoE).
+  """Is a linear gate whose G and b a fixed random network makes (HyperMoE).
 
   Only the network's input, one embedding per layer, is trained; float32.
 
   Attributes:
-    embedding_X: what the network reads.
-    fixed_up_XF, fixed_up_bias_F: its hidden layer, with a GELU.
-    fixed_weights_FXN, fixed_weights_bias_XN: from there to G.
-    fixed_bias_FN, fixed_bias_bias_N: from there to b; None without one.
+    embedding_X: What the network reads.
+    fixed_up_XF, fixed_up_bias_F: The hidden layer, with a GELU.
+    fixed_weights_FXN, fixed_weights_bias_XN: The layer from there to G.
+    fixed_bias_FN, fixed_bias_bias_N: The layer from there to b; None without
+      a bias.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -230,10 +233,10 @@ class HyperGate(Gate):
 
 @GATES.register('random')
 class RandomGate(Gate):
-  """A linear gate that is never trained (RandomMoE).
+  """Is a linear gate that is never trained (RandomMoE).
 
   Attributes:
-    fixed_weight_XN: G.
+    fixed_weight_XN: The weights G.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -248,14 +251,14 @@ class RandomGate(Gate):
 
 @GATES.register('hash')
 class HashGate(Gate):
-  """Logits looked up by token id: CartesianMoE's Hash Layer baseline.
+  """Looks logits up by token id: CartesianMoE's Hash Layer baseline.
 
   The table is the same in every layer, as in the released code, and for every
   seed; sub-layers of a layer differ, or a Cartesian layer would use only the
   pairs (i, i).
 
   Attributes:
-    fixed_table_VN: standard normal.
+    fixed_table_VN: The logits, drawn from the standard normal distribution.
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
@@ -296,7 +299,7 @@ def _affine(
 
 
 def _through(x_X: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
-  """One vector through a layer that is not trained; any shape comes out."""
+  """Returns what an untrained layer of any shape makes of one vector."""
   weight, bias = jax.lax.stop_gradient((weight[...], bias[...]))
   return jnp.tensordot(x_X, weight, 1, precision=PRECISION) + bias
 
@@ -308,6 +311,6 @@ def _cosine(x_TE: jax.Array, embedding_NE: nnx.Param) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """Of length 1 along the last axis; a zero vector stays 0."""
+  """Returns vectors of length 1 along the last axis; a zero stays 0."""
   squares = jnp.square(x).sum(-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))

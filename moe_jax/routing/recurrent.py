@@ -31,8 +31,8 @@ class RecurrentFeatures(nnx.Module):
   """RMoE's features: the shared cell's state after this layer (eq. 5).
 
   Attributes:
-    project: x_TD -> what the cell reads: a `Projector`, or `identity`.
-    passing: a key of `PASSING`.
+    project: Makes of x_TD what the cell reads: a `Projector`, or `identity`.
+    passing: A key of `PASSING`, which says what is read of the state below.
   """
 
   def __init__(self, project: Callable[[jax.Array], jax.Array], passing: str):
@@ -51,7 +51,7 @@ class Projector(nnx.Module):
   """Proj_i of RMoE eq. 4: a layer's own linear map, without a bias (L-proj).
 
   Attributes:
-    projector_DR: float32.
+    projector_DR: The weights, float32.
   """
 
   def __init__(
@@ -72,12 +72,12 @@ class Projector(nnx.Module):
 
 
 def identity(x_TD: jax.Array) -> jax.Array:
-  """No projector: the cell of all layers reads the hidden state (S-proj)."""
+  """Returns x_TD: the cell of all layers reads the hidden state (S-proj)."""
   return x_TD
 
 
 def _nothing(state: CellState) -> CellState:
-  """h_0 for every layer: the cell without its recurrence (RMoE + NP)."""
+  """Returns h_0 for every layer, as if nothing recurred (RMoE + NP)."""
   return jax.tree.map(jnp.zeros_like, state)
 
 

@@ -18,11 +18,14 @@ class Routing:
   """What a router decided: all that experts and observers get to see.
 
   Attributes:
-    weights_TK: float32, of each chosen expert; 0 in an unused slot.
-    indices_TK: int32 in [0, N); N in an unused slot.
-    probabilities_TN: float32, of every expert; they sum to 1.
-    logits_TN: float32.
-    seeds_TK: uint32, of the dropout in each slot's expert; None for none.
+    weights_TK: The weight of each chosen expert, float32; 0 where an
+      assignment is unused.
+    indices_TK: The chosen experts, int32 in [0, N); N where an assignment is
+      unused.
+    probabilities_TN: The probability of every expert, float32; they sum to 1.
+    logits_TN: The logits of the gate, float32.
+    seeds_TK: The seed of the dropout in each assignment's expert, uint32; None
+      where nothing is dropped.
   """
 
   weights_TK: jax.Array
@@ -33,14 +36,35 @@ class Routing:
 
   @property
   def num_experts(self) -> int:
+    """N, the number of experts to choose from."""
     return self.logits_TN.shape[-1]
 
   def only(self, used_TK: jax.Array) -> 'Routing':
-    """The same with every slot outside the bool `used_TK` left unused."""
+    """Returns a routing whose assignments outside `used_TK` are unused.
+
+    Args:
+      used_TK: Bool, or [T, 1] for all of a token's assignments.
+    """
     return dataclasses.replace(
       self,
       weights_TK=jnp.where(used_TK, self.weights_TK, 0.0),
       indices_TK=jnp.where(used_TK, self.indices_TK, self.num_experts),
+    )
+
+  def among(self, num_experts: int) -> 'Routing':
+    """Returns what the first `num_experts` experts get to see.
+
+    Assignments to later ones, which stand for no expert at all, are unused.
+    """
+    if num_experts == self.num_experts:
+      return self
+    exists_TK = self.indices_TK < num_experts
+    return dataclasses.replace(
+      self,
+      weights_TK=jnp.where(exists_TK, self.weights_TK, 0.0),
+      indices_TK=jnp.where(exists_TK, self.indices_TK, num_experts),
+      probabilities_TN=self.probabilities_TN[:, :num_experts],
+      logits_TN=self.logits_TN[:, :num_experts],
     )
 
 
@@ -48,8 +72,8 @@ class Picked(NamedTuple):
   """Experts picked for each token, best first.
 
   Attributes:
-    indices_TK: int32 in [0, N).
-    used_TK: bool; False marks a slot that stays empty.
+    indices_TK: The experts, int32 in [0, N).
+    used_TK: Bool; False marks an assignment that stays unused.
   """
 
   indices_TK: jax.Array
@@ -71,7 +95,7 @@ class TopK:
   Attributes:
     k: K.
     masked: Whether experts whose choice is -inf are left out, so that a token
-      with fewer than K others has unused slots.
+      with fewer than K others has unused assignments.
   """
 
   k: int
@@ -85,14 +109,16 @@ class TopK:
     """
     del scores_TN
     experts_N = jnp.arange(choice_TN.shape[-1], dtype=jnp.int32)
-    left_TN, indices = choice_TN, []
+    left_TN, indices, used = choice_TN, [], []
     for _ in range(self.k):
       best_T = jnp.argmax(left_TN, axis=-1).astype(jnp.int32)
+      if self.masked:
+        used.append(left_TN.max(axis=-1) > -jnp.inf)
       left_TN = jnp.where(experts_N == best_T[:, None], -jnp.inf, left_TN)
       indices.append(best_T)
     indices_TK = jnp.stack(indices, axis=-1)
     if self.masked:
-      return Picked(indices_TK, _take(choice_TN, indices_TK) > -jnp.inf)
+      return Picked(indices_TK, jnp.stack(used, axis=-1))
     return Picked(indices_TK, jnp.ones(indices_TK.shape, bool))
 
 
@@ -101,8 +127,11 @@ class TopP:
   """The best until their probabilities sum to more than p.
 
   The expert that exceeds p is kept too (TopP baseline of CartesianMoE, arXiv
-  2410.16077), so there is at least one, and K = N slots. A bias on the choice
-  changes the order, not the probabilities that are added up.
+  2410.16077), so there is at least one, and K = N. An expert bias changes the
+  order, not the probabilities that are added up.
+
+  Attributes:
+    p: The probability to exceed.
   """
 
   p: float
@@ -182,29 +211,38 @@ class Select(nnx.Module):
     chosen = self.pick(self._choice(logits_TN, scores_TN), scores_TN)
     chosen = checkpoint_name(chosen, 'routing')
     routing = Routing(
-      self._weigh(scores_TN, logarithms_TN, chosen),
+      self.weigh(scores_TN, logarithms_TN, chosen),
       chosen.indices_TK,
       jax.nn.softmax(logarithms_TN, axis=-1),
       logits_TN,
     )
     return routing.only(chosen.used_TK)
 
-  def _weigh(
+  def weigh(
     self, scores_TN: jax.Array, logarithms_TN: jax.Array, chosen: Picked
   ) -> jax.Array:
-    """The chosen scores; over their sum where weights are to add up to 1.
+    """Returns weights_TK of the chosen experts.
 
-    That quotient is a softmax of logarithms. Dividing would give a gradient
-    of NaN where every chosen score is 0 in float32.
+    They are the scores, over their sum where weights are to add up to 1. That
+    quotient is a softmax of logarithms: dividing would give a gradient of NaN
+    where every chosen score is 0 in float32.
     """
     several = chosen.indices_TK.shape[-1] > 1
     if self.weights == 'chosen' or (self.renormalize and several):
-      logarithms_TK = _take(logarithms_TN, chosen.indices_TK)
+      logarithms_TK = take(logarithms_TN, chosen.indices_TK)
       return jax.nn.softmax(jnp.where(chosen.used_TK, logarithms_TK, -jnp.inf))
-    return _take(scores_TN, chosen.indices_TK)
+    return take(scores_TN, chosen.indices_TK)
+
+  def balanced_counts(self, counts_N: jax.Array) -> jax.Array:
+    """Returns the assignments that count as each expert's when they are evened.
+
+    Args:
+      counts_N: The assignments of each expert, float32 [..., N].
+    """
+    return counts_N
 
   def bias_gradient(self, counts_N: jax.Array) -> jax.Array:
-    """0, with the gradient `counts - mean` in the bias.
+    """Returns 0, with the gradient `counts - mean` in the expert bias.
 
     So the sign of the summed gradient says which way to step (arXiv
     2408.15664, algorithm 1), over any number of micro-batches and devices.
@@ -216,10 +254,11 @@ class Select(nnx.Module):
     return ((bias_N - jax.lax.stop_gradient(bias_N)) * excess_N).sum()
 
   def _choice(self, logits_TN: jax.Array, scores_TN: jax.Array) -> jax.Array:
-    """What experts are chosen by; -inf for those that cannot be.
+    """Returns what experts are chosen by; -inf for those that cannot be.
 
-    Scores where they are added up, otherwise the logits: their order is the
-    same, and still one where scores are too close to 0 or 1 for float32.
+    These are the scores where they are added up, otherwise the logits: their
+    order is the same, and still one where scores are too close to 0 or 1 for
+    float32.
     """
     logits_TN, choice_TN = jax.lax.stop_gradient((logits_TN, scores_TN))
     disabled_TN = _best(logits_TN, self.disable_top)
@@ -241,7 +280,7 @@ class Select(nnx.Module):
 
 
 def _best(values_TN: jax.Array, count: int) -> jax.Array:
-  """Marks the `count` largest values of each row, bool."""
+  """Returns which are the `count` largest values of each row, bool."""
   experts_N = jnp.arange(values_TN.shape[-1])
   if not count:
     return jnp.zeros(values_TN.shape, bool)
@@ -250,7 +289,7 @@ def _best(values_TN: jax.Array, count: int) -> jax.Array:
 
 
 def _two_best(values_TJN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The largest along the last axis, and the second largest if there is one."""
+  """Returns the largest along the last axis, and the second if there is one."""
   sorted_TJN = jnp.sort(values_TJN, axis=-1)
   return sorted_TJN[..., -1], sorted_TJN[..., -2:-1]
 
@@ -263,14 +302,15 @@ def _sigmoid(logits_TN: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jax.nn.sigmoid(logits_TN), jax.nn.log_sigmoid(logits_TN)
 
 
-def _take(values_TN: jax.Array, indices_TK: jax.Array) -> jax.Array:
+def take(values_TN: jax.Array, indices_TK: jax.Array) -> jax.Array:
   """Returns values_TK by a sum: its gradient is one too, not a scatter."""
   experts_N = jnp.arange(values_TN.shape[-1])
   chosen_TKN = indices_TK[..., None] == experts_N
   return jnp.where(chosen_TKN, values_TN[:, None], 0).sum(-1)
 
 
-# logits_TN -> scores_TN and their logarithms but for a constant of the token.
+# Makes of logits_TN the scores_TN and, but for a constant of the token, their
+# logarithms.
 SCALES = {
   'softmax': _softmax,
   'chosen': _softmax,  # the enwik8 code base of RMoE's experiments

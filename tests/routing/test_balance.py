@@ -18,9 +18,7 @@ def load(
   select = tiny.select(logits_TN.shape[1], 1)
   routing = select(logits_TN)
   routing = routing.only(padding_mask_BL.reshape(-1, 1))
-  return balance.load_of(
-    routing, padding_mask_BL, jnp.int32(0), select.bias_gradient
-  )
+  return balance.load_of(routing, padding_mask_BL, jnp.int32(0), select)
 
 
 def test_balanced_is_k_and_collapsed_is_n() -> None:
