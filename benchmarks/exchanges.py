@@ -44,7 +44,7 @@ class Program(NamedTuple):
   costs: dict[str, int]
 
   def run(self, operands: Operands) -> dict[str, int]:
-    """Computes the gradient; returns what happened to the slots."""
+    """Computes the gradient; returns what happened to the assignments."""
     _, dropped, overflowed = jax.block_until_ready(self.gradient(operands))
     if overflowed is None:
       overflowed = 0
@@ -56,7 +56,7 @@ class Layer:
 
   Attributes:
     exchanges: the names of all for the config's dispatch.
-    slots: of all tokens of a step, those that are used.
+    assignments: the number of used ones, of all tokens of a step.
   """
 
   def __init__(self, config: ConfigDict):
@@ -76,9 +76,9 @@ class Layer:
     self._dtype = build.compute_dtype(config, self._mesh)
     self._tokens = config.train.batch_size * config.data.seq_len
     self.exchanges = exchanges_for(config.moe.dispatch)
-    self.slots = self._tokens * config.moe.top_k
+    self.assignments = self._tokens * config.moe.top_k
     all_chosen = config.router.selection == 'top_p'
-    self._slots_of_token = (
+    self._assignments_of_token = (
       config.moe.num_experts if all_chosen else config.moe.top_k
     )
     self._graphdef, self._params = self._experts()
@@ -93,8 +93,8 @@ class Layer:
       first_T[::2] = 0
     indices_TK = (first_T[:, None] + np.arange(moe.top_k)) % moe.num_experts
     weights_TK = np.full(indices_TK.shape, 1 / moe.top_k, np.float32)
-    # Top-p has a slot for every expert; the last ones are not used.
-    unused = (0, 0), (0, self._slots_of_token - moe.top_k)
+    # Top-p has an assignment for every expert; the last ones are not used.
+    unused = (0, 0), (0, self._assignments_of_token - moe.top_k)
     indices_TK = np.pad(indices_TK, unused, constant_values=moe.num_experts)
     weights_TK = np.pad(weights_TK, unused)
     along = NamedSharding(self._mesh, P(mesh_lib.BATCH_AXES))
@@ -147,10 +147,10 @@ class Layer:
 
   def _experts(self) -> tuple[nnx.GraphDef, nnx.State]:
     model, moe = self._config.model, self._config.moe
-    _, bank = build.FEED_FORWARDS[model.activation]
+    _, make = build.FEED_FORWARDS[model.activation]
 
     def create() -> Any:
-      return bank(
+      return make(
         moe.num_experts,
         model.hidden_size,
         moe.expert_width // moe.factors,

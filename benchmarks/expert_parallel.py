@@ -97,7 +97,7 @@ def measure(
     | programs[name].costs
     | {
       'seconds': float(np.median(seconds[name, routing][warmup:])),
-      'slots': layer.slots,
+      'slots': layer.assignments,
       'emulated': name == 'ragged' and place['platform'] == 'cpu',
       'steps': steps,
     }

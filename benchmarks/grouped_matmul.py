@@ -116,9 +116,11 @@ def measure(
   )
 
   def both(name: str) -> timing.Program:
-    def function(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
+    def function(rows: Any, weights: Any, sizes: Any, grad: Any) -> Any:
       out, vjp = jax.vjp(
-        lambda rows, bank: grouped_matmul(rows, bank, sizes, name), rows, bank
+        lambda rows, weights: grouped_matmul(rows, weights, sizes, name),
+        rows,
+        weights,
       )
       return out, vjp(grad)
 

@@ -12,8 +12,8 @@ ours, the dense one, and the experts of Mixtral in transformers, its
 `grouped_mm` and `eager`; steps alternate, and malloc is set alike in all.
 
 A JSON line is a case: median `seconds` of all, `ratios` of the layer to each of
-the others (the median over rounds), and `skew`, slots of the busiest expert
-over the mean.
+the others (the median over rounds), and `skew`, the assignments of the busiest
+expert over the mean.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
 
   chosen_TK = jnp.asarray(_choices(sizes, kind))
   x_TD, weights_TK, grad_TD = _operands(sizes, timing.dtype_of(dtype))
-  bank = SwiGLUExperts(
+  experts = SwiGLUExperts(
     sizes['experts'],
     sizes['hidden'],
     sizes['width'],
@@ -176,7 +176,7 @@ def _dropless(sizes: dict[str, int], kind: str, dtype: str) -> Any:
     rngs=nnx.Rngs(params=0),
     multiply=chosen_matmul('auto', jax.devices()[0]),
   )
-  graphdef, params = nnx.split(bank)
+  graphdef, params = nnx.split(experts)
   params = jax.tree.map(lambda a: a.astype(x_TD.dtype), params)
 
   def layer(x_TD: Any, weights_TK: Any, params: Any, chosen_TK: Any) -> Any:

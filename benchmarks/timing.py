@@ -56,25 +56,25 @@ def kinds(flag: str) -> list[str]:
 
 
 def choices(kind: str, num_tokens: int, top_k: int, num_experts: int) -> Any:
-  """The experts of every token's slots, int32 [T, K].
+  """The experts of every token's assignments, int32 [T, K].
 
   Args:
     kind: 'balanced'; 'random', by scores of which some experts have more; or
-      'half', where expert 0 has every other slot and the rest is even.
+      'half', where expert 0 has every other assignment and the rest is even.
     num_tokens: T.
     top_k: K.
     num_experts: N.
   """
   rng = np.random.default_rng(0)
-  slots = num_tokens * top_k
+  assignments = num_tokens * top_k
   if kind == 'balanced':
-    chosen = rng.permutation(np.arange(slots) % num_experts)
+    chosen = rng.permutation(np.arange(assignments) % num_experts)
   elif kind == 'random':
     popular_N = 0.25 * rng.standard_normal(num_experts)
     scores_TN = rng.standard_normal((num_tokens, num_experts)) + popular_N
     chosen = np.argsort(-scores_TN, axis=1)[:, :top_k]
   else:
-    chosen = rng.integers(min(1, num_experts - 1), num_experts, slots)
+    chosen = rng.integers(min(1, num_experts - 1), num_experts, assignments)
     chosen[::2] = 0
   return chosen.astype(np.int32).reshape(num_tokens, top_k)
 
@@ -95,6 +95,6 @@ def square_matmul(dtype: Any) -> tuple[int, Program]:
 
 
 def skew(chosen_TK: np.ndarray, num_experts: int) -> float:
-  """Slots of the busiest expert over the mean."""
+  """Assignments of the busiest expert over the mean."""
   sizes = np.bincount(chosen_TK.reshape(-1), minlength=num_experts)
   return float(sizes.max() / sizes.mean())

@@ -52,7 +52,7 @@ def test_strategy_is_resolved() -> None:
     'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 1},
     'dispatch': 'dropless',
     'expert_parallelism': 'all_to_all',
-    # 3 others; 16 tokens of 32 float32 and 2 slots; rooms of 16 rows.
+    # 3 others; 16 tokens of 32 float32 and 2 assignments; rooms of 16 rows.
     'exchange_bytes': {
       'gather': 3 * 16 * (2 * 128 + 2 * 8),
       'all_to_all': 3 * 16 * 2 * 128,

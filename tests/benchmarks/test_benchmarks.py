@@ -112,7 +112,7 @@ def test_expert_parallel_measures_every_exchange_and_routing() -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_counts_the_slots_of_top_p_that_travel() -> None:
+def test_the_plan_counts_the_assignments_of_top_p_that_travel() -> None:
   config = tiny.config(**{'router.selection': 'top_p'})
   for row in expert_parallel.measure(config, steps=1, warmup=0):
     if not row['emulated']:

@@ -49,7 +49,7 @@ def test_moe_layer_compares_with_the_dense_one(
   row = json.loads(capsys.readouterr().out)
   seconds = row['seconds']
   assert row['ratios'] == {'dense': seconds['dropless'] / seconds['dense']}
-  assert row['skew'] == 2.0  # half of the slots, and four experts
+  assert row['skew'] == 2.0  # half of the assignments, and four experts
 
 
 def test_choices_are_what_their_names_say() -> None:

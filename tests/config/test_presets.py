@@ -192,10 +192,13 @@ def test_ablations_compose() -> None:
 
 
 def test_balance_weight_is_the_release_s() -> None:
-  """0.01 of shares of slots times shares of slots, with any counts."""
+  """0.01 of shares of assignments times such shares, with any counts."""
   config = rmoe.get_config('enwik8_medium')
   tokens, k, n = 10, config.moe.top_k, 3
-  counts, sums = (9, 7, 4), (5.0, 3.0, 2.0)  # slots; probability per expert
+  counts, sums = (
+    (9, 7, 4),
+    (5.0, 3.0, 2.0),
+  )  # assignments; probabilities
   theirs = n * sum(
     (c / (tokens * k)) * (p / (tokens * k))
     for c, p in zip(counts, sums, strict=True)

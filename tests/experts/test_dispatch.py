@@ -64,18 +64,18 @@ def test_an_own_dispatch_keeps_the_contract(
 
 
 def test_capacity_keeps_the_first_tokens_of_an_expert() -> None:
-  # 64 tokens x 2 slots over 8 experts: a balanced share of 16. With factor
-  # 0.5, experts 0 and 1 keep their first 8 tokens and drop 56 each.
+  # 64 tokens x 2 assignments over 8 experts: a balanced share of 16. With
+  # factor 0.5, experts 0 and 1 keep their first 8 tokens and drop 56 each.
   rng = np.random.default_rng(0)
   weights = jnp.ones((T, K))
   choice = jnp.int32(dense_experts.together(rng, N, K))
   logits = jnp.zeros((T, N))
-  bank = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+  experts = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
   x = jax.random.normal(jax.random.key(0), (T, D))
   routing = Routing(weights, choice, logits, logits)
   whole, part = jax.jit(
     lambda x, routing: [
-      dispatch(x, routing, bank)
+      dispatch(x, routing, experts)
       for dispatch in (dropless, Capacity(0.5, by_position))
     ]
   )(x, routing)
@@ -86,25 +86,25 @@ def test_capacity_keeps_the_first_tokens_of_an_expert() -> None:
   np.testing.assert_array_equal(part.y_TD[8:], 0)
 
 
-def test_capacity_keeps_the_heaviest_slots_of_an_expert() -> None:
+def test_capacity_keeps_the_heaviest_assignments_of_an_expert() -> None:
   rng = np.random.default_rng(5)
   weights = rng.random((T, K)).round(1)  # with many equal ones
   choice = dense_experts.varied(rng, N, K)
   choice[rng.random((T, K)) < 0.2] = N
   logits = jnp.zeros((T, N))
   routing = Routing(jnp.float32(weights), jnp.int32(choice), logits, logits)
-  bank = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
+  experts = SwiGLUExperts(N, D, F, init_std=1.0, rngs=nnx.Rngs(params=0))
   x = jax.random.normal(jax.random.key(0), (T, D))
   capacity = Capacity(0.5, by_probability)
-  part = jax.jit(lambda x, routing: capacity(x, routing, bank))(x, routing)
+  part = jax.jit(lambda x, routing: capacity(x, routing, experts))(x, routing)
 
   kept = np.zeros((T, K), bool)
   for expert in range(N):
-    slots = [tuple(slot) for slot in np.argwhere(choice == expert)]
+    pairs = [tuple(pair) for pair in np.argwhere(choice == expert)]
     # Python's sort is stable: of equal weights the earlier token comes first.
-    for slot in sorted(slots, key=lambda slot: -weights[slot])[:8]:
-      kept[slot] = True
+    for pair in sorted(pairs, key=lambda pair: -weights[pair])[:8]:
+      kept[pair] = True
   assert int(part.dropped) == (~kept & (choice < N)).sum() > 0
   alone = routing.only(jnp.array(kept))
-  whole = jax.jit(lambda x, routing: dropless(x, routing, bank))(x, alone)
+  whole = jax.jit(lambda x, routing: dropless(x, routing, experts))(x, alone)
   np.testing.assert_allclose(part.y_TD, whole.y_TD, rtol=1e-5, atol=1e-4)

@@ -39,11 +39,11 @@ CONTRACT_MESHES = (
 def overflows(
   choice: np.ndarray, axes: dict[str, int], exchange: str, factor: float
 ) -> int:
-  """Slots without room, counted with numpy."""
+  """Assignments without room, counted with numpy."""
   experts, k = axes['expert'], choice.shape[1]
   groups = math.prod(axes.get(axis, 1) for axis in ('data', 'fsdp'))
   tokens = T // groups // experts
-  # [group, from, token, slot]: the device it goes to.
+  # [group, from, token, assignment]: the device it goes to.
   device = (choice // (N // experts)).reshape(groups, experts, tokens, k)
   rows = np.stack([(device == to).sum((2, 3)) for to in range(experts)], -1)
   if exchange == 'ragged':
@@ -170,11 +170,11 @@ def test_every_exchange_on_every_mesh(
     (4, 2, {'expert': 4, 'tensor': 2}),
     (2, 1, {'expert': 2, 'tensor': 4}),
     (16, 3, {'expert': 4, 'data': 2}),
-    # As with top-p: as many slots as experts, most of them unused.
+    # As with top-p: as many assignments as experts, most of them unused.
     (8, 8, {'expert': 8}),
   ],
 )
-def test_other_numbers_of_experts_and_slots(
+def test_other_numbers_of_experts_and_assignments(
   exchange: str, num_experts: int, k: int, axes: dict[str, int]
 ) -> None:
   dispatch = across(axes, exchange, num_experts, buffer_factor=0.5)

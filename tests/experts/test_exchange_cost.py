@@ -18,7 +18,7 @@ from moe_jax.routing.selection import Routing
 from tests.helpers import tiny
 from tests.helpers.exchanges import across
 
-# Tokens of one device; slots, sizes, experts; devices that share these.
+# Tokens of one device; assignments, sizes, experts; devices that share these.
 T, K, D, F, N, U = 128, 2, 64, 128, 16, 8
 FACTOR, CAPACITY = 1.5, 1.25
 
@@ -102,7 +102,7 @@ def test_estimates_are_what_compiled_programs_send(
   text = compiled(dispatch, exchange).as_text()
   # Where there is a choice, the branch that sends less: nothing overflows.
   sent = total_bytes(collectives(text, min))
-  # Numbers of rows per expert and counts of slots come on top.
+  # Numbers of rows per expert and counts of assignments come on top.
   assert estimates(dispatch)[exchange] == pytest.approx(sent, rel=0.01)
   if (dispatch, exchange) == ('dropless', 'all_to_all'):
     with_gather = total_bytes(collectives(text, max))
@@ -111,7 +111,7 @@ def test_estimates_are_what_compiled_programs_send(
 
 
 def test_the_estimate_of_ragged_is_of_the_rows_that_leave() -> None:
-  """Balanced, of K slots of T tokens all but a share 1 / U, there and back."""
+  """Balanced, all but a share 1 / U of T K assignments, there and back."""
   leaving = T * K * (U - 1) // U
   assert estimates('dropless')['ragged'] == 2 * leaving * D * 4
 

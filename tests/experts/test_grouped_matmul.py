@@ -119,25 +119,25 @@ def test_a_ladder_holds_every_group(num_groups: int) -> None:
 
 
 def test_measurements_decide_for_their_shapes_alone() -> None:
-  rows, bank = jnp.ones((6, 3)), jnp.ones((2, 3, 5))
+  rows, weights = jnp.ones((6, 3)), jnp.ones((2, 3, 5))
   sizes = jnp.array([2, 4], jnp.int32)
   # A name that does not exist shows which way a call went.
   tuned = TunedMatmul('padded', ((case(7, 2, 3, 5, 'float32'), 'none'),))
   with pytest.raises(UserError, match='none'):
-    tuned(rows, bank, sizes)
-  np.testing.assert_array_equal(tuned(rows[:4], bank, sizes // 2)[:3], 3.0)
+    tuned(rows, weights, sizes)
+  np.testing.assert_array_equal(tuned(rows[:4], weights, sizes // 2)[:3], 3.0)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_triton_lowers_for_cuda(dtype: Any) -> None:
   """Forward and both gradients are kernels, not what XLA makes of them."""
 
-  def gradients(rows: jax.Array, bank: jax.Array, sizes: jax.Array) -> Any:
-    def total(rows: jax.Array, bank: jax.Array) -> jax.Array:
-      out = grouped_matmul(rows, bank, sizes, 'triton').astype(jnp.float32)
+  def gradients(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
+    def total(rows: jax.Array, weights: jax.Array) -> jax.Array:
+      out = grouped_matmul(rows, weights, sizes, 'triton').astype(jnp.float32)
       return (out**2).sum()
 
-    return jax.grad(total, (0, 1))(rows, bank)
+    return jax.grad(total, (0, 1))(rows, weights)
 
   shapes = (
     jax.ShapeDtypeStruct((256, 128), dtype),
@@ -157,8 +157,8 @@ def test_the_contract_is_run_by_all_that_can() -> None:
 
 
 def test_none_needs_no_package_on_any_platform() -> None:
-  bank, sizes = jnp.ones((2, 3, 5)), jnp.array([1, 3], jnp.int32)
-  traced = jax.jit(lambda rows: grouped_matmul(rows, bank, sizes)).trace(
+  weights, sizes = jnp.ones((2, 3, 5)), jnp.array([1, 3], jnp.int32)
+  traced = jax.jit(lambda rows: grouped_matmul(rows, weights, sizes)).trace(
     jnp.ones((4, 3))
   )
   text = {

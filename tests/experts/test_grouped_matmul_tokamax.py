@@ -53,13 +53,13 @@ def on_mesh(mesh: Any, kernel: str, check: bool = True) -> Any:
   """Each has its rows and their sizes; of every four, each its two groups."""
   tokens = P(('a', 'b'))
 
-  def local(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
-    bank = lax.pcast(bank, 'a', to='varying') if check else bank
+  def local(rows: Any, weights: Any, sizes: Any, grad: Any) -> Any:
+    weights = lax.pcast(weights, 'a', to='varying') if check else weights
     out, vjp = jax.vjp(
-      lambda rows, bank: multiply(rows, bank, sizes[0]), rows, bank
+      lambda rows, weights: multiply(rows, weights, sizes[0]), rows, weights
     )
-    rows_grad, bank_grad = vjp(grad)
-    return out, rows_grad, lax.psum(bank_grad, 'a')
+    rows_grad, weights_grad = vjp(grad)
+    return out, rows_grad, lax.psum(weights_grad, 'a')
 
   def multiply(*operands: jax.Array) -> jax.Array:
     return grouped_matmul.grouped_matmul(*operands, kernel)
@@ -78,25 +78,27 @@ def operands(num_rows: int) -> tuple[np.ndarray, ...]:
   sizes = rng.multinomial(num_rows, [0.2, 0.7, 0.1], 8)[:, :2]
   sizes[5, 0] = 0
   shapes = (8 * num_rows, D), (8, D, F), (8 * num_rows, F)
-  rows, bank, grad = (
+  rows, weights, grad = (
     rng.standard_normal(shape).astype(np.float32) for shape in shapes
   )
-  return rows, bank, sizes.astype(np.int32), grad
+  return rows, weights, sizes.astype(np.int32), grad
 
 
 def check_on_eight_devices(run: Any, num_rows: int) -> None:
-  rows, bank, sizes, grad = operands(num_rows)
-  out, rows_grad, bank_grad = map(np.asarray, run(rows, bank, sizes, grad))
-  expected = np.zeros(bank.shape)
+  rows, weights, sizes, grad = operands(num_rows)
+  out, rows_grad, weights_grad = map(
+    np.asarray, run(rows, weights, sizes, grad)
+  )
+  expected = np.zeros(weights.shape)
   for device in range(8):
     own = slice(device * num_rows, (device + 1) * num_rows)
     groups = slice(device % 4 * 2, device % 4 * 2 + 2)
-    here = rows[own].astype(float), bank[groups].astype(float), sizes[device]
+    here = rows[own].astype(float), weights[groups].astype(float), sizes[device]
     gradients = dense_gradients(*here, grad[own])
     np.testing.assert_allclose(out[own], dense_loop(*here), atol=1e-4)
     np.testing.assert_allclose(rows_grad[own], gradients[0], atol=1e-4)
     expected[groups] += gradients[1]
-  np.testing.assert_allclose(bank_grad, expected, atol=1e-4)
+  np.testing.assert_allclose(weights_grad, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize('jit', [True, False])

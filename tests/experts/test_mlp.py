@@ -40,20 +40,20 @@ EVERYWHERE = {
 }
 
 
-def make_bank() -> ReLUExperts:
+def make_experts() -> ReLUExperts:
   return ReLUExperts(
     N, D, F, init_std=0.3, dropout=RATE, rngs=nnx.Rngs(params=0)
   )
 
 
 def operands() -> tuple[Any, ...]:
-  """x, weights, choice, seeds and parameters; a fifth of the slots unused."""
+  """x, weights, choice (a fifth of it unused), seeds and parameters."""
   rng = np.random.default_rng(0)
   choice = np.stack([rng.permutation(N)[:K] for _ in range(T)])
   choice[rng.random((T, K)) < 0.2] = N
   weights = rng.random((T, K)) * (choice < N)
   seeds = rng.integers(0, 2**32, (T, K), np.uint32)
-  params = nnx.to_pure_dict(nnx.state(make_bank(), nnx.Param))
+  params = nnx.to_pure_dict(nnx.state(make_experts(), nnx.Param))
   noisy = {k: v + 0.2 * rng.standard_normal(v.shape) for k, v in params.items()}
   x = rng.standard_normal((T, D))
   single = functools.partial(jax.tree.map, jnp.float32)
@@ -64,7 +64,7 @@ def operands() -> tuple[Any, ...]:
 def dense(
   x: jax.Array, weights: Any, choice: Any, seeds: Any, params: dict
 ) -> jax.Array:
-  """Every expert for every slot, and a mask for each from its seed."""
+  """Every expert for every assignment, and a mask for each from its seed."""
   hidden_TNF = jax.nn.relu(
     jnp.einsum('TD,NDF->TNF', x, params['up_NDF']) + params['up_bias_NF']
   )
@@ -113,12 +113,12 @@ def expected(with_dropout: bool) -> Any:
     ),
   ],
 )
-def test_equals_every_expert_for_every_slot(
+def test_equals_every_expert_for_every_assignment(
   name: str, with_dropout: bool
 ) -> None:
   dispatch = EVERYWHERE[name]()
   x, weights, choice, seeds, params = operands()
-  graphdef = nnx.graphdef(nnx.eval_shape(make_bank))
+  graphdef = nnx.graphdef(nnx.eval_shape(make_experts))
 
   def total(x: jax.Array, weights: jax.Array, params: dict) -> Any:
     logits = jnp.zeros((T, N))

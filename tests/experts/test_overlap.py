@@ -90,7 +90,7 @@ def test_the_rest_of_the_layer_is_free_while_tokens_travel() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('exchange', ['all_to_all', 'ragged'])
-def test_tpu_programs_compute_while_slots_travel(exchange: str) -> None:
+def test_tpu_programs_compute_while_assignments_travel(exchange: str) -> None:
   config = CONFIG.copy_and_resolve_references()
   config.model.dtype = 'bfloat16'
   config.moe.exchange = exchange

@@ -12,7 +12,7 @@ from moe_jax.experts.permute import regroup
 from moe_jax.experts.ragged_exchange import Offsets, RaggedExchange
 from moe_jax.experts.row_exchange import BlockExchange
 
-# Devices, tokens and slots of each, experts: two on every device.
+# Devices, tokens and assignments of each, experts: two on every device.
 U, T, K, N = 4, 6, 2, 8
 FACTOR = 0.75
 ROOM = 9  # 0.75 * 6 * 2

@@ -43,7 +43,7 @@ def together(rng: np.random.Generator, num_experts: int, k: int) -> np.ndarray:
 
 
 def unused(rng: np.random.Generator, num_experts: int, k: int) -> np.ndarray:
-  """Some slots, and all of some tokens' slots, are unused, as with top-p."""
+  """Some assignments, and all of some tokens, are unused, as with top-p."""
   choice = varied(rng, num_experts, k)
   choice[rng.random((T, k)) < 0.3] = num_experts
   choice[:7] = num_experts
@@ -58,8 +58,8 @@ class Problem:
   """What a dispatch is given, and a direction that its output is summed along.
 
   Attributes:
-    choice: int [T, K]; N in an unused slot.
-    weights: float64 [T, K]; 0 in an unused slot.
+    choice: int [T, K]; N in an unused assignment.
+    weights: float64 [T, K]; 0 in an unused assignment.
     seeds: uint32 [T, K] of the dropout; None for none.
     mask: float64 [T, K, F], what the hidden units are multiplied by.
   """
@@ -69,12 +69,12 @@ class Problem:
   choice: np.ndarray
   seeds: np.ndarray | None
   mask: np.ndarray
-  bank: dict[str, np.ndarray]
+  params: dict[str, np.ndarray]
   direction: np.ndarray
 
   @property
   def num_experts(self) -> int:
-    return len(self.bank['down_NFD'])
+    return len(self.params['down_NFD'])
 
 
 def problem(
@@ -99,7 +99,7 @@ def problem(
 
 
 def _mask(seeds: np.ndarray) -> np.ndarray:
-  """Of each slot: its seed alone says it (`test_relu` tests that)."""
+  """Of each assignment: its seed alone says it (`test_mlp` tests that)."""
   ones = jnp.ones((*seeds.shape, F))
   mask = dropout_rows(
     ones, DROPOUT, jnp.asarray(seeds), num_units=F, first_unit=0
@@ -108,8 +108,8 @@ def _mask(seeds: np.ndarray) -> np.ndarray:
 
 
 def dense_loop(of: Problem) -> dict[str, np.ndarray]:
-  """y and the gradients of <y, direction>, one slot after the other."""
-  gate_up, down = of.bank['gate_up_ND2F'], of.bank['down_NFD']
+  """y and the gradients of <y, direction>, one assignment after the other."""
+  gate_up, down = of.params['gate_up_ND2F'], of.params['down_NFD']
   found = {
     'y': np.zeros((T, D)),
     'x': np.zeros((T, D)),
@@ -153,26 +153,30 @@ def jitted(dispatch: Dispatch, num_experts: int, dropout: bool = False) -> Any:
   )
 
   @jax.jit
-  def run(x: Any, weights: Any, choice: Any, seeds: Any, bank: Any, to: Any):
-    def along(x: Any, weights: Any, bank: Any) -> tuple[jax.Array, Dispatched]:
+  def run(x: Any, weights: Any, choice: Any, seeds: Any, params: Any, to: Any):
+    def along(
+      x: Any, weights: Any, params: Any
+    ) -> tuple[jax.Array, Dispatched]:
       logits = jnp.zeros((T, num_experts))
       routing = Routing(weights, choice, logits, logits, seeds)
-      done = dispatch(x, routing, nnx.merge(graphdef, bank))
+      done = dispatch(x, routing, nnx.merge(graphdef, params))
       return (done.y_TD * to).sum(), done
 
     gradient = jax.grad(along, argnums=(0, 1, 2), has_aux=True)
-    return gradient(x, weights, bank)
+    return gradient(x, weights, params)
 
   def computed(of: Problem) -> tuple[dict[str, np.ndarray], Dispatched]:
-    x, weights, bank, to = jax.tree.map(
-      jnp.float32, (of.x, of.weights, of.bank, of.direction)
+    x, weights, params, to = jax.tree.map(
+      jnp.float32, (of.x, of.weights, of.params, of.direction)
     )
-    (x_grad, weights_grad, bank_grad), done = run(
-      x, weights, jnp.int32(of.choice), of.seeds, bank, to
+    (x_grad, weights_grad, params_grad), done = run(
+      x, weights, jnp.int32(of.choice), of.seeds, params, to
     )
-    used = of.choice < num_experts  # an unused slot's weight is read by nobody
+    used = (
+      of.choice < num_experts
+    )  # an unused assignment's weight is read by nobody
     named = {'y': done.y_TD, 'x': x_grad, 'weights': weights_grad * used}
-    return named | bank_grad, done
+    return named | params_grad, done
 
   return computed
 

@@ -37,37 +37,39 @@ def dense_gradients(
   sizes: list[int],
   grad: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-  rows_grad, bank_grad = np.zeros_like(rows_MD), np.zeros_like(weights_NDF)
+  rows_grad, weights_grad = np.zeros_like(rows_MD), np.zeros_like(weights_NDF)
   start = 0
   for n, size in enumerate(sizes):
     part = slice(start, start + size)
     rows_grad[part] = grad[part] @ weights_NDF[n].T
-    bank_grad[n] = rows_MD[part].T @ grad[part]
+    weights_grad[n] = rows_MD[part].T @ grad[part]
     start += size
-  return rows_grad, bank_grad
+  return rows_grad, weights_grad
 
 
 def both_ways(name: str, dtype: Any) -> Any:
   @jax.jit
-  def run(rows: Any, bank: Any, sizes: Any, grad: Any) -> Any:
+  def run(rows: Any, weights: Any, sizes: Any, grad: Any) -> Any:
     out, vjp = jax.vjp(
-      lambda rows, bank: grouped_matmul(rows, bank, sizes, name), rows, bank
+      lambda rows, weights: grouped_matmul(rows, weights, sizes, name),
+      rows,
+      weights,
     )
     return out, *vjp(grad)
 
   def checked(sizes: list[int], shape: tuple[int, int, int], atol: float):
     num_rows, d, f = shape
     rng = np.random.default_rng(0)
-    rows, bank, grad = (
+    rows, weights, grad = (
       rng.standard_normal(s)
       for s in ((num_rows, d), (len(sizes), d, f), (num_rows, f))
     )
     # Both sides start from what the dtype can hold.
-    operands = [jnp.asarray(a, dtype) for a in (rows, bank, grad)]
-    rows, bank, grad = (np.asarray(a, np.float64) for a in operands)
+    operands = [jnp.asarray(a, dtype) for a in (rows, weights, grad)]
+    rows, weights, grad = (np.asarray(a, np.float64) for a in operands)
     expected = (
-      dense_loop(rows, bank, sizes),
-      *dense_gradients(rows, bank, sizes, grad),
+      dense_loop(rows, weights, sizes),
+      *dense_gradients(rows, weights, sizes, grad),
     )
     results = run(*operands[:2], jnp.asarray(sizes, jnp.int32), operands[2])
     for ours, theirs in zip(results, expected, strict=True):

@@ -19,7 +19,7 @@ BALANCED = tiny.MODELS['cartesian rmoe'] | {
   'loss.bias_rate': 0.01,
   'loss.z_weight': 0.01,
 }
-# Room for little more than half of the slots.
+# Room for little more than half of the assignments.
 BOUNDED = BALANCED | {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 0.6}
 
 

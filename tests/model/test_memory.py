@@ -167,8 +167,8 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   assert one.logits == 2 * 4 * chunk * BYTES
   assert parts.logits == 2 * 4 * 4 * 64 * BYTES
   # Data parallelism splits all of it. Along the expert axis, if tokens are
-  # gathered, every device holds the rows of its group; if slots travel through
-  # buffers, twice its own.
+  # gathered, every device holds the rows of its group; if assignments travel
+  # through buffers, twice its own.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
   assert split.dispatch == pytest.approx(one.dispatch, rel=0.041)

@@ -133,7 +133,7 @@ def test_ragged_exchanges_where_they_compile(
 ) -> None:
   """By choice of the plan; and in fact, by the compiler's refusal."""
   devices = topologies.target(topology).devices
-  # One slot per token sends fewer bytes ragged than by any other exchange.
+  # One assignment per token sends the fewest bytes by the ragged exchange.
   config = tiny.config(
     moe__top_k=1, mesh__data=-1, mesh__expert=4, train__batch_size=32
   )

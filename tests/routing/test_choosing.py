@@ -78,9 +78,7 @@ def agree(routing: Routing, how: Selection, logits_TN: Any, bias: Any) -> None:
     probabilities[t] = expected.probabilities_N
   np.testing.assert_array_equal(routing.indices_TK, indices)
   np.testing.assert_allclose(routing.weights_TK, weights, rtol=1e-6)
-  np.testing.assert_allclose(
-    routing.probabilities_TN, probabilities, rtol=2e-6
-  )
+  np.testing.assert_allclose(routing.probabilities_TN, probabilities, rtol=2e-6)
 
 
 @pytest.mark.parametrize('renormalize', [True, False])
