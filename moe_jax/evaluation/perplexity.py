@@ -96,11 +96,10 @@ def evaluate_split(
   batches = eval_batches(
     sequences, batch_size=batch_size, rows=rows.local, order=config.data.order
   )
-  memory = state.empty_memory(config, mesh, batch_size)
-  nll, tokens = 0.0, 0
+  nll, tokens, attention_state = 0.0, 0, None
   for batch in itertools.islice(batches, max_batches or None):
-    sums = eval_step(params, rows.join(batch), memory)
-    memory = sums['memory']
+    sums = eval_step(params, rows.join(batch), attention_state)
+    attention_state = sums['attention_state']
     # Python's float is float64: sums over many batches stay exact.
     nll += float(sums['nll'])
     tokens += int(sums['targets'])

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
 from moe_jax.interop import formats, mapping, safetensors
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 
 
 def logits(
@@ -75,7 +75,7 @@ def load(
 
   Returns:
     config: The sections `model`, `moe`, `router` and `loss`, locked.
-    params: The nested dict that `moe_jax.model.build` describes, NumPy float32.
+    params: The nested dict that `Decoder` describes, NumPy float32.
 
   Raises:
     UserError: A file cannot be read, the config is not supported, or a tensor
@@ -171,7 +171,7 @@ def abstract(
   with exact.unlocked():
     exact.model.dtype = 'float32'
     exact.moe.dispatch = 'dropless'
-  make = functools.partial(build, exact, config.model.vocab_size, None)
+  make = functools.partial(Decoder, exact, config.model.vocab_size, None)
   model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0)))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   flat = traverse_util.flatten_dict(params)

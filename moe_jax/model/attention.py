@@ -1,38 +1,78 @@
-"""Causal self-attention with grouped queries."""
+"""Causal self-attention with grouped queries.
 
+`Attention` projects; what its queries see and what is remembered for the next
+sequence is the matter of its `Attend`: `RotaryAttend` here, `SpanAttend` in
+`attention_span`. With rotary positions the attention of whole sequences is one
+of `ATTENTIONS`, and a user's own class may be among them.
+"""
+
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.dropout import dropout
-from moe_jax.model import attention_blocks
 from moe_jax.model.layers import rotate
 from moe_jax.parameter import EMBED, HEADS, KV_HEADS, param
+from moe_jax.registry import ATTENTIONS as ATTENTIONS
+from moe_jax.routing.router import Context
 
-# query_BLHA, key_BLGA, value_BLGA -> attended_BLHA: every position sees itself
-# and all before it.
-Causal = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# What attention remembers of a sequence for the one that follows: any pytree of
+# arrays [B, ...], () where it remembers nothing. Only `Attend` looks into it.
+AttentionState = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockContext(Context):
+  """What a block is told beside its input and its states.
+
+  Attributes:
+    key_pe_AW: The learned keys of relative positions, which all layers and
+      heads share; None where positions are not learned.
+  """
+
+  key_pe_AW: jax.Array | None = None
 
 
 class Attend(Protocol):
-  """Which positions a query sees, and how much of each."""
+  """Says what a query sees, and what of a sequence is remembered.
+
+  Attributes:
+    past: The number of positions in front of a sequence that are seen.
+  """
+
+  past: int
+
+  def key_pe(self, head_dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
+    """Returns the keys of positions that all layers share, if they have any."""
+    ...
+
+  def start(
+    self, num_layers: int, batch_size: int, hidden_size: int, dtype: jnp.dtype
+  ) -> AttentionState:
+    """Returns the state at the beginning of a text, each [layers, B, ...]."""
+    ...
+
+  def extend(
+    self, x_BLD: jax.Array, state: AttentionState
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns seen_BLD, `past` positions and x_BLD, and the next state."""
+    ...
 
   def __call__(
     self,
     query_BLHA: jax.Array,
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
-    key_pe_AW: jax.Array | None,
-    key: jax.Array | None,
+    context: BlockContext,
   ) -> jax.Array:
-    """The weighted values, [B, L, H, A].
+    """Returns the weighted values, [B, L, H, A].
 
-    Keys and values may have positions in front of those of the queries: what
-    came before the sequence.
+    Keys and values have `past` positions in front of those of the queries.
     """
+    ...
 
 
 class Attention(nnx.Module):
@@ -41,8 +81,9 @@ class Attention(nnx.Module):
   Padding stands at the end of a sequence, so causality alone hides it.
 
   Attributes:
-    query_DHA, key_DGA, value_DGA, out_HAD: projections; H is a multiple of G.
-    attend: from queries, keys and values to what is seen.
+    query_DHA, key_DGA, value_DGA, out_HAD: The projections; H is a multiple of
+      G.
+    attend: Goes from queries, keys and values to what is seen.
   """
 
   def __init__(
@@ -75,87 +116,139 @@ class Attention(nnx.Module):
     self.out_HAD = weight(HEADS, None, EMBED)
     self.attend = attend
 
-  def __call__(
-    self,
-    context_BLD: jax.Array,
-    length: int,
-    key_pe_AW: jax.Array | None = None,
-    key: jax.Array | None = None,
-  ) -> jax.Array:
-    """Attends from the last `length` positions of the context, [B, L, D].
+  def extend(
+    self, x_BLD: jax.Array, state: AttentionState
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns what is seen of the past in front of x_BLD, and the next state.
 
     Args:
-      context_BLD: what came before the sequence, if anything, and itself.
-      length: of the sequence.
-      key_pe_AW: for `SpanAttend`.
-      key: of dropout; None for none.
+      x_BLD: The hidden states of a sequence.
+      state: What this method returned for the tokens right before.
     """
-    dtype = context_BLD.dtype
+    return self.attend.extend(x_BLD, state)
+
+  def __call__(self, seen_BLD: jax.Array, context: BlockContext) -> jax.Array:
+    """Attends from the sequence to all that is seen, [B, L, D].
+
+    Args:
+      seen_BLD: What `extend` returned, or a position-wise function of it.
+      context: Its key is that of dropout.
+    """
+    dtype = seen_BLD.dtype
 
     def project(equation: str, x_BLD: jax.Array, w: nnx.Param) -> jax.Array:
       return jnp.einsum(equation, x_BLD, w[...].astype(dtype))
 
-    x_BLD = context_BLD[:, context_BLD.shape[1] - length :]
+    x_BLD = seen_BLD[:, self.attend.past :]
     attended_BLHA = self.attend(
       project('BLD,DHA->BLHA', x_BLD, self.query_DHA),
-      project('BLD,DGA->BLGA', context_BLD, self.key_DGA),
-      project('BLD,DGA->BLGA', context_BLD, self.value_DGA),
-      key_pe_AW,
-      key,
+      project('BLD,DGA->BLGA', seen_BLD, self.key_DGA),
+      project('BLD,DGA->BLGA', seen_BLD, self.value_DGA),
+      context,
     )
     return project('BLHA,HAD->BLD', attended_BLHA, self.out_HAD)
 
 
-class RotaryAttend:
-  """Every position sees itself and all before it; positions are rotations."""
+class Case(NamedTuple):
+  """What decides which causal attention can run.
 
-  def __init__(self, theta: float, dropout: float, causal: Causal):
-    """Describes it.
+  Attributes:
+    device: The kind that the program is for; it need not be here.
+    mesh: Where the arrays are; None for one device.
+    dtype: The type of queries, keys and values.
+    head_dim: A.
+  """
+
+  device: jax.Device
+  mesh: jax.sharding.Mesh | None
+  dtype: jnp.dtype
+  head_dim: int
+
+
+class CausalAttention:
+  """A way to compute causal attention, for `model.attention`.
+
+  A subclass of a user's own, registered with `@ATTENTIONS.register('mine')`, is
+  meant by `model.attention = 'mine'`. The arrays it is given are split over the
+  mesh as `moe_jax.parallel.mesh` says, sequences and heads, and need no
+  attention to that where all is written in plain JAX.
+  """
+
+  def __init__(self, case: Case) -> None:
+    """Makes the attention of a case that it fits."""
+    self.case = case
+
+  @classmethod
+  def obstacle(cls, case: Case) -> str | None:
+    """Returns why it does not fit a case, 'runs on ...', or None if it does."""
+    del case
+    return None
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A].
+
+    Every position sees itself and all before it, with the scale 1 / sqrt(A).
+    """
+    raise NotImplementedError
+
+
+class RotaryAttend:
+  """Lets a position see itself and all before it; positions are rotations."""
+
+  past = 0
+
+  def __init__(
+    self,
+    theta: float,
+    causal: CausalAttention,
+    dropout: float,
+    dropping: Callable[..., jax.Array],
+  ) -> None:
+    """Puts the parts together.
 
     Args:
-      theta: the base of the wavelengths.
-      dropout: rate on the attention weights.
-      causal: the attention of rotated queries and keys.
+      theta: The base of the wavelengths.
+      causal: The attention of rotated queries and keys.
+      dropout: The rate of dropout on the attention weights.
+      dropping: The attention with dropout: like `causal`, and with the rate
+        and the key of the random numbers as further arguments.
     """
     self.theta = theta
-    self.dropout = dropout
     self.causal = causal
+    self.dropout = dropout
+    self.dropping = dropping
+
+  def key_pe(self, head_dim: int, rngs: nnx.Rngs) -> None:
+    """Returns None, as rotations are not learned."""
+    del head_dim, rngs
+
+  def start(
+    self, num_layers: int, batch_size: int, hidden_size: int, dtype: jnp.dtype
+  ) -> tuple[()]:
+    """Returns the empty state: nothing before a sequence is seen."""
+    del num_layers, batch_size, hidden_size, dtype
+    return ()
+
+  def extend(
+    self, x_BLD: jax.Array, state: AttentionState
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns both as they are."""
+    return x_BLD, state
 
   def __call__(
     self,
     query_BLHA: jax.Array,
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
-    key_pe_AW: jax.Array | None,
-    key: jax.Array | None,
+    context: BlockContext,
   ) -> jax.Array:
-    del key_pe_AW
+    """Returns the weighted values, [B, L, H, A]."""
     query_BLHA = rotate(query_BLHA, self.theta)
     key_BLGA = rotate(key_BLGA, self.theta)
-    if self.dropout and key is not None:
-      return attention_blocks.blocks(
-        query_BLHA, key_BLGA, value_BLGA, self.dropout, key
+    if self.dropout and context.rng is not None:
+      return self.dropping(
+        query_BLHA, key_BLGA, value_BLGA, self.dropout, context.rng
       )
     return self.causal(query_BLHA, key_BLGA, value_BLGA)
-
-
-def group_logits(query_BLHA: jax.Array, key_BLGA: jax.Array) -> jax.Array:
-  """Query times key, [B, G, H/G, queries, keys] float32, not yet scaled."""
-  batch, length, heads, head_dim = query_BLHA.shape
-  groups = key_BLGA.shape[2]
-  query = query_BLHA.reshape(batch, length, groups, heads // groups, head_dim)
-  return jnp.einsum(
-    'BLGhA,BKGA->BGhLK', query, key_BLGA, preferred_element_type=jnp.float32
-  )
-
-
-def weigh(
-  logits: jax.Array, value_BLGA: jax.Array, rate: float, key: jax.Array | None
-) -> jax.Array:
-  """Softmax, dropout at `rate`, weighted sum of the values: [B, L, H, A]."""
-  weights = dropout(jax.nn.softmax(logits, axis=-1), rate, key)
-  attended = jnp.einsum(
-    'BGhLK,BKGA->BLGhA', weights.astype(value_BLGA.dtype), value_BLGA
-  )
-  batch, length, _, _, head_dim = attended.shape
-  return attended.reshape(batch, length, -1, head_dim)

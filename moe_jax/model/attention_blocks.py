@@ -1,6 +1,7 @@
-"""Causal attention without a square of positions, in plain JAX.
+"""Causal attention in plain JAX, for every backend.
 
-For every backend that has no kernel of its own, CPUs above all.
+`blocks` keeps no square of positions; it is the best where there is no kernel,
+on CPUs above all. XLA's own keeps one.
 """
 
 import functools
@@ -11,11 +12,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.experts.dropout import dropout
+from moe_jax.model.attention import ATTENTIONS, CausalAttention
 
+BLOCKS = 'blocks'
 # Queries whose scores are in memory together.
 BLOCK = 128
 # Parts of a sequence: the program has code for each, however long they are.
 _PARTS = 8
+
+
+@ATTENTIONS.register('xla')
+class SquareAttention(CausalAttention):
+  """XLA's own attention, whose scores are a square of positions."""
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A]."""
+    return jax.nn.dot_product_attention(
+      query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='xla'
+    )
+
+
+@ATTENTIONS.register(BLOCKS)
+class BlockAttention(CausalAttention):
+  """Attention of `BLOCK` queries at a time."""
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A]."""
+    return blocks(query_BLHA, key_BLGA, value_BLGA)
 
 
 def blocks(
@@ -23,7 +50,7 @@ def blocks(
   key_BLGA: jax.Array,
   value_BLGA: jax.Array,
   rate: float = 0.0,
-  dropout_key: jax.Array | None = None,
+  rng: jax.Array | None = None,
 ) -> jax.Array:
   """Causal softmax attention, 128 queries at a time.
 
@@ -33,14 +60,14 @@ def blocks(
   more, and what it keeps grows as the sequence does.
 
   Args:
-    query_BLHA: H is a multiple of G.
-    key_BLGA: of as many positions.
-    value_BLGA: likewise.
-    rate: of dropout on the weights.
-    dropout_key: of its random numbers; None for none.
+    query_BLHA: The queries; H is a multiple of G.
+    key_BLGA: The keys of as many positions.
+    value_BLGA: Their values.
+    rate: The rate of dropout on the weights.
+    rng: The key of its random numbers; None for no dropout.
 
   Returns:
-    [B, L, H, A] in the dtype of the values. The softmax is float32.
+    An array [B, L, H, A] in the dtype of the values. The softmax is float32.
   """
   length = query_BLHA.shape[1]
   rows = min(BLOCK, length)
@@ -62,7 +89,7 @@ def blocks(
     def block(
       query_BGhQA: jax.Array, i: jax.Array | int, attend=attend
     ) -> jax.Array:
-      return attend(query_BGhQA, key_BGLA, value_BGLA, i, dropout_key)
+      return attend(query_BGhQA, key_BGLA, value_BGLA, i, rng)
 
     if len(part) == 1:
       attended.append(block(part[0], first)[None])
@@ -77,12 +104,12 @@ def _block(
   key_BGLA: jax.Array,
   value_BGLA: jax.Array,
   i: jax.Array | int,
-  key: jax.Array | None,
+  rng: jax.Array | None,
   *,
   end: int,
   rate: float,
 ) -> jax.Array:
-  """The i-th block of Q queries and the first `end` keys."""
+  """Attends from the i-th block of Q queries to the first `end` keys."""
   batch, groups, _, rows, head_dim = query_BGhQA.shape
   # The heads of a group as more rows of one matmul.
   query_BGMA = query_BGhQA.reshape(batch, groups, -1, head_dim)
@@ -95,8 +122,8 @@ def _block(
   scores = scores_BGML.reshape(batch, groups, -1, rows, end) / head_dim**0.5
   seen_QL = i * rows + jnp.arange(rows)[:, None] >= jnp.arange(end)
   weights = jax.nn.softmax(jnp.where(seen_QL, scores, -jnp.inf), axis=-1)
-  if key is not None:
-    weights = dropout(weights, rate, jax.random.fold_in(key, i))
+  if rng is not None:
+    weights = dropout(weights, rate, jax.random.fold_in(rng, i))
   attended_BGMA = jnp.einsum(
     'BGML,BGLA->BGMA',
     weights.reshape(scores_BGML.shape).astype(value_BGLA.dtype),
@@ -106,7 +133,7 @@ def _block(
 
 
 def _cut(query_BLHA: jax.Array, rows: int, groups: int) -> jax.Array:
-  """[blocks, B, G, H/G, Q, A]; the last block may be padded."""
+  """Cuts into [blocks, B, G, H/G, Q, A]; the last block may be padded."""
   batch, length, heads, head_dim = query_BLHA.shape
   padding = [(0, 0), (0, -length % rows), (0, 0), (0, 0)]
   shape = batch, -1, rows, groups, heads // groups, head_dim
@@ -114,7 +141,7 @@ def _cut(query_BLHA: jax.Array, rows: int, groups: int) -> jax.Array:
 
 
 def _join(blocks: jax.Array, length: int) -> jax.Array:
-  """What `_cut` took apart: [B, L, H, A]."""
+  """Joins what `_cut` took apart, to [B, L, H, A]."""
   count, batch, groups, heads, rows, head_dim = blocks.shape
   shape = batch, count * rows, groups * heads, head_dim
   return blocks.transpose(1, 0, 4, 2, 3, 5).reshape(shape)[:, :length]

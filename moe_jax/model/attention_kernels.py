@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel.devices import capability
 
 _LANES = 128  # of a TPU's vector registers, which fill its blocks
 # Of queries and keys that a TPU core works on at a time; those of MaxText.
@@ -20,10 +22,63 @@ _BLOCK = 512
 _Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+CUDNN, SPLASH = 'cudnn', 'splash'
+
+
+@ATTENTIONS.register(CUDNN)
+class CudnnAttention(CausalAttention):
+  """`cudnn` on every device's own sequences and heads."""
+
+  @classmethod
+  def obstacle(cls, case: Case) -> str | None:
+    """Returns why it does not fit a case, or None if it does."""
+    if case.device.platform != 'gpu':
+      return f'runs on NVIDIA GPUs, not on {case.device.platform}'
+    version = capability(case.device)
+    if version < (8, 0):
+      has = getattr(case.device, 'compute_capability', 'none')
+      return f'needs compute capability 8.0, and the device has {has}'
+    if case.dtype not in (jnp.bfloat16, jnp.float16):
+      return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
+    largest = 256 if version >= (9, 0) else 128
+    if case.head_dim % 8 or case.head_dim > largest:
+      return (
+        f'takes head sizes that are multiples of 8 up to {largest}, not'
+        f' {case.head_dim}'
+      )
+    return None
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A]."""
+    attend = sharded(cudnn, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA)
+
+
+@ATTENTIONS.register(SPLASH)
+class SplashAttention(CausalAttention):
+  """`splash` on every device's own sequences and heads."""
+
+  @classmethod
+  def obstacle(cls, case: Case) -> str | None:
+    """Returns why it does not fit a case, or None if it does."""
+    if case.device.platform != 'tpu':
+      return f'runs on TPUs, not on {case.device.platform}'
+    return None
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A]."""
+    attend = sharded(splash, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA)
+
+
 def cudnn(
   query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
 ) -> jax.Array:
-  """cuDNN's flash attention, for bfloat16 and float16."""
+  """Calls cuDNN's flash attention, for bfloat16 and float16."""
   return jax.nn.dot_product_attention(
     query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='cudnn'
   )
@@ -35,7 +90,7 @@ def splash(
   value_BLGA: jax.Array,
   interpret: bool = False,
 ) -> jax.Array:
-  """JAX's splash attention, a Pallas kernel for TPUs.
+  """Calls JAX's splash attention, a Pallas kernel for TPUs.
 
   `interpret` runs its program on any device, slowly.
   """
@@ -67,7 +122,7 @@ def splash(
 def sharded(
   attention: _Attention, mesh: jax.sharding.Mesh | None
 ) -> _Attention:
-  """The same on every device's own sequences and heads."""
+  """Returns the same, run on every device's own sequences and heads."""
   if mesh is None or mesh.size == 1:
     return attention
   spec = P(mesh_lib.BATCH_AXES, None, mesh_lib.TENSOR, None)
@@ -79,7 +134,7 @@ def sharded(
 
 
 def _block_sizes(length: int) -> splash_attention.BlockSizes:
-  """The largest up to `_BLOCK` that divide the length."""
+  """Returns the largest up to `_BLOCK` that divide the length."""
   size = next(n for n in range(_BLOCK, 0, -_LANES) if length % n == 0)
   names = (
     'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'.split()

@@ -1,14 +1,13 @@
 """A decoder block, and a period of blocks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.experts.layer import Aux, Norm, PostNormChain, PreNormChain
-from moe_jax.model.attention import Attention
+from moe_jax.experts.layer import Aux, Layer, Norm
+from moe_jax.model.attention import Attention, AttentionState, BlockContext
 from moe_jax.routing.router import Context, RouterState
 
 
@@ -16,143 +15,112 @@ class Carry(NamedTuple):
   """What a block passes on to the next.
 
   Attributes:
-    x_BLD: hidden states.
-    state: of the recurrent router.
+    x_BLD: The hidden states.
+    state: The state of the recurrent router.
   """
 
   x_BLD: jax.Array
   state: RouterState
 
 
-class Past(NamedTuple):
-  """What attention sees beside the sequence.
+class Block(Protocol):
+  """A layer of the decoder: attention and a feed-forward."""
 
-  Attributes:
-    memory_BWD: hidden states before the sequence that this block read then.
-    key_pe_AW: keys of relative positions, the same in all layers and heads.
+  def __call__(
+    self, carry: Carry, context: BlockContext, attention_state: AttentionState
+  ) -> tuple[Carry, Aux | None, AttentionState]:
+    """Returns what to pass on, `Aux`, and the next state of attention.
+
+    `Aux` is None for a dense block.
+    """
+    ...
+
+
+class PreNormBlock(nnx.Module):
+  """`x = x + attention(norm(x))`, then the same of every feed-forward.
+
+  The chain of feed-forwards, `PreNormChain`, has its own norms and residuals.
   """
 
-  memory_BWD: jax.Array
-  key_pe_AW: jax.Array
-
-
-class Block(nnx.Module):
-  """Pre-norm: `x = x + attention(norm(x))`, then the feed-forward chain."""
-
-  def __init__(
-    self, norm: Norm, attention: Attention, chain: PreNormChain | PostNormChain
-  ):
+  def __init__(self, norm: Norm, attention: Attention, chain: Layer) -> None:
     self.norm = norm
     self.attention = attention
     self.chain = chain
 
   def __call__(
-    self,
-    carry: Carry,
-    context: Context,
-    past: Past | None,
-  ) -> tuple[Carry, Aux | None, jax.Array | None]:
-    """Returns what to pass on, `Aux`, and the block's next memory."""
+    self, carry: Carry, context: BlockContext, attention_state: AttentionState
+  ) -> tuple[Carry, Aux | None, AttentionState]:
+    """Returns what to pass on, `Aux`, and the next state of attention."""
     x_BLD, state = carry
-    context_BLD, memory_BWD = _with_memory(x_BLD, past)
     for_attention, for_chain = context.split(2)
     with jax.named_scope('attention'):
-      u_BLD = self._read(context_BLD)
-      seen_BLD = self._attend(u_BLD, x_BLD, past, for_attention.rng)
-      x_BLD = self._add(x_BLD, seen_BLD)
-    y_BLD, state, aux = self._chain(x_BLD, state, for_chain)
-    return Carry(self._leave(x_BLD, y_BLD), state), aux, memory_BWD
-
-  def _read(self, context_BLD: jax.Array) -> jax.Array:
-    return self.norm(context_BLD)
-
-  def _add(self, x_BLD: jax.Array, seen_BLD: jax.Array) -> jax.Array:
-    return x_BLD + seen_BLD
-
-  def _leave(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
-    """From the chain's input and output, the block's output."""
-    del x_BLD
-    return y_BLD
-
-  def _attend(
-    self,
-    context_BLD: jax.Array,
-    x_BLD: jax.Array,
-    past: Past | None,
-    key: jax.Array | None,
-  ) -> jax.Array:
-    key_pe_AW = None if past is None else past.key_pe_AW
-    return self.attention(context_BLD, x_BLD.shape[1], key_pe_AW, key)
-
-  def _chain(
-    self, x_BLD: jax.Array, state: RouterState, context: Context
-  ) -> tuple[jax.Array, RouterState, Aux | None]:
-    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    y_TD, state, aux = self.chain(x_TD, state, context)
-    return y_TD.reshape(x_BLD.shape), state, aux
+      seen_BLD, attention_state = self.attention.extend(x_BLD, attention_state)
+      x_BLD = x_BLD + self.attention(self.norm(seen_BLD), for_attention)
+    x_BLD, state, aux = _by_token(self.chain, x_BLD, state, for_chain)
+    return Carry(x_BLD, state), aux, attention_state
 
 
-class PostNormBlock(Block):
+class PostNormBlock(nnx.Module):
   """`x = norm(x + attention(x))`, then `x = outer_norm(x + chain(x))`.
 
-  The chain ends with a norm of its own and has the residual within (see
-  `PostNormChain`), so there are two norms around each feed-forward, as in the
-  CompeteSMoE code base.
+  The chain, `PostNormChain`, has norms and residuals of its own, so that two
+  norms are around each feed-forward, as in the CompeteSMoE code base.
   """
 
   def __init__(
-    self,
-    norm: Norm,
-    attention: Attention,
-    chain: PreNormChain | PostNormChain,
-    outer_norm: Norm,
-  ):
-    super().__init__(norm, attention, chain)
+    self, norm: Norm, attention: Attention, chain: Layer, outer_norm: Norm
+  ) -> None:
+    self.norm = norm
+    self.attention = attention
+    self.chain = chain
     self.outer_norm = outer_norm
 
-  def _read(self, context_BLD: jax.Array) -> jax.Array:
-    return context_BLD
-
-  def _add(self, x_BLD: jax.Array, seen_BLD: jax.Array) -> jax.Array:
-    return self.norm(x_BLD + seen_BLD)
-
-  def _leave(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
-    return self.outer_norm(x_BLD + y_BLD)
+  def __call__(
+    self, carry: Carry, context: BlockContext, attention_state: AttentionState
+  ) -> tuple[Carry, Aux | None, AttentionState]:
+    """Returns what to pass on, `Aux`, and the next state of attention."""
+    x_BLD, state = carry
+    for_attention, for_chain = context.split(2)
+    with jax.named_scope('attention'):
+      seen_BLD, attention_state = self.attention.extend(x_BLD, attention_state)
+      x_BLD = self.norm(x_BLD + self.attention(seen_BLD, for_attention))
+    y_BLD, state, aux = _by_token(self.chain, x_BLD, state, for_chain)
+    x_BLD = self.outer_norm(x_BLD + y_BLD)
+    return Carry(x_BLD, state), aux, attention_state
 
 
 class Period(nnx.Module):
   """The blocks of one repetition of the layer pattern."""
 
-  def __init__(self, blocks: Sequence[Block]):
+  def __init__(self, blocks: Sequence[Block]) -> None:
     self.blocks = nnx.List(blocks)
 
   def __call__(
     self,
     carry: Carry,
-    context: Context,
-    past: Sequence[Past | None],
-  ) -> tuple[Carry, list[Aux], list[jax.Array | None]]:
-    """Returns what to pass on, each MoE block's `Aux`, all memories.
+    context: BlockContext,
+    attention_states: Sequence[AttentionState],
+  ) -> tuple[Carry, list[Aux], list[AttentionState]]:
+    """Returns what to pass on, each MoE block's `Aux`, and all next states.
 
-    `past` has an element for every block.
+    `attention_states` has an element for every block.
     """
-    auxes, memory = [], []
+    auxes, next_states = [], []
     contexts = context.split(len(self.blocks))
-    for block, seen, of_block in zip(self.blocks, past, contexts, strict=True):
-      carry, aux, next_BWD = block(carry, of_block, seen)
-      memory.append(next_BWD)
+    for block, of_block, attention_state in zip(
+      self.blocks, contexts, attention_states, strict=True
+    ):
+      carry, aux, next_state = block(carry, of_block, attention_state)
+      next_states.append(next_state)
       if aux is not None:
         auxes.append(aux)
-    return carry, auxes, memory
+    return carry, auxes, next_states
 
 
-def _with_memory(
-  x_BLD: jax.Array, past: Past | None
-) -> tuple[jax.Array, jax.Array | None]:
-  """The context of the attention, and the next sequence's memory."""
-  if past is None:
-    return x_BLD, None
-  memory_BWD = past.memory_BWD.astype(x_BLD.dtype)
-  context_BLD = jnp.concatenate([memory_BWD, x_BLD], axis=1)
-  newest_BWD = context_BLD[:, -memory_BWD.shape[1] :]
-  return context_BLD, jax.lax.stop_gradient(newest_BWD)
+def _by_token(
+  chain: Layer, x_BLD: jax.Array, state: RouterState, context: Context
+) -> tuple[jax.Array, RouterState, Aux | None]:
+  """Calls the feed-forwards with [B, L, D] flattened to [T, D]."""
+  x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+  y_TD, state, aux = chain(x_TD, state, context)
+  return y_TD.reshape(x_BLD.shape), state, aux

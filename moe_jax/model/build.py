@@ -1,6 +1,5 @@
 """From a config to a `Decoder`: here, once, strings become objects."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import parameter
-from moe_jax.config import head_dim, layer_kinds
+from moe_jax.config import head_dim
 from moe_jax.errors import choose
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.grouped_matmul import GroupedMatmul
@@ -32,12 +31,10 @@ from moe_jax.experts.mlp import (
   SwiGLU,
   SwiGLUExperts,
 )
-from moe_jax.model import embedding, implementations
+from moe_jax.model import implementations
 from moe_jax.model.attention import Attend, Attention
-from moe_jax.model.block import Block, Period, PostNormBlock
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.block import Block, Period, PostNormBlock, PreNormBlock
 from moe_jax.model.layers import LayerNorm, RMSNorm
-from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parameter import EMBED, VOCAB, param
 from moe_jax.routing import recurrent
 from moe_jax.routing.cells import CELLS, Cell
@@ -73,98 +70,90 @@ class Parts(NamedTuple):
   """What every block of a model is made of.
 
   Attributes:
-    config: the whole config.
+    config: The whole config.
     vocab_size: V.
-    dispatch: of all MoE layers.
-    attend: of all layers.
-    multiply: the grouped matmul of all banks of experts.
-    disable_top: experts left out of every choice; see `Select`.
+    dtype: The type of the arithmetic outside routers and norms.
+    dispatch: The dispatch of all MoE layers.
+    attend: The attention of all layers.
+    multiply: The grouped matmul of all experts.
+    disable_top: The number of experts left out of every choice; see `Select`.
   """
 
   config: ConfigDict
   vocab_size: int
+  dtype: jnp.dtype
   dispatch: Dispatch
   attend: Attend
   multiply: GroupedMatmul
   disable_top: int
 
 
-def build(
+def make_parts(
   config: ConfigDict,
   vocab_size: int,
   mesh: jax.sharding.Mesh | None,
-  *,
-  rngs: nnx.Rngs,
   disable_top: int = 0,
-) -> Decoder:
-  """Makes the model that a config describes.
+) -> Parts:
+  """Returns the parts of a validated config's blocks; see `Parts`.
 
-  Args:
-    config: validated by `moe_jax.config.validate`.
-    vocab_size: V.
-    mesh: where it will run; None for one device of the default platform.
-    rngs: with the stream `params`.
-    disable_top: experts left out of every choice; see `Select`.
-
-  Returns:
-    A `Decoder`; call under `jax.jit` or `jax.eval_shape`, as every parameter
-    is made where this runs.
+  Raises:
+    UserError: An implementation is asked for that cannot run on the mesh.
   """
-  model = config.model
-  kinds = layer_kinds(config)
-  first, period = repetition(kinds, config.moe.every)
   dtype = compute_dtype(config, mesh)
-  parts = Parts(
+  return Parts(
     config,
     vocab_size,
+    dtype,
     implementations.dispatch(config, mesh, dtype),
     implementations.attention(config, mesh, dtype),
     implementations.grouped_matmul(config, mesh),
     disable_top,
   )
-  block = functools.partial(make_block, parts)
 
-  def make_period(rngs: nnx.Rngs) -> Period:
-    pattern = kinds[first : first + period]
-    blocks = Period([block(kind, rngs) for kind in pattern])
+
+def make_embedding(
+  config: ConfigDict, vocab_size: int, rngs: nnx.Rngs
+) -> nnx.Param:
+  """Returns embed_VD."""
+  init = nnx.initializers.normal(config.model.init_std)
+  return param(
+    init(rngs.params(), (vocab_size, config.model.hidden_size)),
+    (VOCAB, EMBED),
+    decay=True,
+    # It is looked up, and multiplies where it is the head as well.
+    matmuls=int(config.model.tie_embeddings),
+  )
+
+
+def make_head(
+  config: ConfigDict, vocab_size: int, rngs: nnx.Rngs
+) -> nnx.Param | None:
+  """Returns head_DV; None where the embedding is the head."""
+  if config.model.tie_embeddings:
+    return None
+  init = nnx.initializers.normal(config.model.init_std)
+  shape = config.model.hidden_size, vocab_size
+  return param(init(rngs.params(), shape), (EMBED, VOCAB), decay=True)
+
+
+def make_periods(
+  parts: Parts, pattern: Sequence[str], repeats: int, rngs: nnx.Rngs
+) -> Period | None:
+  """Returns P periods, stacked on a leading axis; None if there are none."""
+  if not repeats:
+    return None
+
+  def make(rngs: nnx.Rngs) -> Period:
+    blocks = make_period(parts, pattern, rngs)
     parameter.declare(blocks)  # while they have no axis of layers
     return blocks
 
-  periods, repeats = None, (len(kinds) - first) // period
-  if repeats:
-    stacked = nnx.vmap(make_period, in_axes=0, out_axes=0)
-    periods = stacked(rngs.split(repeats))
-  init = nnx.initializers.normal(model.init_std)
-  embed_VD = param(
-    init(rngs.params(), (vocab_size, model.hidden_size)),
-    (VOCAB, EMBED),
-    decay=True,
-    matmuls=int(model.tie_embeddings),  # looked up, and the head if tied
-  )
-  head_DV = None
-  if not model.tie_embeddings:
-    head_DV = param(
-      init(rngs.params(), (model.hidden_size, vocab_size)),
-      (EMBED, VOCAB),
-      decay=True,
-    )
-  return Decoder(
-    embed_VD,
-    make_cell(config, rngs),
-    Period([block(kind, rngs) for kind in kinds[:first]]),
-    periods,
-    make_norm(config) if model.norm_place == 'pre' else None,
-    head_DV,
-    head_bias_V=param(jnp.zeros(vocab_size)) if model.head_bias else None,
-    key_pe_AW=_key_pe(config, rngs),
-    repeats=repeats,
-    num_residual_logits=num_residual_logits(config),
-    dtype=dtype,
-    remat=model.remat,
-    unroll=model.unroll,
-    shard_tokens=functools.partial(mesh_lib.shard_tokens, mesh=mesh),
-    look_up=functools.partial(embedding.look_up, mesh=mesh),
-  )
+  return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(repeats))
+
+
+def make_period(parts: Parts, pattern: Sequence[str], rngs: nnx.Rngs) -> Period:
+  """Returns a block for each of the kinds in the pattern."""
+  return Period([make_block(parts, kind, rngs) for kind in pattern])
 
 
 def repetition(kinds: Sequence[str], every: int) -> tuple[int, int]:
@@ -195,14 +184,6 @@ def compute_dtype(
   devices = jax.devices() if mesh is None else mesh.devices.flat
   slow = next(iter(devices)).platform == 'cpu'
   return jnp.dtype(jnp.float32 if slow else jnp.bfloat16)
-
-
-def _key_pe(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Param | None:
-  if config.model.positions != 'span':
-    return None
-  shape = head_dim(config), config.model.span
-  # Drawn as released. What multiplies by it is counted with attention.
-  return param(jax.random.normal(rngs.params(), shape), matmuls=0)
 
 
 def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
@@ -237,7 +218,8 @@ def _pre_norm(
   norms: Sequence[Norm],
   sub_layers: Sequence[Layer],
 ) -> Block:
-  return Block(make_norm(config), attention, PreNormChain(norms, sub_layers))
+  chain = PreNormChain(norms, sub_layers)
+  return PreNormBlock(make_norm(config), attention, chain)
 
 
 def _post_norm(

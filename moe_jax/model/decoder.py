@@ -1,15 +1,23 @@
 """The decoder: embedding, blocks scanned by period, output head."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
-from moe_jax.experts.layer import Aux, Norm
+from moe_jax.config import head_dim, layer_kinds
+from moe_jax.experts.layer import Aux
 from moe_jax.experts.mlp import HIDDEN
-from moe_jax.model.block import Carry, Past, Period
+from moe_jax.model import build
+from moe_jax.model.attention import AttentionState, BlockContext
+from moe_jax.model.block import Carry, Period
+from moe_jax.model.embedding import look_up
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parameter import param
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import Context, start
 
@@ -29,7 +37,7 @@ REMAT_POLICIES = {
 
 
 def load_only(aux: Aux) -> Any:
-  """Of each MoE layer, keep the sums that loss and metrics need."""
+  """Returns the sums that loss and metrics need of an MoE layer."""
   return aux.load
 
 
@@ -37,37 +45,38 @@ class Hidden(NamedTuple):
   """What a decoder computes of a batch before its head.
 
   Attributes:
-    x_BLD: what the head reads, in the dtype of the arithmetic.
-    aux: of every MoE layer what was asked for, each array with leading axes
+    x_BLD: What the head reads, in the dtype of the arithmetic.
+    aux: What was asked for of every MoE layer, each array with leading axes
       [MoE layers, S]; None for a model without MoE layers.
-    memory: [layers, B, W, D], to be given back with the tokens that follow;
-      None for a model that sees nothing before its sequence.
+    attention_state: What attention remembers, each array [layers, B, ...], to
+      be given back with the tokens that follow; () where that is nothing.
   """
 
   x_BLD: jax.Array
   aux: Any
-  memory: jax.Array | None
+  attention_state: AttentionState
 
 
 class Output(NamedTuple):
   """What a decoder computes of a batch.
 
   Attributes:
-    logits_BLV: float32.
-    aux, memory: as in `Hidden`.
+    logits_BLV: The logits of the next token, float32.
+    aux: As in `Hidden`.
+    attention_state: As in `Hidden`.
   """
 
   logits_BLV: jax.Array
   aux: Any
-  memory: jax.Array | None
+  attention_state: AttentionState
 
 
 class Head(NamedTuple):
   """An output head, in float32.
 
   Attributes:
-    weight_DV: its matrix.
-    bias_V: or None.
+    weight_DV: Its matrix.
+    bias_V: Its bias, or None.
   """
 
   weight_DV: jax.Array
@@ -75,74 +84,59 @@ class Head(NamedTuple):
 
 
 class Decoder(nnx.Module):
-  """A causal language model of `Block`s.
+  """A causal language model: the one that a config describes.
 
   Attributes:
-    embed_VD: token embedding.
-    cell: the router's recurrent cell, shared by all layers.
-    prefix: blocks before the pattern repeats, unscanned.
-    periods: the repeating blocks, every parameter with a leading axis [P].
-    norm: before the head; None if the blocks end with one.
-    head_DV: the output head; None if tied to the embedding.
-    head_bias_V: of the output head, or None.
-    key_pe_AW: keys of relative positions, shared by all layers and heads; None
-      for other kinds of positions.
+    embed_VD: The token embedding.
+    cell: The recurrent cell that the routers of all layers share.
+    prefix: The blocks before the pattern repeats, unscanned.
+    periods: The repeating blocks, every parameter with a leading axis [P]; None
+      where the prefix is all there is.
+    norm: The norm before the head; None if the blocks end with one.
+    head_DV: The output head; None if tied to the embedding.
+    head_bias_V: The bias of the output head, or None.
+    key_pe_AW: The keys of relative positions that attention shares between
+      layers and heads; None for other kinds of positions.
   """
 
   def __init__(
     self,
-    embed_VD: nnx.Param,
-    cell: Cell,
-    prefix: Period,
-    periods: Period | None,
-    norm: Norm | None,
-    head_DV: nnx.Param | None,
+    config: ConfigDict,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh | None,
     *,
-    head_bias_V: nnx.Param | None,
-    key_pe_AW: nnx.Param | None,
-    repeats: int,
-    num_residual_logits: int,
-    dtype: jnp.dtype,
-    remat: str,
-    unroll: int,
-    shard_tokens: Callable[..., jax.Array],
-    look_up: Callable[[jax.Array, jax.Array], jax.Array],
-  ):
-    """Puts the parts together; see `moe_jax.model.build`.
+    rngs: nnx.Rngs,
+    disable_top: int = 0,
+  ) -> None:
+    """Makes the model and, where this runs, every parameter.
+
+    Call it under `jax.jit` or `jax.eval_shape`.
 
     Args:
-      embed_VD: parameter.
-      cell: part.
-      prefix: part, possibly without blocks.
-      periods: part; None where the prefix is all there is.
-      norm: part or None.
-      head_DV: parameter or None.
-      head_bias_V: parameter or None.
-      key_pe_AW: parameter or None.
-      repeats: P.
-      num_residual_logits: N where routers add up their logits, else 0.
-      dtype: of the arithmetic outside routers and norms.
-      remat: a key of `REMAT_POLICIES`.
-      unroll: periods per step of the scan.
-      shard_tokens: constrains an array's axis of B or T to the mesh; it is the
-        leading one, or `axis`.
-      look_up: `embed_VD[token_ids_BL]`, wherever they are.
+      config: A config that `moe_jax.config.validate` has passed.
+      vocab_size: V.
+      mesh: Where it will run; None for one device of the default platform.
+      rngs: Has the stream `params`. The order of what is drawn from it is part
+        of what a seed means.
+      disable_top: The number of experts left out of every choice; see `Select`.
     """
-    self.embed_VD = embed_VD
-    self.cell = cell
-    self.prefix = prefix
-    self.periods = periods
-    self.norm = norm
-    self.head_DV = head_DV
-    self.head_bias_V = head_bias_V
-    self.key_pe_AW = key_pe_AW
-    self.repeats = repeats
-    self.num_residual_logits = num_residual_logits
-    self.dtype = dtype
-    self.remat = remat
-    self.unroll = unroll
-    self.shard_tokens = shard_tokens
-    self.look_up = look_up
+    model, kinds = config.model, layer_kinds(config)
+    parts = build.make_parts(config, vocab_size, mesh, disable_top)
+    first, period = build.repetition(kinds, config.moe.every)
+    self.mesh, self.dtype, self.attend = mesh, parts.dtype, parts.attend
+    self.remat, self.unroll = model.remat, model.unroll
+    self.num_residual_logits = build.num_residual_logits(config)
+    self.num_layers = len(kinds)
+    self.repeats = (len(kinds) - first) // period
+    pattern = kinds[first : first + period]
+    self.periods = build.make_periods(parts, pattern, self.repeats, rngs)
+    self.embed_VD = build.make_embedding(config, vocab_size, rngs)
+    self.head_DV = build.make_head(config, vocab_size, rngs)
+    self.cell = build.make_cell(config, rngs)
+    self.prefix = build.make_period(parts, kinds[:first], rngs)
+    self.norm = build.make_norm(config) if model.norm_place == 'pre' else None
+    self.head_bias_V = param(jnp.zeros(vocab_size)) if model.head_bias else None
+    self.key_pe_AW = self.attend.key_pe(head_dim(config), rngs)
 
   def __call__(
     self,
@@ -150,15 +144,20 @@ class Decoder(nnx.Module):
     padding_mask_BL: jax.Array,
     keep: Callable[[Aux], Any] = load_only,
     *,
-    memory: jax.Array | None = None,
+    attention_state: AttentionState = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Output:
     """Runs the model; see `hidden`."""
-    x_BLD, *made = self.hidden(
-      token_ids_BL, padding_mask_BL, keep, memory=memory, step=step, rng=rng
+    x_BLD, aux, attention_state = self.hidden(
+      token_ids_BL,
+      padding_mask_BL,
+      keep,
+      attention_state=attention_state,
+      step=step,
+      rng=rng,
     )
-    return Output(self._logits(x_BLD), *made)
+    return Output(self._logits(x_BLD), aux, attention_state)
 
   def hidden(
     self,
@@ -166,27 +165,31 @@ class Decoder(nnx.Module):
     padding_mask_BL: jax.Array,
     keep: Callable[[Aux], Any] = load_only,
     *,
-    memory: jax.Array | None = None,
+    attention_state: AttentionState = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Hidden:
     """Runs the model up to its head.
 
     Args:
-      token_ids_BL: int32 vocabulary indices.
-      padding_mask_BL: bool; False marks padding, at the end of a sequence.
-      keep: what to return of each MoE layer's `Aux`.
-      memory: of the call whose tokens came right before; None for zeros. Only
-        for a model with a span.
-      step: the training step, int32; None in evaluation.
-      rng: of the random numbers of training; None, as in evaluation, for none.
+      token_ids_BL: The vocabulary indices, int32.
+      padding_mask_BL: Bool; False marks padding, at the end of a sequence.
+      keep: What to return of each MoE layer's `Aux`.
+      attention_state: What the call returned whose tokens came right before;
+        None for that of a text's beginning.
+      step: The training step, int32; None in evaluation.
+      rng: The key of the random numbers of training; None, as in evaluation,
+        for none.
     """
-    x_BLD = self.look_up(self.embed_VD[...].astype(self.dtype), token_ids_BL)
+    table_VD = self.embed_VD[...].astype(self.dtype)
+    x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
     context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
     for_prefix, for_periods = context.split(2)
-    state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
-    carry = self._shard(Carry(x_BLD, state))
-    first, remembered = self._memories(memory, x_BLD)
+    router_state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
+    carry = self._shard(Carry(x_BLD, router_state))
+    if attention_state is None:
+      attention_state = self.start(len(token_ids_BL))
+    of_prefix, of_periods = self._by_period(attention_state)
 
     def run_period(
       carry: Carry,
@@ -195,17 +198,22 @@ class Decoder(nnx.Module):
       padding_mask_BL: jax.Array,
       key_pe_AW: jax.Array | None,
       period: Period,
-      memory: jax.Array | None,
+      attention_state: AttentionState,
       rng: jax.Array | None,
-    ) -> tuple[Carry, tuple[Any, jax.Array | None]]:
-      past = _past(memory, key_pe_AW, len(period.blocks))
-      context = Context(cell, token_ids_BL, padding_mask_BL, step, rng)
-      carry, auxes, memory = period(carry, context, past)
+    ) -> tuple[Carry, tuple[Any, AttentionState]]:
+      context = BlockContext(
+        cell, token_ids_BL, padding_mask_BL, step, rng, key_pe_AW
+      )
+      states = _unstack(attention_state, len(period.blocks))
+      carry, auxes, states = period(carry, context, states)
       kept = _stack([keep(aux) for aux in auxes])
-      return self._shard(carry), (kept, self._stack_memory(memory))
+      return self._shard(carry), (kept, self._shard(_stack(states), axis=1))
 
-    shared = self.cell, token_ids_BL, padding_mask_BL, self._key_pe()
-    carry, made = run_period(carry, *shared, self.prefix, first, for_prefix.rng)
+    key_pe_AW = None if self.key_pe_AW is None else self.key_pe_AW[...]
+    shared = self.cell, token_ids_BL, padding_mask_BL, key_pe_AW
+    carry, made = run_period(
+      carry, *shared, self.prefix, of_prefix, for_prefix.rng
+    )
     if self.periods is not None:
       scan = nnx.scan(
         self._rematerialized(run_period),
@@ -216,50 +224,42 @@ class Decoder(nnx.Module):
       rngs = for_periods.rng
       if rngs is not None:
         rngs = jax.random.split(rngs, self.repeats)
-      carry, scanned = scan(carry, *shared, self.periods, remembered, rngs)
+      carry, scanned = scan(carry, *shared, self.periods, of_periods, rngs)
       made = tuple(map(_in_depth_order, made, scanned))
     x_BLD = carry.x_BLD if self.norm is None else self.norm(carry.x_BLD)
     return Hidden(x_BLD, *made)
 
+  def start(self, batch_size: int) -> AttentionState:
+    """Returns what attention remembers at the beginning of a text."""
+    hidden_size = self.embed_VD.shape[1]
+    return self.attend.start(
+      self.num_layers, batch_size, hidden_size, self.dtype
+    )
+
   def head(self) -> Head:
-    """What makes logits of the last hidden states."""
+    """Returns what makes logits of the last hidden states."""
     bias_V = None if self.head_bias_V is None else self.head_bias_V[...]
     if self.head_DV is None:
       return Head(self.embed_VD[...].T, bias_V)
     return Head(self.head_DV[...], bias_V)
 
-  def _key_pe(self) -> jax.Array | None:
-    return None if self.key_pe_AW is None else self.key_pe_AW[...]
-
-  def _memories(
-    self, memory: jax.Array | None, x_BLD: jax.Array
-  ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The memory [blocks, B, W, D] of the prefix, and of the periods [P, ...].
-
-    Zeros at the beginning of a text.
-    """
-    if self.key_pe_AW is None:
-      return None, None
+  def _by_period(
+    self, attention_state: AttentionState
+  ) -> tuple[AttentionState, AttentionState]:
+    """Cuts [layers, ...] into that of the prefix and [P, blocks, ...]."""
     first = len(self.prefix.blocks)
-    period = len(self.periods.blocks) if self.periods is not None else 0
-    if memory is None:
-      batch, _, size = x_BLD.shape
-      layers, span = first + self.repeats * period, self.key_pe_AW.shape[-1]
-      memory = jnp.zeros((layers, batch, span, size), x_BLD.dtype)
-    repeating = memory[first:].reshape(-1, max(period, 1), *memory.shape[1:])
-    return memory[:first], repeating
+    period = len(self.periods.blocks) if self.periods is not None else 1
 
-  def _stack_memory(
-    self, memory: Sequence[jax.Array | None]
-  ) -> jax.Array | None:
-    if not memory or memory[0] is None:
-      return None
-    return self.shard_tokens(jnp.stack(memory), axis=1)
+    def repeating(a: jax.Array) -> jax.Array:
+      return a[first:].reshape(-1, period, *a.shape[1:])
 
-  def _rematerialized(self, step: Callable) -> Callable:
+    of_prefix = jax.tree.map(lambda a: a[:first], attention_state)
+    return of_prefix, jax.tree.map(repeating, attention_state)
+
+  def _rematerialized(self, run_period: Callable) -> Callable:
     if self.remat == 'none':
-      return step
-    return nnx.remat(step, policy=REMAT_POLICIES[self.remat])
+      return run_period
+    return nnx.remat(run_period, policy=REMAT_POLICIES[self.remat])
 
   def _logits(self, x_BLD: jax.Array) -> jax.Array:
     weight_DV, bias_V = self.head()
@@ -271,21 +271,21 @@ class Decoder(nnx.Module):
     )
     return logits_BLV if bias_V is None else logits_BLV + bias_V
 
-  def _shard(self, carry: Carry) -> Carry:
-    return jax.tree.map(self.shard_tokens, carry)
+  def _shard(self, tree: Any, axis: int = 0) -> Any:
+    """Constrains the axis of B or T of all arrays to the mesh."""
+    return jax.tree.map(
+      lambda a: mesh_lib.shard_tokens(a, self.mesh, axis), tree
+    )
 
 
-def _past(
-  memory: jax.Array | None, key_pe_AW: jax.Array | None, num_blocks: int
-) -> list[Past | None]:
-  """What each of a period's blocks sees beside its sequence."""
-  if memory is None:
-    return [None] * num_blocks
-  return [Past(memory[i], key_pe_AW) for i in range(num_blocks)]
+def _stack(trees: Sequence[Any]) -> Any:
+  """Returns the stacked arrays of all trees; None if there are no trees."""
+  return jax.tree.map(lambda *a: jnp.stack(a), *trees) if trees else None
 
 
-def _stack(auxes: Sequence[Any]) -> Any:
-  return jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
+def _unstack(tree: Any, count: int) -> list[Any]:
+  """Takes apart what `_stack` made of so many trees."""
+  return [jax.tree.map(operator.itemgetter(i), tree) for i in range(count)]
 
 
 def _in_depth_order(prefix: Any, scanned: Any) -> Any:

@@ -7,8 +7,7 @@ named and cannot run is refused with the reason, its obstacle.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,79 +22,56 @@ from moe_jax.experts.exchange_cost import ExchangeSizes
 from moe_jax.experts.expert_parallel import ExpertParallel, Layout
 from moe_jax.experts.grouped_matmul import GROUPED_MATMULS, TunedMatmul
 from moe_jax.model import attention_blocks, attention_kernels, tuned
-from moe_jax.model.attention import Attend, Causal, RotaryAttend
+from moe_jax.model.attention import ATTENTIONS, Attend, Case, RotaryAttend
 from moe_jax.model.attention_span import SpanAttend
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parallel.devices import capability
 
 _LOG = logging.getLogger(__name__)
 
 
-class Case(NamedTuple):
-  """What decides which implementations are possible.
-
-  Attributes:
-    device: of the kind that the program is for; it need not be here.
-    mesh: None for one device.
-    dtype: of queries, keys and values.
-    head_dim: A.
-  """
-
-  device: jax.Device
-  mesh: jax.sharding.Mesh | None
-  dtype: jnp.dtype
-  head_dim: int
-
-
-class Implementation(NamedTuple):
-  """One way to compute causal attention.
-
-  Attributes:
-    make: from a case that it fits.
-    obstacle: why it does not fit a case: 'runs on ..., not on ...'; or None.
-  """
-
-  make: Callable[[Case], Causal]
-  obstacle: Callable[[Case], str | None]
+def first_device(mesh: jax.sharding.Mesh | None) -> jax.Device:
+  """Returns a device of a mesh; without one, of the default platform."""
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return next(iter(devices))
 
 
 def attention(
   config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
 ) -> Attend:
-  """The attention of a validated config.
+  """Returns the attention of a validated config.
 
   Args:
-    config: the whole config.
-    mesh: where it will run; None for one device of the default platform.
-    dtype: of the arithmetic.
+    config: The whole config.
+    mesh: Where it will run; None for one device of the default platform.
+    dtype: The type of the arithmetic.
 
   Raises:
     UserError: `model.attention` names what cannot run there.
   """
   model = config.model
   if model.positions == 'span':
-    return SpanAttend(model.dropout)
+    return SpanAttend(model.span, model.dropout)
   case = attention_case(config, mesh, dtype)
-  chosen = IMPLEMENTATIONS[attention_name(model.attention, case)]
-  return RotaryAttend(model.rope_theta, model.dropout, chosen.make(case))
+  causal = ATTENTIONS[attention_name(model.attention, case)](case)
+  return RotaryAttend(
+    model.rope_theta, causal, model.dropout, attention_blocks.blocks
+  )
 
 
 def attention_case(
   config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
 ) -> Case:
-  """What `attention` chooses by."""
-  devices = jax.devices() if mesh is None else mesh.devices.flat
-  return Case(next(iter(devices)), mesh, dtype, head_dim(config))
+  """Returns what `attention` chooses by."""
+  return Case(first_device(mesh), mesh, dtype, head_dim(config))
 
 
 def attention_name(asked: str, case: Case) -> str:
-  """The implementation that `model.attention` means; see `attention`."""
+  """Returns the name of what `model.attention` means; see `attention`."""
   if asked == 'auto':
     return next(
-      n for n in _PREFERRED_ATTENTIONS if not IMPLEMENTATIONS[n].obstacle(case)
+      n for n in _PREFERRED_ATTENTIONS if not ATTENTIONS[n].obstacle(case)
     )
-  chosen = IMPLEMENTATIONS[choose('model.attention', asked, IMPLEMENTATIONS)]
-  obstacle = chosen.obstacle(case)
+  obstacle = ATTENTIONS[asked].obstacle(case)
   if obstacle:
     raise UserError(
       f"model.attention = {asked!r} {obstacle}; 'auto' is what fits here,"
@@ -104,54 +80,12 @@ def attention_name(asked: str, case: Case) -> str:
   return asked
 
 
-def _square(
-  query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
-) -> jax.Array:
-  return jax.nn.dot_product_attention(
-    query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='xla'
-  )
-
-
-def _cudnn_obstacle(case: Case) -> str | None:
-  if case.device.platform != 'gpu':
-    return f'runs on NVIDIA GPUs, not on {case.device.platform}'
-  version = capability(case.device)
-  if version < (8, 0):
-    has = getattr(case.device, 'compute_capability', 'none')
-    return f'needs compute capability 8.0, and the device has {has}'
-  if case.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
-  largest = 256 if version >= (9, 0) else 128
-  if case.head_dim % 8 or case.head_dim > largest:
-    return (
-      f'takes head sizes that are multiples of 8 up to {largest}, not'
-      f' {case.head_dim}'
-    )
-  return None
-
-
-def _splash_obstacle(case: Case) -> str | None:
-  if case.device.platform != 'tpu':
-    return f'runs on TPUs, not on {case.device.platform}'
-  return None
-
-
-IMPLEMENTATIONS = {
-  'xla': Implementation(lambda case: _square, lambda case: None),
-  'blocks': Implementation(
-    lambda case: attention_blocks.blocks, lambda case: None
-  ),
-  'cudnn': Implementation(
-    lambda case: attention_kernels.sharded(attention_kernels.cudnn, case.mesh),
-    _cudnn_obstacle,
-  ),
-  'splash': Implementation(
-    lambda case: attention_kernels.sharded(attention_kernels.splash, case.mesh),
-    _splash_obstacle,
-  ),
-}
-# Of those that are possible the first is taken.
-_PREFERRED_ATTENTIONS = ('cudnn', 'splash', 'blocks')
+# Of those that are possible `auto` takes the first.
+_PREFERRED_ATTENTIONS = (
+  attention_kernels.CUDNN,
+  attention_kernels.SPLASH,
+  attention_blocks.BLOCKS,
+)
 
 
 def grouped_matmul(

@@ -21,7 +21,8 @@ from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.layer import MoELayer
 from moe_jax.model import attention_blocks, implementations, loss
 from moe_jax.model.attention_span import BLOCK
-from moe_jax.model.build import build, compute_dtype, repetition
+from moe_jax.model.build import compute_dtype, repetition
+from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 
 _Shape = jax.ShapeDtypeStruct
@@ -173,7 +174,7 @@ def _kept(
   """Bytes that backward keeps per sequence, and of weights in another dtype."""
 
   def create() -> Any:
-    return build(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
+    return Decoder(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
 
   graphdef = nnx.graphdef(nnx.eval_shape(create))
   params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(create())))
@@ -228,7 +229,9 @@ def _moe_layer(config: ConfigDict, mesh: jax.sharding.Mesh) -> MoELayer:
     'moe.offset': 0,
     'moe.first_dense': 0,
   }
-  decoder = build(_changed(config, one_layer), 1, mesh, rngs=nnx.Rngs(params=0))
+  decoder = Decoder(
+    _changed(config, one_layer), 1, mesh, rngs=nnx.Rngs(params=0)
+  )
   graphdef, params = nnx.split(decoder.periods)
   period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
   return period.blocks[0].chain.sub_layers[0]

@@ -1,6 +1,7 @@
 """The state of a training run: a plain dict of arrays, made where it lives."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_jax import config as config_lib
 from moe_jax import parameter
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.model.build import build, compute_dtype
+from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer
@@ -86,12 +87,21 @@ class Setup:
   def _rest(self, key: jax.Array, params: Any) -> TrainState:
     """All of the first state but its parameters."""
     _, run_key = jax.random.split(key)
-    memory = empty_memory(self.config, self.mesh, self.config.train.batch_size)
+    memory = self._start(params, self.config.train.batch_size)
     return {
       'step': jnp.zeros((), jnp.int32),
       'opt_state': self.tx.init(params),
       'key': jax.random.key_data(run_key),
-    } | ({} if memory is None else {'memory': memory})
+    } | ({} if not jax.tree.leaves(memory) else {'memory': memory})
+
+  def start(self, batch_size: int) -> AttentionState:
+    """Returns what attention remembers at the beginning of a text."""
+    start = functools.partial(self._start, self.abstract['params'], batch_size)
+    return jax.jit(start, out_shardings=mesh_lib.memory_sharding(self.mesh))()
+
+  def _start(self, params: Any, batch_size: int) -> AttentionState:
+    model: Decoder = nnx.merge(self.graphdef, params)
+    return model.start(batch_size)
 
 
 def from_config(config: ConfigDict) -> Setup:
@@ -146,29 +156,11 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   return dataclasses.replace(made, abstract=abstract)
 
 
-def empty_memory(
-  config: ConfigDict, mesh: Mesh, batch_size: int
-) -> jax.Array | None:
-  """What a model remembers at the beginning of a text: zeros.
-
-  None for a model that sees nothing before its sequence.
-  """
-  model = config.model
-  if not model.span:
-    return None
-  shape = (model.num_layers, batch_size, model.span, model.hidden_size)
-  return jnp.zeros(
-    shape,
-    compute_dtype(config, mesh),
-    device=mesh_lib.memory_sharding(mesh),
-  )
-
-
 def _abstract_model(
   config: ConfigDict, vocab_size: int, mesh: Mesh, disable_top: int
 ) -> Decoder:
   def make() -> Decoder:
-    return build(
+    return Decoder(
       config,
       vocab_size,
       mesh,
@@ -188,5 +180,5 @@ def _init_options(mesh: Mesh) -> dict[str, int] | None:
 def _init_params(
   config: ConfigDict, vocab_size: int, mesh: Mesh, key: jax.Array
 ) -> dict[str, Any]:
-  model = build(config, vocab_size, mesh, rngs=nnx.Rngs(params=key))
+  model = Decoder(config, vocab_size, mesh, rngs=nnx.Rngs(params=key))
   return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
@@ -28,14 +29,14 @@ class _Reads(NamedTuple):
   """What a pass of the model reads beside its parameters.
 
   Attributes:
-    batch: whole or a micro-batch.
-    memory: of its rows, None without a span.
-    step: the training step.
-    rng: of its random numbers, None where it draws none.
+    batch: The global batch or a micro-batch.
+    attention_state: What attention remembers of its rows.
+    step: The training step.
+    rng: The key of its random numbers, None where it draws none.
   """
 
   batch: Batch
-  memory: jax.Array | None
+  attention_state: AttentionState
   step: jax.Array | None
   rng: jax.Array | None
 
@@ -55,9 +56,7 @@ def make_train_step(
   learning_rate = optimizer.schedule(config)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    memory = state.get('memory')
-    if memory is not None:
-      memory = jnp.where(batch['segment_start'][:, None, None], 0, memory)
+    memory = _restart(state.get('memory', ()), batch)
     rng = _step_rng(state, config)
     reads = _Reads(batch, memory, state['step'], rng)
     grads, metrics, memory = _gradient(setup, state['params'], reads)
@@ -70,7 +69,7 @@ def make_train_step(
     )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
-    if memory is not None:
+    if 'memory' in state:
       new['memory'] = memory
     return state | new, metrics
 
@@ -89,15 +88,19 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
 
   Returns:
     A function of (params, batch) and, where the batch goes on with the rows of
-    the one before, that one's memory, which it donates; to {'nll': nats,
-    'targets': their number, 'load': Load or None, 'memory': for the next
-    batch, None without a span}.
+    the one before, what attention remembers of that one, which it donates. It
+    returns {'nll': nats, 'targets': their number, 'load': Load or None,
+    'attention_state': for the next batch}.
   """
 
-  def eval_step(params: Any, batch: Batch, memory: jax.Array | None) -> Metrics:
+  def eval_step(
+    params: Any, batch: Batch, attention_state: AttentionState
+  ) -> Metrics:
     model: Decoder = nnx.merge(setup.eval_graphdef, params)
-    x_BLD, load, memory = model.hidden(
-      batch['token_ids'], batch['padding_mask'], memory=memory
+    x_BLD, load, attention_state = model.hidden(
+      batch['token_ids'],
+      batch['padding_mask'],
+      attention_state=attention_state,
     )
     targets = Targets(
       batch['targets'], batch['padding_mask'].astype(jnp.float32)
@@ -106,27 +109,42 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
       'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets),
       'targets': batch['padding_mask'].sum(),
       'load': load,
-      'memory': memory,
+      'attention_state': attention_state,
     }
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract['params'])
-  of_memory = mesh_lib.memory_sharding(setup.mesh)
+  of_state = mesh_lib.memory_sharding(setup.mesh)
   sums = dict.fromkeys(
     ('nll', 'targets', 'load'), mesh_lib.replicated(setup.mesh)
   )
   jitted = jax.jit(
     eval_step,
-    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh), of_memory),
-    out_shardings=sums | {'memory': of_memory},
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh), of_state),
+    out_shardings=sums | {'attention_state': of_state},
     donate_argnums=2,
     compiler_options=mesh_lib.compiler_options(setup.mesh),
   )
-  return lambda params, batch, memory=None: jitted(params, batch, memory)
+
+  def evaluate(
+    params: Any, batch: Batch, attention_state: AttentionState = None
+  ) -> Metrics:
+    if attention_state is None:
+      attention_state = setup.start(len(batch['token_ids']))
+    return jitted(params, batch, attention_state)
+
+  return evaluate
+
+
+def _restart(state: AttentionState, batch: Batch) -> AttentionState:
+  """Forgets what came before the rows that begin a segment anew."""
+  return jax.tree.map(
+    lambda a: jnp.where(batch['segment_start'][:, None, None], 0, a), state
+  )
 
 
 def _gradient(
   setup: Setup, params: Any, reads: _Reads
-) -> tuple[Any, Metrics, jax.Array | None]:
+) -> tuple[Any, Metrics, AttentionState]:
   """The gradient over a global batch, its metrics, and the next memory."""
   config, mesh = setup.config, setup.mesh
   count = config.train.accumulation
@@ -138,7 +156,7 @@ def _gradient(
 
   parts = _Reads(
     _split(reads.batch, count, mesh),
-    _split(reads.memory, count, mesh, axis=1),
+    _split(reads.attention_state, count, mesh, axis=1),
     None,  # the same for all
     None if reads.rng is None else jax.random.split(reads.rng, count),
   )
@@ -151,7 +169,7 @@ def _gradient(
 
     whole, _ = _sum(load_of, parts)
 
-  def of_part(part: _Reads) -> tuple[Any, jax.Array | None]:
+  def of_part(part: _Reads) -> tuple[Any, AttentionState]:
     part = part._replace(step=reads.step)
     grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)
     return (grads, metrics), memory
@@ -166,7 +184,7 @@ def _loss(
   reads: _Reads,
   num_targets: jax.Array,
   whole: Load | None,
-) -> tuple[jax.Array, tuple[Metrics, jax.Array | None]]:
+) -> tuple[jax.Array, tuple[Metrics, AttentionState]]:
   """A micro-batch's part of the loss, its metrics, and the next memory.
 
   Args:
@@ -188,9 +206,13 @@ def _loss(
 
 
 def _run(model: Decoder, reads: _Reads) -> Hidden:
-  batch, memory, step, rng = reads
+  batch, attention_state, step, rng = reads
   return model.hidden(
-    batch['token_ids'], batch['padding_mask'], memory=memory, step=step, rng=rng
+    batch['token_ids'],
+    batch['padding_mask'],
+    attention_state=attention_state,
+    step=step,
+    rng=rng,
   )
 
 

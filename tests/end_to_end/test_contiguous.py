@@ -92,7 +92,7 @@ def test_evaluation_carries_its_memory(
     parts = [rows.at(step, row) for row in range(config.train.batch_size)]
     batch = {key: np.stack([p[key] for p in parts]) for key in parts[0]}
     sums = eval_step(params, batch, memory)
-    nll, memory = nll + float(sums['nll']), sums['memory']
+    nll, memory = nll + float(sums['nll']), sums['attention_state']
   tokens = len(TEXT) * 90 // 100 - 1
   assert len(rows) > 1
   assert result['tokens'] == tokens

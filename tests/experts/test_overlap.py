@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import compiled, setups, topologies
 from moe_jax.routing.router import Context, start
@@ -34,7 +34,7 @@ def traced() -> list[Any]:
   mesh = mesh_lib.make_mesh(shape, jax.devices())
 
   def run(x_TD: jax.Array) -> jax.Array:
-    model = build(CONFIG, 1, mesh, rngs=nnx.Rngs(params=0))
+    model = Decoder(CONFIG, 1, mesh, rngs=nnx.Rngs(params=0))
     graphdef, params = nnx.split(model.periods)
     period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
     real = jnp.ones((1, T), bool)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from moe_jax.interop import hf
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 
 RELEASED = Path(__file__).parents[1] / 'reference' / 'hf'
 LAYOUTS = {'rmoe_gru': 'rmoe', 'cartesian': 'cartesian'}
@@ -24,7 +24,7 @@ def save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def shape_of_model(config: ConfigDict) -> nnx.Module:
   return nnx.eval_shape(
-    lambda: build(config, config.model.vocab_size, None, rngs=nnx.Rngs(0))
+    lambda: Decoder(config, config.model.vocab_size, None, rngs=nnx.Rngs(0))
   )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
 from moe_jax.training.state import Setup, TrainState
@@ -38,7 +38,7 @@ def init(made: Setup) -> TrainState:
   `made.init()` compiles a program for every config.
   """
   key, _ = jax.random.split(jax.random.key(made.config.seed))
-  model = build(
+  model = Decoder(
     made.config, made.vocab_size, made.mesh, rngs=nnx.Rngs(params=key)
   )
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

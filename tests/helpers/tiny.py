@@ -7,7 +7,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.model.build import build
 from moe_jax.model.decoder import Decoder
 from moe_jax.routing.selection import Pick, Select, SelectOptions, TopK
 
@@ -60,7 +59,7 @@ def select(
 def abstract(made: ConfigDict) -> tuple[nnx.GraphDef, dict[str, Any]]:
   """As `decoder`, but shapes and dtypes instead of arrays."""
   model = nnx.eval_shape(
-    lambda: build(made, VOCAB, None, rngs=nnx.Rngs(params=0))
+    lambda: Decoder(made, VOCAB, None, rngs=nnx.Rngs(params=0))
   )
   return nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
@@ -71,7 +70,7 @@ def decoder(
   """A graph definition and parameters of it, biases and scales not trivial."""
 
   def create(key: jax.Array) -> Decoder:
-    return build(made, VOCAB, mesh, rngs=nnx.Rngs(params=key))
+    return Decoder(made, VOCAB, mesh, rngs=nnx.Rngs(params=key))
 
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
   # One operation after another: those of one shape compile once for all models,

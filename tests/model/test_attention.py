@@ -12,17 +12,13 @@ from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.model import attention_blocks, attention_kernels, implementations
-from moe_jax.model.build import build
-from moe_jax.model.implementations import IMPLEMENTATIONS, Case
+from moe_jax.model.attention import ATTENTIONS, Case
+from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
 CPU = Case(jax.devices()[0], None, jnp.dtype('float32'), 8)
-RUN_HERE = [
-  name
-  for name, implementation in IMPLEMENTATIONS.items()
-  if not implementation.obstacle(CPU)
-]
+RUN_HERE = [name for name in ATTENTIONS if not ATTENTIONS[name].obstacle(CPU)]
 # B, L, H, G, A: one block; one and a part of another; several.
 SHAPES = [(2, 7, 4, 4, 8), (1, 200, 4, 2, 6), (2, 384, 2, 1, 4)]
 
@@ -78,7 +74,7 @@ def check(attention: Any, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize('name', RUN_HERE)
 @pytest.mark.parametrize('shape', SHAPES)
 def test_equals_the_oracle(name: str, shape: tuple[int, ...]) -> None:
-  check(IMPLEMENTATIONS[name].make(CPU), shape)
+  check(ATTENTIONS[name](CPU), shape)
 
 
 def test_parts_of_several_blocks_equal_the_oracle(
@@ -91,7 +87,7 @@ def test_parts_of_several_blocks_equal_the_oracle(
 
 @pytest.mark.parametrize('name', RUN_HERE)
 def test_half_precision_rounds_and_no_more(name: str) -> None:
-  attention = IMPLEMENTATIONS[name].make(CPU)
+  attention = ATTENTIONS[name](CPU)
   arrays = random_arrays(SHAPES[1])
   rounded = [np.asarray(jnp.asarray(a, 'bfloat16'), float) for a in arrays]
   for ours, exact in zip(
@@ -135,9 +131,7 @@ def test_dropout_scales_what_it_keeps() -> None:
   q, k, v = q[:1], k[:1], v[:1]
   keys = jax.random.split(jax.random.key(0), 400)
   dropped = jax.jit(
-    jax.vmap(
-      lambda key: attention_blocks.blocks(q, k, v, rate=0.5, dropout_key=key)
-    )
+    jax.vmap(lambda key: attention_blocks.blocks(q, k, v, rate=0.5, rng=key))
   )(keys)
   first = np.asarray(dropped[:, :, 0] / v[:, 0])
   assert set(np.unique(first.round(5))) == {0.0, 2.0}
@@ -212,4 +206,4 @@ def test_what_cannot_run_is_refused(asked: str, of: Case, message: str) -> None:
 def test_a_model_is_not_built_with_what_cannot_run() -> None:
   config = tiny.config(**{'model.attention': 'splash'})
   with pytest.raises(UserError, match='model.attention'):
-    jax.eval_shape(lambda: build(config, 61, None, rngs=nnx.Rngs(params=0)))
+    jax.eval_shape(lambda: Decoder(config, 61, None, rngs=nnx.Rngs(params=0)))

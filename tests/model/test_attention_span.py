@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.attention import group_logits
-from moe_jax.model.attention_span import SpanAttend, shift_rows
+from moe_jax.model.attention import BlockContext
+from moe_jax.model.attention_span import SpanAttend, group_logits, shift_rows
+from moe_jax.routing.cells import Memoryless
 from tests.helpers import oracle_span, tiny
 from tests.helpers.marks import fast_only
 
@@ -48,6 +49,12 @@ VARIANTS = {
 }
 
 
+def at(key_pe_AW: Any) -> BlockContext:
+  """Returns what attention alone is told: keys of positions."""
+  cell, ids_BL = Memoryless(1, 1, rngs=nnx.Rngs(0)), jnp.zeros((1, 1), int)
+  return BlockContext(cell, ids_BL, ids_BL == 0, key_pe_AW=key_pe_AW)
+
+
 def random_ids(batch: int = 2, length: int = 9) -> np.ndarray:
   return np.random.default_rng(0).integers(0, tiny.VOCAB, (batch, length))
 
@@ -61,7 +68,7 @@ def run(
 ) -> Any:
   model = jax.jit(
     lambda p, i, m, k: nnx.merge(graphdef, p)(
-      i, jnp.ones(i.shape, bool), memory=m, key=k
+      i, jnp.ones(i.shape, bool), attention_state=m, rng=k
     )
   )
   return model(params, jnp.asarray(ids, jnp.int32), memory, key)
@@ -74,7 +81,7 @@ def test_two_segments_equal_the_oracle(name: str) -> None:
   graphdef, params = tiny.decoder(config)
   ids = random_ids(length=13)
   first = run(graphdef, params, ids[:, :9])
-  second = run(graphdef, params, ids[:, 9:], first.memory)
+  second = run(graphdef, params, ids[:, 9:], first.attention_state)
   for row in range(2):
     sequence = oracle_span.Sequence(config, params)
     memory = None
@@ -85,7 +92,9 @@ def test_two_segments_equal_the_oracle(name: str) -> None:
         ours.logits_BLV[row], expected, atol=1e-5 * np.abs(expected).max()
       )
       for layer, kept in enumerate(memory):
-        np.testing.assert_allclose(ours.memory[layer, row], kept, atol=1e-4)
+        np.testing.assert_allclose(
+          ours.attention_state[layer, row], kept, atol=1e-4
+        )
 
 
 def test_gradients_equal_differences_of_the_oracle() -> None:
@@ -98,9 +107,11 @@ def test_gradients_equal_differences_of_the_oracle() -> None:
 
   def ours(params: Any, memory: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    output = model(jnp.asarray(ids), jnp.ones(ids.shape, bool), memory=memory)
+    output = model(
+      jnp.asarray(ids), jnp.ones(ids.shape, bool), attention_state=memory
+    )
     # The next memory has no gradient: it is as if it were not there.
-    return (output.logits_BLV[0] * along).sum() + output.memory.sum()
+    return (output.logits_BLV[0] * along).sum() + output.attention_state.sum()
 
   found = jax.jit(jax.grad(ours))(params, memory)
   leaves, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -135,7 +146,7 @@ def test_no_gradient_reaches_the_memory_of_the_next_segment() -> None:
 
   def remembered(params: Any) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    return model(ids, jnp.ones(ids.shape, bool)).memory.sum()
+    return model(ids, jnp.ones(ids.shape, bool)).attention_state.sum()
 
   gradient = jax.jit(jax.grad(remembered))(params)
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
@@ -152,12 +163,14 @@ def test_segments_with_memory_equal_one_long_segment(name: str) -> None:
   memory, parts = None, []
   for begin in (0, 4, 8):
     output = run(graphdef, params, ids[:, begin : begin + 4], memory)
-    memory = output.memory
+    memory = output.attention_state
     parts.append(output.logits_BLV)
   np.testing.assert_allclose(
     np.concatenate(parts, axis=1), whole.logits_BLV, rtol=1e-4, atol=1e-4
   )
-  np.testing.assert_allclose(memory, whole.memory, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    memory, whole.attention_state, rtol=1e-4, atol=1e-4
+  )
 
 
 def test_causality() -> None:
@@ -175,13 +188,13 @@ def test_causality() -> None:
 
 def test_a_token_sees_its_span_and_not_itself() -> None:
   """One layer: of what attention adds, by the gradient of position 8."""
-  attend = SpanAttend(0.0)
+  attend = SpanAttend(6, 0.0)
   rng = np.random.default_rng(0)
   query, keys = rng.standard_normal((2, 1, 15, 2, 4)).astype(np.float32)
   key_pe = rng.standard_normal((4, 6)).astype(np.float32)
 
   def eighth(value: jax.Array) -> jax.Array:
-    return attend(query[:, 6:], keys, value, key_pe, None)[0, 8].sum()
+    return attend(query[:, 6:], keys, value, at(key_pe))[0, 8].sum()
 
   seen = np.abs(jax.grad(eighth)(jnp.asarray(keys))[0]).sum((1, 2)) > 0
   # Position 8 of the sequence is number 6 + 8 of the context.
@@ -197,7 +210,8 @@ def test_blocks_change_nothing() -> None:
 
   def gradient(block: int) -> Any:
     def total(*operands: jax.Array) -> jax.Array:
-      return jnp.sin(SpanAttend(0.0, block)(*operands, None)).sum()
+      *projected, key_pe = operands
+      return jnp.sin(SpanAttend(5, 0.0, block)(*projected, at(key_pe))).sum()
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))(
       query, keys, values, key_pe
@@ -238,7 +252,7 @@ def test_remat_and_unroll_change_nothing() -> None:
     def loss(params: Any, graphdef: nnx.GraphDef = graphdef) -> jax.Array:
       model = nnx.merge(graphdef, params)
       real = jnp.ones(ids.shape, bool)
-      output = model(jnp.asarray(ids), real, key=jax.random.key(3))
+      output = model(jnp.asarray(ids), real, rng=jax.random.key(3))
       return jnp.square(output.logits_BLV).mean()
 
     results.append(jax.jit(jax.value_and_grad(loss))(params))

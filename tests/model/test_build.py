@@ -4,9 +4,9 @@ import pytest
 
 from moe_jax.config.schema import KEYS
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
+from moe_jax.model.attention import ATTENTIONS
 from moe_jax.model.build import MIXINGS, repetition
 from moe_jax.model.decoder import REMAT_POLICIES
-from moe_jax.model.implementations import IMPLEMENTATIONS
 from moe_jax.registry import EXCHANGES, GROUPED_MATMULS
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.gates import GATES
@@ -44,7 +44,7 @@ def test_config_knows_every_part_there_is() -> None:
     'router.recurrent': CELLS,
     'router.score': GATES,
     'model.remat': REMAT_POLICIES,
-    'model.attention': {'auto'} | IMPLEMENTATIONS.keys(),
+    'model.attention': {'auto', *ATTENTIONS},
   }
   for key, registry in parts.items():
     assert set(KEYS[key].names()) == set(registry), key

@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax.config import MESH_AXES
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
 
@@ -25,7 +25,7 @@ def kept(
     mesh = mesh_lib.make_mesh(shape, jax.devices())
   graphdef, params = nnx.split(
     nnx.eval_shape(
-      lambda: build(config, tiny.VOCAB, mesh, rngs=nnx.Rngs(params=0))
+      lambda: Decoder(config, tiny.VOCAB, mesh, rngs=nnx.Rngs(params=0))
     )
   )
   ids_BL = jnp.zeros((rows, config.data.seq_len), jnp.int32)

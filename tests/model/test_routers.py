@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.build import build
+from moe_jax.model.decoder import Decoder
 from tests.helpers import gradients, oracle, tiny
 from tests.helpers.marks import fast_only
 
@@ -111,7 +111,7 @@ def test_with_the_best_experts_disabled() -> None:
   _, params = tiny.decoder(config)
   ids_BL = np.array([[3, 17, 3, 60, 8]])
   model = nnx.eval_shape(
-    lambda: build(
+    lambda: Decoder(
       config, tiny.VOCAB, None, rngs=nnx.Rngs(params=0), disable_top=2
     )
   )

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training.state import Setup, empty_memory
+from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
 from tests.helpers.steps import init, setup
@@ -87,7 +87,7 @@ def test_an_empty_memory_is_zeros_where_the_state_keeps_it(dtype: str) -> None:
   made = setup(
     tiny.config(**(SPAN | {'model.dtype': dtype})), data=2, fsdp=2, tensor=2
   )
-  memory = empty_memory(made.config, made.mesh, 4)
+  memory = made.start(4)
   assert (memory.shape, memory.dtype) == ((2, 4, 6, 32), jnp.dtype(dtype))
   assert not memory.any()
   assert {s.data.shape for s in memory.addressable_shards} == {(2, 1, 6, 32)}
@@ -98,7 +98,7 @@ def test_an_empty_memory_is_zeros_where_the_state_keeps_it(dtype: str) -> None:
 
 def test_a_model_without_a_span_has_no_memory() -> None:
   made = setup(tiny.config())
-  assert empty_memory(made.config, made.mesh, 4) is None
+  assert made.start(4) == ()
   assert 'memory' not in made.abstract
 
 
@@ -178,7 +178,7 @@ def test_evaluation_draws_nothing_and_hands_on_its_memory() -> None:
   sums = [eval_step(params, first) for _ in range(2)]
   assert float(sums[0]['nll']) == float(sums[1]['nll'])
   # The call donates the memory that it is given.
-  other = eval_step(params, second, sums[0]['memory'])
+  other = eval_step(params, second, sums[0]['attention_state'])
   alone = eval_step(params, second)
   assert float(other['nll']) != float(alone['nll'])
 
