@@ -1,47 +1,83 @@
-"""The losses of the routers."""
+"""What training minimises: the loss of tokens and those of the routers.
+
+The terms are computed elsewhere, `moe_jax.model.loss` and
+`moe_jax.routing.balance`; here, and nowhere else, they are weighted and added.
+"""
 
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from moe_jax.model.decoder import Head
+from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.routing import balance
 from moe_jax.routing.balance import Load
 
 Metrics = dict[str, Any]
 
 
-def auxiliary_loss(
-  load: Load | None,
+def total_loss(
   config: ConfigDict,
-  share: float = 1.0,
-  whole: Load | None = None,
-) -> tuple[jax.Array | float, Metrics]:
-  """The weighted balance and z losses, and both unweighted as metrics.
+  mesh: Mesh,
+  x_BLD: jax.Array,
+  head: Head,
+  targets: Targets,
+  load: Load | None,
+  batch_load: Load | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """Returns the part of the loss that a micro-batch has, and its metrics.
+
+  It is the cross-entropy, `loss.balance_weight` times the balance loss,
+  `loss.z_weight` times the z-loss, and a 0 whose gradient is the update of the
+  expert biases. The parts of a batch's micro-batches add up to its loss.
 
   Args:
-    load: of a micro-batch; None without MoE layers.
-    config: the whole config; reads `loss`.
-    share: of the micro-batch in the losses' mean over micro-batches.
-    whole: of the global batch, if its shares are to be even, else None.
+    config: The whole config; reads `loss` and `train.accumulation`.
+    mesh: Where the arrays are.
+    x_BLD: What the head reads.
+    head: The output head.
+    targets: The next tokens, with weights that add up to 1 over the batch.
+    load: The routing statistics of the micro-batch; None without MoE layers.
+    batch_load: Those of the whole batch if its shares are to be even, else
+      None.
+
+  Returns:
+    The loss, and `loss`, `balance_loss`, `z_loss` (unweighted) and `load`.
   """
+  with jax.named_scope('loss'):
+    loss = cross_entropy(mesh, x_BLD, head, targets)
+  metrics = {'loss': loss, 'load': load}
   if load is None:
-    return 0.0, {}
-  bias_gradient = load.bias_gradient.sum()
-  if config.loss.balance_layers == 'joined':
-    load, whole = balance.joined(load), whole and balance.joined(whole)
-  if config.loss.balance_scope == 'sequence':
-    balance_loss = share * balance.sequence_balance_loss(load)
-  elif whole is not None:
-    balance_loss = balance.balance_loss(load, whole)
-  else:
-    balance_loss = share * balance.balance_loss(load)
-  metrics = {
-    'balance_loss': balance_loss,
-    'z_loss': share * balance.z_loss(load),
-  }
+    return loss, metrics
+  share = 1 / config.train.accumulation
+  metrics |= _router_losses(config, load, share, batch_load)
   weighted = (
     config.loss.balance_weight * metrics['balance_loss']
     + config.loss.z_weight * metrics['z_loss']
   )
-  return weighted + bias_gradient, metrics
+  return loss + (weighted + load.bias_gradient.sum()), metrics
+
+
+def _router_losses(
+  config: ConfigDict, load: Load, share: float, batch_load: Load | None
+) -> Metrics:
+  """Returns the balance loss and the z-loss, both unweighted.
+
+  Args:
+    config: The whole config; reads `loss`.
+    load: The routing statistics of a micro-batch.
+    share: The share of the micro-batch in a mean over micro-batches.
+    batch_load: As in `total_loss`.
+  """
+  if config.loss.balance_layers == 'joined':
+    load = balance.joined(load)
+    batch_load = batch_load and balance.joined(batch_load)
+  if config.loss.balance_scope == 'sequence':
+    balance_loss = share * balance.sequence_balance_loss(load)
+  elif batch_load is not None:
+    balance_loss = balance.balance_loss(load, batch_load)
+  else:
+    balance_loss = share * balance.balance_loss(load)
+  return {'balance_loss': balance_loss, 'z_loss': share * balance.z_loss(load)}

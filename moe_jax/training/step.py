@@ -15,8 +15,8 @@ from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.routing.gates import GATES
-from moe_jax.training import optimizer
-from moe_jax.training.losses import Metrics, auxiliary_loss
+from moe_jax.training import micro_batches, optimizer
+from moe_jax.training.losses import Metrics, total_loss
 from moe_jax.training.state import Setup, TrainState
 
 # {'token_ids': int32 [B, L], 'targets': int32 [B, L], 'padding_mask': bool
@@ -25,7 +25,7 @@ from moe_jax.training.state import Setup, TrainState
 Batch = dict[str, jax.Array]
 
 
-class _Reads(NamedTuple):
+class _Inputs(NamedTuple):
   """What a pass of the model reads beside its parameters.
 
   Attributes:
@@ -44,33 +44,32 @@ class _Reads(NamedTuple):
 def make_train_step(
   setup: Setup,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The jitted update; it donates the state it is given.
+  """Returns the jitted update, which donates the state it is given.
 
   The loss is the mean over all targets of the global batch, whatever the mesh
   and the number of micro-batches. What the balance loss is taken over,
   `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
   the global batch, for which a first pass over its micro-batches counts. Rows
-  keep their own memory, whatever micro-batch they are in.
+  keep what attention remembers of them, whatever micro-batch they are in.
   """
   config = setup.config
   learning_rate = optimizer.schedule(config)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    memory = _restart(state.get('memory', ()), batch)
-    rng = _step_rng(state, config)
-    reads = _Reads(batch, memory, state['step'], rng)
-    grads, metrics, memory = _gradient(setup, state['params'], reads)
-    updates, opt_state = setup.tx.update(
-      grads, state['opt_state'], state['params']
-    )
-    params = optax.apply_updates(state['params'], updates)
+    params, opt_state = state['params'], state['opt_state']
+    remembered = _restart(state.get('memory', ()), batch)
+    inputs = _Inputs(batch, remembered, state['step'], _step_rng(state, config))
+    grads, metrics, remembered = _gradient(setup, params, inputs)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = setup.tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
     metrics['gradient_norm'] = optimizer.trained_norm(
       grads, setup.declarations, config.optimizer.freeze
     )
     metrics['learning_rate'] = learning_rate(state['step'])
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     if 'memory' in state:
-      new['memory'] = memory
+      new['memory'] = remembered
     return state | new, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -84,7 +83,7 @@ def make_train_step(
 
 
 def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
-  """The jitted evaluation of a batch: sums, so that batches can be added up.
+  """Returns the jitted evaluation of a batch: sums, which batches add up to.
 
   Returns:
     A function of (params, batch) and, where the batch goes on with the rows of
@@ -143,76 +142,84 @@ def _restart(state: AttentionState, batch: Batch) -> AttentionState:
 
 
 def _gradient(
-  setup: Setup, params: Any, reads: _Reads
+  setup: Setup, params: Any, inputs: _Inputs
 ) -> tuple[Any, Metrics, AttentionState]:
-  """The gradient over a global batch, its metrics, and the next memory."""
-  config, mesh = setup.config, setup.mesh
-  count = config.train.accumulation
-  num_targets = reads.batch['padding_mask'].sum().astype(jnp.float32)
-  of_loss = jax.grad(_loss, argnums=1, has_aux=True)
+  """Returns a batch's gradient, its metrics and the next attention state."""
+  num_targets = inputs.batch['padding_mask'].sum().astype(jnp.float32)
+  gradient_of = jax.grad(_loss, argnums=1, has_aux=True)
+  count = setup.config.train.accumulation
   if count == 1:
-    grads, (metrics, memory) = of_loss(setup, params, reads, num_targets, None)
-    return grads, metrics, memory
+    grads, (metrics, remembered) = gradient_of(
+      setup, params, inputs, num_targets
+    )
+    return grads, metrics, remembered
 
-  parts = _Reads(
-    _split(reads.batch, count, mesh),
-    _split(reads.attention_state, count, mesh, axis=1),
-    None,  # the same for all
-    None if reads.rng is None else jax.random.split(reads.rng, count),
-  )
-  whole = None
-  if config.loss.balance_scope == 'global_batch':
+  def with_step(part: _Inputs) -> _Inputs:
+    return part._replace(step=inputs.step)
 
-    def load_of(part: _Reads) -> tuple[Load | None, None]:
-      part = part._replace(step=reads.step)
-      return _run(nnx.merge(setup.graphdef, params), part).aux, None
+  def load_of(part: _Inputs) -> tuple[Load | None, None]:
+    return _run(_model(setup, params), with_step(part)).aux, None
 
-    whole, _ = _sum(load_of, parts)
+  def gradient_of_part(part: _Inputs) -> tuple[Any, AttentionState]:
+    grads, (metrics, remembered) = gradient_of(
+      setup, params, with_step(part), num_targets, batch_load
+    )
+    return (grads, metrics), remembered
 
-  def of_part(part: _Reads) -> tuple[Any, AttentionState]:
-    part = part._replace(step=reads.step)
-    grads, (metrics, memory) = of_loss(setup, params, part, num_targets, whole)
-    return (grads, metrics), memory
-
-  (grads, metrics), memory = _sum(of_part, parts)
-  return grads, metrics, _join(memory, mesh, axis=1)
+  parts, batch_load = _split(inputs, count, setup.mesh), None
+  if setup.config.loss.balance_scope == 'global_batch':
+    batch_load, _ = micro_batches.total(load_of, parts)
+  (grads, metrics), remembered = micro_batches.total(gradient_of_part, parts)
+  return grads, metrics, micro_batches.join(remembered, setup.mesh, axis=1)
 
 
 def _loss(
   setup: Setup,
   params: Any,
-  reads: _Reads,
+  inputs: _Inputs,
   num_targets: jax.Array,
-  whole: Load | None,
+  batch_load: Load | None = None,
 ) -> tuple[jax.Array, tuple[Metrics, AttentionState]]:
-  """A micro-batch's part of the loss, its metrics, and the next memory.
+  """Returns a micro-batch's part of the loss, metrics and attention state.
 
   Args:
-    setup: of the run.
-    params: of the model.
-    reads: of the micro-batch.
-    num_targets: in the global batch.
-    whole: as in `auxiliary_loss`.
+    setup: The run's setup.
+    params: The model's parameters.
+    inputs: The micro-batch.
+    num_targets: The number of targets in the global batch.
+    batch_load: As in `total_loss`.
   """
-  config, batch = setup.config, reads.batch
-  model: Decoder = nnx.merge(setup.graphdef, params)
-  x_BLD, load, memory = _run(model, reads)
+  model, batch = _model(setup, params), inputs.batch
+  x_BLD, load, remembered = _run(model, inputs)
   targets = Targets(batch['targets'], batch['padding_mask'] / num_targets)
-  loss = cross_entropy(setup.mesh, x_BLD, model.head(), targets)
-  share = 1 / config.train.accumulation
-  auxiliary, metrics = auxiliary_loss(load, config, share, whole)
-  metrics |= {'loss': loss, 'load': load}
-  return loss + auxiliary, (metrics, memory)
+  loss, metrics = total_loss(
+    setup.config, setup.mesh, x_BLD, model.head(), targets, load, batch_load
+  )
+  return loss, (metrics, remembered)
 
 
-def _run(model: Decoder, reads: _Reads) -> Hidden:
-  batch, attention_state, step, rng = reads
+def _model(setup: Setup, params: Any) -> Decoder:
+  return nnx.merge(setup.graphdef, params)
+
+
+def _run(model: Decoder, inputs: _Inputs) -> Hidden:
   return model.hidden(
-    batch['token_ids'],
-    batch['padding_mask'],
-    attention_state=attention_state,
-    step=step,
-    rng=rng,
+    inputs.batch['token_ids'],
+    inputs.batch['padding_mask'],
+    attention_state=inputs.attention_state,
+    step=inputs.step,
+    rng=inputs.rng,
+  )
+
+
+def _split(inputs: _Inputs, count: int, mesh: jax.sharding.Mesh) -> _Inputs:
+  """Cuts the rows into micro-batches; the step is the same for all."""
+  batch, attention_state, _, rng = inputs
+  return _Inputs(
+    micro_batches.split(batch, count, mesh),
+    micro_batches.split(attention_state, count, mesh, axis=1),
+    None,
+    None if rng is None else jax.random.split(rng, count),
   )
 
 
@@ -223,46 +230,3 @@ def _step_rng(state: TrainState, config: ConfigDict) -> jax.Array | None:
     return None
   key = jax.random.wrap_key_data(state['key'])
   return jax.random.fold_in(key, state['step'])
-
-
-def _sum(function: Callable[[Any], tuple[Any, Any]], parts: Any) -> Any:
-  """Calls `function` for one part after the other, the leading axis of `parts`.
-
-  Returns:
-    The sum of its first results, and its second results stacked.
-  """
-
-  def add(total: Any, part: Any) -> tuple[Any, Any]:
-    more, kept = function(part)
-    return jax.tree.map(jnp.add, total, more), kept
-
-  first = jax.tree.map(lambda a: a[0], parts)
-  shapes, _ = jax.eval_shape(function, first)
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  return jax.lax.scan(add, zeros, parts)
-
-
-def _split(
-  tree: Any, count: int, mesh: jax.sharding.Mesh, axis: int = 0
-) -> Any:
-  """B at `axis` -> [count, ..., B / count, ...], devices keeping their rows."""
-
-  def split(array: jax.Array) -> jax.Array:
-    shape = array.shape
-    parts = array.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
-    parts = jnp.moveaxis(parts, axis + 1, 0)
-    return mesh_lib.shard_tokens(parts, mesh, axis=axis + 1)
-
-  return jax.tree.map(split, tree)
-
-
-def _join(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
-  """What `_split` took apart."""
-
-  def join(parts: jax.Array) -> jax.Array:
-    array = jnp.moveaxis(parts, 0, axis + 1)
-    shape = array.shape
-    array = array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
-    return mesh_lib.shard_tokens(array, mesh, axis=axis)
-
-  return jax.tree.map(join, tree)
