@@ -178,12 +178,9 @@ def repetition(kinds: Sequence[str], every: int) -> tuple[int, int]:
 def compute_dtype(
   config: ConfigDict, mesh: jax.sharding.Mesh | None
 ) -> jnp.dtype:
-  """`model.dtype`; auto is bfloat16 where the device is good at it."""
-  if config.model.dtype != 'auto':
-    return jnp.dtype(config.model.dtype)
-  devices = jax.devices() if mesh is None else mesh.devices.flat
-  slow = next(iter(devices)).platform == 'cpu'
-  return jnp.dtype(jnp.float32 if slow else jnp.bfloat16)
+  """Returns the type of the arithmetic of a model on a mesh."""
+  device = implementations.first_device(mesh)
+  return implementations.compute_dtype(config, device)
 
 
 def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:

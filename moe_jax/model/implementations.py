@@ -7,14 +7,14 @@ named and cannot run is refused with the reason, its obstacle.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moe_jax import parameter
-from moe_jax.config import BATCH_AXES, head_dim
+from moe_jax.config import BATCH_AXES, head_dim, layer_kinds
 from moe_jax.errors import UserError, choose
 from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.exchange import EXCHANGES, exchanges_for
@@ -29,10 +29,52 @@ from moe_jax.parallel import mesh as mesh_lib
 _LOG = logging.getLogger(__name__)
 
 
+def resolved(
+  config: ConfigDict, mesh: Mapping[str, int], device: jax.Device
+) -> dict[str, str]:
+  """Returns what runs where the config says `auto`, by the name of the part.
+
+  It has `dtype` and `attention`, and for models with experts `exchange` ('none'
+  where experts are not split), `grouped_matmul` and, where a measurement on
+  such a device takes precedence, `grouped_matmul.measured`: the implementation
+  of each measured shape.
+
+  Args:
+    config: A validated config.
+    mesh: The number of devices along every axis.
+    device: One of them; it need not be here.
+
+  Raises:
+    UserError: The config names what cannot run there.
+  """
+  dtype = compute_dtype(config, device)
+  parts = {'dtype': dtype.name, 'attention': config.model.positions}
+  if config.model.positions != 'span':
+    case = Case(device, None, dtype, head_dim(config))
+    parts['attention'] = attention_name(config.model.attention, case)
+  if 'moe' not in layer_kinds(config):
+    return parts
+  matmul = chosen_matmul(config.moe.grouped_matmul, device)
+  parts['grouped_matmul'] = str(matmul.name)
+  if matmul.measured:
+    shapes = [f'{shape}: {name}' for shape, name in matmul.measured]
+    parts['grouped_matmul.measured'] = '; '.join(shapes)
+  split = mesh[mesh_lib.EXPERT] > 1
+  exchange = exchange_name(config, mesh, dtype, device) if split else 'none'
+  return parts | {'exchange': exchange}
+
+
 def first_device(mesh: jax.sharding.Mesh | None) -> jax.Device:
   """Returns a device of a mesh; without one, of the default platform."""
   devices = jax.devices() if mesh is None else mesh.devices.flat
   return next(iter(devices))
+
+
+def compute_dtype(config: ConfigDict, device: jax.Device) -> jnp.dtype:
+  """Returns `model.dtype`; auto is bfloat16 where a device is good at it."""
+  if config.model.dtype != 'auto':
+    return jnp.dtype(config.model.dtype)
+  return jnp.dtype(jnp.float32 if device.platform == 'cpu' else jnp.bfloat16)
 
 
 def attention(
@@ -51,36 +93,14 @@ def attention(
   model = config.model
   if model.positions == 'span':
     return SpanAttend(model.span, model.dropout)
-  case = attention_case(config, mesh, dtype)
+  case = Case(first_device(mesh), mesh, dtype, head_dim(config))
   causal = ATTENTIONS[attention_name(model.attention, case)](case)
   return RotaryAttend(
     model.rope_theta, causal, model.dropout, attention_blocks.blocks
   )
 
 
-def attention_case(
-  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
-) -> Case:
-  """Returns what `attention` chooses by."""
-  return Case(first_device(mesh), mesh, dtype, head_dim(config))
-
-
-def attention_name(asked: str, case: Case) -> str:
-  """Returns the name of what `model.attention` means; see `attention`."""
-  if asked == 'auto':
-    return next(
-      n for n in _PREFERRED_ATTENTIONS if not ATTENTIONS[n].obstacle(case)
-    )
-  obstacle = ATTENTIONS[asked].obstacle(case)
-  if obstacle:
-    raise UserError(
-      f"model.attention = {asked!r} {obstacle}; 'auto' is what fits here,"
-      f' {attention_name("auto", case)!r}'
-    )
-  return asked
-
-
-# Of those that are possible `auto` takes the first.
+# Of the attentions that can run `auto` takes the first.
 _PREFERRED_ATTENTIONS = (
   attention_kernels.CUDNN,
   attention_kernels.SPLASH,
@@ -88,52 +108,65 @@ _PREFERRED_ATTENTIONS = (
 )
 
 
+def attention_name(asked: str, case: Case) -> str:
+  """Returns the name of what `model.attention` means; see `attention`."""
+
+  def obstacle(name: str) -> str | None:
+    return ATTENTIONS[name].obstacle(case)
+
+  best = next(name for name in _PREFERRED_ATTENTIONS if not obstacle(name))
+  return _asked_or_best('model.attention', asked, best, ATTENTIONS, obstacle)
+
+
 def grouped_matmul(
   config: ConfigDict, mesh: jax.sharding.Mesh | None
 ) -> TunedMatmul:
-  """The grouped matmul of a validated config.
+  """Returns the grouped matmul of a validated config.
 
   Args:
-    config: the whole config.
-    mesh: where it will run; None for one device of the default platform.
+    config: The whole config.
+    mesh: Where it will run; None for one device of the default platform.
 
   Raises:
     UserError: `moe.grouped_matmul` names what cannot run there.
   """
-  devices = jax.devices() if mesh is None else mesh.devices.flat
-  return chosen_matmul(config.moe.grouped_matmul, next(iter(devices)))
+  return chosen_matmul(config.moe.grouped_matmul, first_device(mesh))
+
+
+def _preferred_matmuls(device: jax.Device) -> tuple[str, ...]:
+  """Returns those of which `auto` takes the first, where none was measured."""
+  by_platform = {'cpu': ('blocks',), 'gpu': ('triton', 'padded')}
+  return by_platform.get(device.platform, ('ragged_dot',))
 
 
 def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
-  """What a value of `moe.grouped_matmul` means; see `grouped_matmul`.
+  """Returns what a value of `moe.grouped_matmul` means; see `grouped_matmul`.
 
   Args:
-    asked: the value.
-    device: of the kind that the program is for; it need not be here.
+    asked: The value.
+    device: The kind that the program is for; it need not be here.
 
   Raises:
-    UserError: the value names what cannot run there.
+    UserError: The value names what cannot run there.
   """
-  if asked == 'auto':
-    possible = available_matmuls(device)
-    preferred = _PREFERRED_MATMULS.get(device.platform, _MATMULS_ELSEWHERE)
-    name = next(n for n in preferred if n in possible)
-    if name != preferred[0]:
-      why = GROUPED_MATMULS[preferred[0]].obstacle(device)
-      _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
-    measured = tuned.best(device, possible)
-    return TunedMatmul(name, tuple(sorted(measured.items())))
-  obstacle = GROUPED_MATMULS[asked].obstacle(device)
-  if obstacle:
-    raise UserError(
-      f'moe.grouped_matmul = {asked!r} {obstacle}; here it can be auto,'
-      f' {", ".join(available_matmuls(device))}'
-    )
-  return TunedMatmul(asked)
+
+  def obstacle(name: str) -> str | None:
+    return GROUPED_MATMULS[name].obstacle(device)
+
+  key, preferred = 'moe.grouped_matmul', _preferred_matmuls(device)
+  best = next(name for name in preferred if not obstacle(name))
+  name = _asked_or_best(key, asked, best, GROUPED_MATMULS, obstacle)
+  if asked != 'auto':
+    return TunedMatmul(name)
+  if name != preferred[0]:
+    why = obstacle(preferred[0])
+    _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
+  measured = tuned.best(device, available_matmuls(device))
+  return TunedMatmul(name, tuple(sorted(measured.items())))
 
 
 def available_matmuls(device: jax.Device) -> list[str]:
-  """The implementations that can run there."""
+  """Returns the grouped matmuls that can run on a device."""
   return [
     name
     for name in GROUPED_MATMULS
@@ -141,22 +174,53 @@ def available_matmuls(device: jax.Device) -> list[str]:
   ]
 
 
-# By platform, the first that can run is taken where nothing was measured.
-_PREFERRED_MATMULS = {
-  'cpu': ('blocks',),
-  'gpu': ('triton', 'padded'),
-  'tpu': ('ragged_dot',),
-}
-_MATMULS_ELSEWHERE = ('ragged_dot',)
+def _asked_or_best(
+  key: str,
+  asked: str,
+  best: str,
+  names: Iterable[str],
+  obstacle: Callable[[str], str | None],
+) -> str:
+  """Returns the name of the implementation that a config key means.
+
+  Args:
+    key: The config key.
+    asked: Its value, a name or `auto`.
+    best: What `auto` means.
+    names: All implementations.
+    obstacle: Says why one cannot run, 'runs on ...', or None if it can.
+
+  Raises:
+    UserError: What is asked for is not known or cannot run.
+  """
+  if asked == 'auto':
+    return best
+  reason = obstacle(choose(key, asked, names))
+  if reason:
+    possible = ', '.join(name for name in names if not obstacle(name))
+    raise UserError(
+      f'{key} = {asked!r} {reason}; here it can be auto, which takes {best!r},'
+      f' or one of {possible}'
+    )
+  return asked
 
 
 def dispatch(
   config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
 ) -> Dispatch:
-  """The dispatch of all MoE layers; `dtype` is that of their arithmetic."""
+  """Returns the dispatch of all MoE layers.
+
+  Args:
+    config: The whole config.
+    mesh: Where it will run; None for one device of the default platform.
+    dtype: The type of the layers' arithmetic.
+
+  Raises:
+    UserError: `moe.exchange` names what cannot run there.
+  """
   if mesh is None or mesh.size == 1:
     return DISPATCHES[config.moe.dispatch](config.moe)
-  device = next(iter(mesh.devices.flat))
+  device = first_device(mesh)
   return across(config, mesh, exchange_name(config, mesh.shape, dtype, device))
 
 
@@ -165,7 +229,7 @@ def across(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   exchange: str,
 ) -> ExpertParallel:
-  """The dispatch on the devices of a mesh, by an exchange of that name."""
+  """Returns the dispatch on a mesh, by the exchange of that name."""
   moe = config.moe
   layout = Layout(
     token_axes=mesh_lib.BATCH_AXES,
@@ -185,41 +249,47 @@ def exchange_name(
   dtype: jnp.dtype,
   device: jax.Device,
 ) -> str:
-  """`moe.exchange`; auto is what sends the fewest bytes on such devices.
+  """Returns the name of what `moe.exchange` means.
+
+  `auto` is the exchange that sends the fewest bytes on such devices.
+
+  Args:
+    config: The whole config.
+    mesh: The number of devices along every axis.
+    dtype: The type of hidden states.
+    device: One of the devices; it need not be here.
 
   Raises:
-    UserError: it is not known, or does not compile for so many devices.
+    UserError: It is not known, or does not compile for so many devices.
   """
-  asked, count = config.moe.exchange, math.prod(mesh.values())
-  sent = {
-    name: num_bytes
-    for name, num_bytes in exchange_bytes(config, mesh, dtype).items()
-    if EXCHANGES[name].suits(device, count)
-  }
-  best = min(sent, key=lambda name: sent[name])
-  if asked == 'auto':
-    return best
-  name = choose('moe.exchange', asked, exchanges_for(config.moe.dispatch))
-  obstacle = EXCHANGES[name].obstacle(device, count)
-  if obstacle and mesh[mesh_lib.EXPERT] > 1:
-    raise UserError(
-      f"moe.exchange = {asked!r} {obstacle}; 'auto' takes {best!r}, which does"
-    )
-  return name
+  count, sent = math.prod(mesh.values()), exchange_bytes(config, mesh, dtype)
+  best = min(
+    (name for name in sent if EXCHANGES[name].suits(device, count)),
+    key=lambda name: sent[name],
+  )
+
+  def obstacle(name: str) -> str | None:
+    if mesh[mesh_lib.EXPERT] == 1:
+      return None  # nothing is exchanged
+    return EXCHANGES[name].obstacle(device, count)
+
+  key, asked = 'moe.exchange', config.moe.exchange
+  return _asked_or_best(key, asked, best, sent, obstacle)
 
 
 def exchange_bytes(
   config: ConfigDict, mesh: Mapping[str, int], dtype: jnp.dtype
 ) -> dict[str, int]:
-  """What one device sends, by exchange, in one MoE sub-layer's forward pass.
+  """Returns what one device sends in a MoE layer's forward pass, by exchange.
 
-  Of one micro-batch; backward sends as much again. Where slots travel on their
-  own it counts balanced experts. Not counted are a few numbers per expert.
+  It is that of one micro-batch; backward sends as much again. Where assignments
+  travel on their own, experts are taken to be balanced. A few numbers per
+  expert are not counted.
 
   Args:
-    config: validated.
-    mesh: devices along every axis.
-    dtype: of hidden states.
+    config: A validated config.
+    mesh: The number of devices along every axis.
+    dtype: The type of hidden states.
   """
   moe, shards = config.moe, math.prod(mesh[axis] for axis in BATCH_AXES)
   rows = config.train.batch_size // config.train.accumulation // shards

@@ -105,9 +105,8 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
   """
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
-    dtype = compute_dtype(config, mesh)
-    case = implementations.attention_case(config, mesh, dtype)
-    if implementations.attention_name(model.attention, case) != 'blocks':
+    parts = implementations.resolved(config, mesh.shape, mesh.devices.flat[0])
+    if parts['attention'] != 'blocks':
       return 0
     return (
       4 * 4 * model.num_heads * min(length, attention_blocks.BLOCK) * length

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.model import attention_blocks, attention_kernels, implementations
-from moe_jax.model.attention import ATTENTIONS, Case
+from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
-from tests.helpers import tiny
+from moe_jax.training.step import make_train_step
+from tests.helpers import registries, steps, tiny
 
 CPU = Case(jax.devices()[0], None, jnp.dtype('float32'), 8)
 RUN_HERE = [name for name in ATTENTIONS if not ATTENTIONS[name].obstacle(CPU)]
@@ -194,7 +196,7 @@ def test_auto_takes_the_best_that_fits(of: Case, expected: str) -> None:
     ('cudnn', case('gpu', dtype='float32'), 'to float32'),
     ('cudnn', case('gpu', head_dim=60), 'up to 256, not 60'),
     ('cudnn', case('gpu', capability='7.5'), 'capability 8.0.* has 7.5'),
-    ('splash', case('gpu'), "on TPUs, not on gpu; 'auto' .* 'cudnn'"),
+    ('splash', case('gpu'), "on TPUs, not on gpu; .* auto, .* 'cudnn'"),
     ('flash', case('cpu'), "'flash' is not known"),
   ],
 )
@@ -207,3 +209,38 @@ def test_a_model_is_not_built_with_what_cannot_run() -> None:
   config = tiny.config(**{'model.attention': 'splash'})
   with pytest.raises(UserError, match='model.attention'):
     jax.eval_shape(lambda: Decoder(config, 61, None, rngs=nnx.Rngs(params=0)))
+
+
+class Naive(CausalAttention):
+  """An attention of a user's own, with all in one."""
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    repeats = query_BLHA.shape[2] // key_BLGA.shape[2]
+    key_BLHA, value_BLHA = (
+      jnp.repeat(a, repeats, axis=2) for a in (key_BLGA, value_BLGA)
+    )
+    scores_BHLL = jnp.einsum('BLHA,BKHA->BHLK', query_BLHA, key_BLHA)
+    seen_LL = jnp.tril(jnp.ones(scores_BHLL.shape[-2:], bool))
+    scores_BHLL = scores_BHLL / query_BLHA.shape[-1] ** 0.5
+    weights_BHLL = jax.nn.softmax(jnp.where(seen_LL, scores_BHLL, -jnp.inf))
+    return jnp.einsum('BHLK,BKHA->BLHA', weights_BHLL, value_BLHA)
+
+
+@pytest.mark.parametrize('axes', [{}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+def test_an_own_attention_keeps_the_contract_and_trains(
+  axes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  registries.forget(monkeypatch, ATTENTIONS)
+  ATTENTIONS.register('own')(Naive)
+  check(ATTENTIONS['own'](CPU), SHAPES[1])
+  gradients = []
+  for name in ('blocks', 'own'):
+    config = tiny.config(**{'model.attention': name, 'moe.num_experts': 0})
+    config_lib.validate(config, 1)  # it is a known name
+    made = steps.setup(config, **axes)
+    data = steps.batch(config)
+    _, metrics = make_train_step(made)(steps.init(made), data)
+    gradients.append([metrics['loss'], metrics['gradient_norm']])
+  np.testing.assert_allclose(*gradients, rtol=1e-5)

@@ -4,14 +4,17 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from moe_jax.config import MESH_AXES
 from moe_jax.errors import UserError
 from moe_jax.experts.grouped_matmul import case, tokamax
-from moe_jax.model import tuned
+from moe_jax.model import implementations, tuned
 from moe_jax.model.implementations import available_matmuls, chosen_matmul
+from tests.helpers import tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +125,49 @@ def test_available_lists_what_has_no_obstacle() -> None:
     'padded',
     'triton',
   ]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'axes', 'device', 'expected'),
+  [
+    ({}, {}, on('cpu'), 'float32 blocks blocks none'),
+    ({}, {'expert': 4}, on('gpu', '9.0'), 'bfloat16 cudnn triton all_to_all'),
+    ({}, {'expert': 8}, on('tpu'), 'bfloat16 splash ragged_dot ragged'),
+    (
+      {
+        'model.attention': 'xla',
+        'moe.grouped_matmul': 'padded',
+        'moe.exchange': 'gather',
+      },
+      {'expert': 4},
+      on('tpu'),
+      'bfloat16 xla padded gather',
+    ),
+    ({'moe.num_experts': 0}, {}, on('cpu'), 'float32 blocks'),
+    (
+      {'model.positions': 'span', 'model.span': 4},
+      {},
+      on('cpu'),
+      'float32 span blocks none',
+    ),
+  ],
+)
+def test_what_runs_is_told(
+  changes: dict[str, Any],
+  axes: dict[str, int],
+  device: Device,
+  expected: str,
+) -> None:
+  config = tiny.config(**{'model.dtype': 'auto'} | changes)
+  config.model.hidden_size = 256  # so that a head is wide enough for cuDNN
+  mesh = dict.fromkeys(MESH_AXES, 1) | axes
+  parts = implementations.resolved(config, mesh, device)
+  assert ' '.join(parts.values()) == expected
+
+
+def test_what_was_measured_is_told() -> None:
+  device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
+  tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0}})
+  mesh = dict.fromkeys(MESH_AXES, 1)
+  parts = implementations.resolved(tiny.config(), mesh, device)
+  assert parts['grouped_matmul.measured'] == f'{shapes}: padded'
