@@ -1,25 +1,40 @@
-"""AdamW with warm-up, cosine decay, clipping and selective weight decay.
+"""Optimizers, with clipping, selective weight decay and frozen parameters.
 
-Some parameters are not its own: those of frozen routers and those that are
-fixed for good are left alone, and the bias by which experts are chosen moves by
-the sign of what its gradient counts.
+An optimizer is a function of the whole config, a schedule and what each
+parameter declares; it returns an `optax.GradientTransformation` for those that
+are trained. `OPTIMIZERS` has those of the library, all from optax; a user's own
+is registered in a config file:
+
+  @OPTIMIZERS.register('mine')
+  def mine(config, schedule, declarations): return optax.sgd(schedule)
+
+Some parameters are not an optimizer's own: those of frozen routers and those
+that are fixed for good are left alone, and the bias by which experts are chosen
+moves by the sign of what its gradient counts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
-from moe_jax import config as config_lib
 from moe_jax.parameter import (
   BIAS_UPDATED,
   CELL,
+  EMBED,
+  EXPERT,
   FIXED,
+  MODEL,
   ROUTER,
   TRAINED,
+  VOCAB,
   Declaration,
 )
+from moe_jax.registry import OPTIMIZERS, SCHEDULES
+from moe_jax.training import schedules  # noqa: F401 (registers them)
 
 # Beside `TRAINED` and `BIAS_UPDATED`, the label of what stays as it is: what is
 # declared `FIXED`, and what `optimizer.freeze` names.
@@ -30,21 +45,14 @@ _FROZEN_PARTS = {
   'router_and_cell': (ROUTER, CELL),
 }
 
+MakeOptimizer = Callable[
+  [ConfigDict, optax.Schedule, Any], optax.GradientTransformation
+]
+
 
 def schedule(config: ConfigDict) -> optax.Schedule:
-  """Linear warm-up to the peak, cosine decay, then constant at its end.
-
-  Args:
-    config: the whole config; reads `optimizer` and `train.steps`.
-  """
-  optimizer = config.optimizer
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=optimizer.learning_rate,
-    warmup_steps=optimizer.warmup_steps,
-    decay_steps=config_lib.decay_end(config),
-    end_value=optimizer.learning_rate * optimizer.final_fraction,
-  )
+  """Returns the learning rate over the steps that a validated config names."""
+  return SCHEDULES[config.optimizer.schedule](config)
 
 
 def make(config: ConfigDict, declarations: Any) -> optax.GradientTransformation:
@@ -55,14 +63,8 @@ def make(config: ConfigDict, declarations: Any) -> optax.GradientTransformation:
     declarations: What each parameter is, a tree like that of the parameters.
   """
   optimizer = config.optimizer
-  trained = optax.adamw(
-    schedule(config),
-    b1=optimizer.b1,
-    b2=optimizer.b2,
-    eps=optimizer.epsilon,
-    weight_decay=optimizer.weight_decay,
-    mask=decayed(declarations),
-  )
+  make_trained: MakeOptimizer = OPTIMIZERS[optimizer.name]
+  trained = make_trained(config, schedule(config), declarations)
   if optimizer.clip_norm:
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
     trained = optax.chain(clip, trained)
@@ -73,6 +75,99 @@ def make(config: ConfigDict, declarations: Any) -> optax.GradientTransformation:
       BIAS_UPDATED: optax.sign_sgd(config.loss.bias_rate),
     },
     labels(declarations, optimizer.freeze),
+  )
+
+
+@OPTIMIZERS.register('adamw')
+def adamw(
+  config: ConfigDict, schedule: optax.Schedule, declarations: Any
+) -> optax.GradientTransformation:
+  """Returns AdamW (arXiv 1711.05101)."""
+  optimizer = config.optimizer
+  return optax.adamw(
+    schedule,
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    eps=optimizer.epsilon,
+    weight_decay=optimizer.weight_decay,
+    mask=decayed(declarations),
+  )
+
+
+@OPTIMIZERS.register('lion')
+def lion(
+  config: ConfigDict, schedule: optax.Schedule, declarations: Any
+) -> optax.GradientTransformation:
+  """Returns Lion (arXiv 2302.06675), which wants a rate 3 to 10 times lower."""
+  optimizer = config.optimizer
+  return optax.lion(
+    schedule,
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    weight_decay=optimizer.weight_decay,
+    mask=decayed(declarations),
+  )
+
+
+@OPTIMIZERS.register('adafactor')
+def adafactor(
+  config: ConfigDict, schedule: optax.Schedule, declarations: Any
+) -> optax.GradientTransformation:
+  """Returns Adafactor (arXiv 1804.04235): factored second moments, no first.
+
+  The learning rate and weight decay mean what they mean for AdamW: steps are
+  not scaled by the size of the parameters (the paper's section 8).
+  """
+  return optax.chain(
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.add_decayed_weights(
+      config.optimizer.weight_decay, decayed(declarations)
+    ),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+@OPTIMIZERS.register('muon')
+def muon(
+  config: ConfigDict, schedule: optax.Schedule, declarations: Any
+) -> optax.GradientTransformation:
+  """Returns Muon for the model's matrices, and AdamW for everything else.
+
+  A matrix leads from the hidden state to all other axes of a parameter or
+  back; each layer's and each expert's is its own. Embedding, head, routers and
+  vectors are AdamW's. Updates are scaled to the size of AdamW's, so that both
+  share a learning rate (Liu et al., arXiv 2502.16982, section 2.2).
+  """
+  optimizer = config.optimizer
+
+  def matrices(params: Any) -> Any:
+    return jax.tree.map(_matrix, declarations, params)
+
+  def of_matrices(params: Any) -> Any:
+    return jax.tree.map(
+      lambda sides, _: 'adamw' if sides is None else 'muon',
+      matrices(params),
+      params,
+      is_leaf=lambda node: (
+        node is None or isinstance(node, contrib.MuonDimensionNumbers)
+      ),
+    )
+
+  # Not `contrib.muon` for all of them: its own AdamW decays vectors too.
+  return optax.partition(
+    {
+      'muon': contrib.muon(
+        schedule,
+        beta=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        weight_decay_mask=decayed(declarations),
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+      ),
+      'adamw': adamw(config, schedule, declarations),
+    },
+    of_matrices,
   )
 
 
@@ -108,3 +203,25 @@ def trained_norm(grads: Any, declarations: Any, freeze: str) -> jax.Array:
 def decayed(declarations: Any) -> Any:
   """Returns a tree of bools: which parameters weight decay applies to."""
   return jax.tree.map(lambda declared: declared.decay, declarations)
+
+
+def _matrix(
+  declared: Declaration, param: jax.Array | optax.MaskedNode
+) -> contrib.MuonDimensionNumbers | optax.MaskedNode | None:
+  """Returns the two sides of a parameter's matrix; None where Muon has none."""
+  if isinstance(param, optax.MaskedNode):
+    return param  # not trained: not this optimizer's
+  axes = declared.axes
+  if declared.part != MODEL or EMBED not in axes or VOCAB in axes:
+    return None
+  first = param.ndim - len(axes)  # after those of stacked layers
+  embed = first + axes.index(EMBED)
+  others = tuple(
+    first + i for i, axis in enumerate(axes) if axis not in (EMBED, EXPERT)
+  )
+  if not others:
+    return None
+  # The hidden state is read where its axis comes first, and written elsewhere.
+  if embed < min(others):
+    return contrib.MuonDimensionNumbers((embed,), others)
+  return contrib.MuonDimensionNumbers(others, (embed,))
