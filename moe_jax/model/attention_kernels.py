@@ -97,11 +97,11 @@ def splash(
   length, heads, head_dim = query_BLHA.shape[1:]
   padding = -length % _LANES  # at the end, where causality hides it
   if padding:
-    padded = [
+    query_BLHA, key_BLGA, value_BLGA = (
       jnp.pad(a, [(0, 0), (0, padding), (0, 0), (0, 0)])
       for a in (query_BLHA, key_BLGA, value_BLGA)
-    ]
-    return splash(*padded, interpret)[:, :length]
+    )
+    return splash(query_BLHA, key_BLGA, value_BLGA, interpret)[:, :length]
   mask = splash_attention.MultiHeadMask(
     [splash_attention.CausalMask((length, length))] * heads
   )
@@ -136,7 +136,11 @@ def sharded(
 def _block_sizes(length: int) -> splash_attention.BlockSizes:
   """Returns the largest up to `_BLOCK` that divide the length."""
   size = next(n for n in range(_BLOCK, 0, -_LANES) if length % n == 0)
-  names = (
-    'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'.split()
+  return splash_attention.BlockSizes(
+    block_q=size,
+    block_kv=size,
+    block_q_dkv=size,
+    block_kv_dkv=size,
+    block_q_dq=size,
+    block_kv_dq=size,
   )
-  return splash_attention.BlockSizes(**dict.fromkeys(names, size))

@@ -89,12 +89,12 @@ class SpanAttend:
     def block(i: jax.Array) -> jax.Array:
       first = i * self.block
       sizes = (self.block, *[self.block + key_pe_AW.shape[1]] * 2)
-      parts = [
+      query, key, value = (
         jax.lax.dynamic_slice_in_dim(a, first, size, axis=1)
         for a, size in zip(padded, sizes, strict=True)
-      ]
+      )
       block_rng = None if rng is None else jax.random.fold_in(rng, i)
-      return self._attend(*parts, key_pe_AW, block_rng)
+      return self._attend(query, key, value, key_pe_AW, block_rng)
 
     blocks = jax.lax.map(block, jnp.arange(num_blocks))
     attended = blocks.swapaxes(0, 1).reshape(padded[0].shape)
@@ -123,7 +123,7 @@ class SpanAttend:
 
 
 def shift_rows(x_BHQW: jax.Array, fill: float) -> jax.Array:
-  """[B, H, Q, W] -> [B, H, Q, W + Q], row q moved to the right by q.
+  """Moves row q to the right by q: [B, H, Q, W] -> [B, H, Q, W + Q].
 
   So the columns become positions: j of query q stands at position q + j. What
   a row does not reach holds `fill`.

@@ -49,8 +49,11 @@ from moe_jax.routing.selection import (
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
-# Of the dense and shared feed-forward, and of the bank of experts.
-FEED_FORWARDS = {
+# The classes of the dense and shared feed-forward, and of the routed experts.
+FEED_FORWARDS: dict[
+  str,
+  tuple[type[SwiGLU | ReLUMLP], type[SwiGLUExperts | ReLUExperts]],
+] = {
   'swiglu': (SwiGLU, SwiGLUExperts),
   'relu': (ReLUMLP, ReLUExperts),
 }
@@ -157,11 +160,11 @@ def make_period(parts: Parts, pattern: Sequence[str], rngs: nnx.Rngs) -> Period:
 
 
 def repetition(kinds: Sequence[str], every: int) -> tuple[int, int]:
-  """Where a pattern of layers begins to repeat, and its period.
+  """Returns where a pattern of layers begins to repeat, and its period.
 
   Args:
-    kinds: of every layer.
-    every: the period, unless all layers are alike.
+    kinds: The kind of every layer.
+    every: The period, unless all layers are alike.
 
   Returns:
     The fewest leading layers without which the rest is whole repetitions.
@@ -184,7 +187,7 @@ def compute_dtype(
 
 
 def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
-  """A layer of that kind, 'moe' or 'dense'."""
+  """Returns a layer of that kind, 'moe' or 'dense'."""
   config, model = parts.config, parts.config.model
   attention = Attention(
     model.hidden_size,
@@ -203,7 +206,7 @@ def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
 
 
 def make_norm(config: ConfigDict) -> Norm:
-  """Of the model's kind, over its hidden size."""
+  """Returns a norm of the model's kind, over its hidden size."""
   return NORMS[config.model.norm](
     config.model.hidden_size, config.model.norm_epsilon
   )
@@ -243,7 +246,7 @@ def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
 
 
 def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
-  """One MoE sub-layer per factor; all together cost what one would."""
+  """Returns a MoE layer per factor; all together cost what one would."""
   config, moe, model = parts.config, parts.config.moe, parts.config.model
 
   def sub_layer(place: int) -> MoELayer:
@@ -279,7 +282,8 @@ def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
 
 def _shared(
   config: ConfigDict, rngs: nnx.Rngs
-) -> tuple[nnx.Module | None, Mixing | None]:
+) -> tuple[SwiGLU | ReLUMLP | None, Mixing | None]:
+  """Returns the shared expert and what joins it with the routed ones."""
   shared = config.moe.shared
   if not shared.width:
     return None, None
@@ -296,7 +300,7 @@ def _shared(
 
 
 def make_cell(config: ConfigDict, rngs: nnx.Rngs) -> Cell:
-  """The recurrent cell of all routers; without recurrence, `Memoryless`."""
+  """Returns the cell of all routers; without recurrence, `Memoryless`."""
   router = config.router
   shared = router.projector == 'shared'
   input_size = config.model.hidden_size if shared else router.state_size
@@ -341,7 +345,7 @@ def make_router(
 
 
 def make_select(config: ConfigDict, disable_top: int) -> Select:
-  """Of one sub-layer; `disable_top` as in `Select`."""
+  """Returns the selection of one MoE layer; `disable_top` as in `Select`."""
   router = config.router
   options = SelectOptions(
     num_experts=config.moe.num_experts,
@@ -359,7 +363,7 @@ def make_select(config: ConfigDict, disable_top: int) -> Select:
 
 
 def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
-  """What the gate reads, and its width."""
+  """Returns what makes the features that a gate reads, and their width."""
   router, hidden_size = config.router, config.model.hidden_size
   if router.recurrent == 'none':
     return recurrent.HiddenFeatures(), hidden_size

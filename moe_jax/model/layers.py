@@ -12,7 +12,7 @@ class RMSNorm(nnx.Module):
   """`x / rms(x) * scale`, computed in float32 (arXiv 1910.07467).
 
   Attributes:
-    scale_D: float32, starts at 1.
+    scale_D: The learned scale, float32; it starts at 1.
   """
 
   def __init__(self, size: int, epsilon: float):
@@ -31,7 +31,8 @@ class LayerNorm(nnx.Module):
   """`(x - mean) / std * scale + shift`, in float32 (arXiv 1607.06450).
 
   Attributes:
-    scale_D, shift_D: float32, start at 1 and 0.
+    scale_D, shift_D: The learned scale and shift, float32; they start at 1 and
+      0.
   """
 
   def __init__(self, size: int, epsilon: float):
@@ -49,13 +50,13 @@ class LayerNorm(nnx.Module):
 
 
 def rotate(x_BLHA: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (arXiv 2104.09864) at positions 0 .. L-1.
+  """Applies rotary position embedding (arXiv 2104.09864) at 0 .. L-1.
 
   Pairs are (a, a + A/2), the half-split layout of Llama checkpoints.
 
   Args:
-    x_BLHA: queries or keys; A is even.
-    theta: the base of the wavelengths.
+    x_BLHA: The queries or keys; A is even.
+    theta: The base of the wavelengths.
 
   Returns:
     The rotated array, in the dtype of `x_BLHA`.

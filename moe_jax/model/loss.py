@@ -9,7 +9,7 @@ along the `tensor` axis each their part of the vocabulary.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ class Targets(NamedTuple):
   """What is to be predicted.
 
   Attributes:
-    ids_BL: int32; of a token without weight any id.
-    weights_BL: float32, what each token's loss is multiplied by.
+    ids_BL: The ids, int32; any id for a token without weight.
+    weights_BL: What each token's loss is multiplied by, float32.
   """
 
   ids_BL: jax.Array
@@ -41,7 +41,7 @@ class Targets(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-  """Of the loss, in what it was computed from."""
+  """The gradients of the loss in what it was computed from."""
 
   x: jax.Array
   head: Head
@@ -51,16 +51,16 @@ class _Gradients(NamedTuple):
 def cross_entropy(
   mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
 ) -> jax.Array:
-  """The weighted sum over tokens, in nats, float32.
+  """Returns the weighted sum over tokens, in nats, float32.
 
   The matmuls take operands of the dtype of `x_BLD` and accumulate in float32;
   logits and softmax are float32. Differentiable in `x_BLD` and `head`.
 
   Args:
-    mesh: where the arrays are, split as `moe_jax.parallel.mesh` says.
-    x_BLD: what the head reads.
-    head: its parameters.
-    targets: and their weights.
+    mesh: Where the arrays are, split as `moe_jax.parallel.mesh` says.
+    x_BLD: What the head reads.
+    head: The parameters of the head.
+    targets: The targets and their weights.
   """
   return _computed(mesh, x_BLD, head, targets, with_gradient=False)[0]
 
@@ -68,7 +68,9 @@ def cross_entropy(
 def _forward(
   mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
 ) -> tuple[jax.Array, _Gradients]:
-  return _computed(mesh, x_BLD, head, targets, with_gradient=True)
+  loss, gradients = _computed(mesh, x_BLD, head, targets, with_gradient=True)
+  assert gradients is not None
+  return loss, gradients
 
 
 def _backward(
@@ -83,7 +85,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def chunk_of(platform: str) -> int:
-  """Tokens of a device whose logits are in memory together."""
+  """Returns how many tokens' logits a device has in memory together."""
   return CHUNK.get(platform, _CHUNK_OF_ACCELERATORS)
 
 
@@ -102,14 +104,18 @@ def _computed(
   tokens = P(mesh_lib.BATCH_AXES)
   stored = mesh_lib.spec('head_DV', head.weight_DV.shape, (EMBED, VOCAB), mesh)
   split_vocabulary = stored[1] is not None
-  head_specs = Head(stored, P(stored[1]))
+  # Specs in the places of arrays: trees of one shape.
+  specs: Any = Head
+  head_specs = specs(stored, P(stored[1]))
+  specs = _Gradients
+  gradient_specs = specs(tokens, head_specs) if with_gradient else None
   return jax.shard_map(
     functools.partial(
       _of_device, local, mesh_lib.TENSOR if split_vocabulary else None
     ),
     mesh=mesh,
     in_specs=(tokens, head_specs, tokens),
-    out_specs=(P(), _Gradients(tokens, head_specs) if with_gradient else None),
+    out_specs=(P(), gradient_specs),
     check_vma=True,
   )(x_BLD, head, targets)
 
@@ -121,7 +127,7 @@ def _of_device(
   head: Head,
   targets: Targets,
 ) -> tuple[jax.Array, _Gradients | None]:
-  """`local` on one device of a mesh; `axis` splits the vocabulary, if any."""
+  """Calls `local` on a device of a mesh; `axis` splits the vocabulary."""
   # Cast before it travels: half the bytes in bfloat16.
   weight_DV = lax.all_gather(
     head.weight_DV.astype(x_BLD.dtype), mesh_lib.FSDP, tiled=True
@@ -146,7 +152,7 @@ def _local(
   chunk: int,
   with_gradient: bool,
 ) -> tuple[jax.Array, _Gradients | None]:
-  """The loss over the tokens that are here, chunk by chunk.
+  """Returns the loss over the tokens that are here, chunk by chunk.
 
   The gradient of the head is the part of these tokens; that of `x_BLD` is
   whole.
@@ -158,7 +164,9 @@ def _local(
   chunks = [_cut(a, count) for a in tokens]
   one = functools.partial(_chunk, head, axis, with_gradient)
 
-  def add(total: _Sums, chunk: list[jax.Array]) -> tuple[_Sums, jax.Array]:
+  def add(
+    total: _Sums, chunk: list[jax.Array]
+  ) -> tuple[_Sums, jax.Array | None]:
     more, grad_CD = one(*chunk)
     return jax.tree.map(jnp.add, total, more), grad_CD
 
@@ -167,16 +175,16 @@ def _local(
   total, grads = one(*[a[0] for a in chunks])
   if count > 1:
     total, rest = lax.scan(add, total, [a[1:] for a in chunks])
-    if with_gradient:
+    if grads is not None and rest is not None:
       grads = jnp.concatenate([grads[None], rest])
   loss, head_grad = total
-  if not with_gradient:
+  if grads is None or head_grad is None:
     return loss, None
   grad_TD = grads.reshape(-1, x_TD.shape[1])[: len(x_TD)]
   return loss, _Gradients(grad_TD.reshape(x_BLD.shape), head_grad)
 
 
-# Of some tokens: their loss, and its gradient in the head.
+# The loss of some tokens, and its gradient in the head.
 _Sums = tuple[jax.Array, Head | None]
 
 
@@ -188,7 +196,7 @@ def _chunk(
   ids_C: jax.Array,
   weights_C: jax.Array,
 ) -> tuple[_Sums, jax.Array | None]:
-  """The sums of C tokens, and the gradient in `x_CD`."""
+  """Returns the sums of C tokens, and the gradient in `x_CD`."""
   weight_DV, bias_V = head
   logits_CV = jnp.einsum(
     'CD,DV->CV', x_CD, weight_DV, preferred_element_type=jnp.float32
@@ -225,7 +233,7 @@ class _Vocabulary(NamedTuple):
   axis: str | None
 
   def first(self, size: int) -> jax.Array | int:
-    """The first id that is here, of `size` on each device."""
+    """Returns the first id that is here, of `size` on each device."""
     return 0 if self.axis is None else lax.axis_index(self.axis) * size
 
   def sum(self, a: jax.Array) -> jax.Array:
@@ -236,14 +244,14 @@ class _Vocabulary(NamedTuple):
 
 
 def _look_up(logits_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
-  """Each row's entry at its id; 0 where that is not one of the columns."""
+  """Returns each row's entry at its id; 0 where that is no column."""
   size = logits_CV.shape[1]
   ids_C1 = jnp.clip(ids_C, 0, size - 1)[:, None]
-  found_C = jnp.take_along_axis(logits_CV, ids_C1, axis=1)[:, 0]
-  return jnp.where((ids_C >= 0) & (ids_C < size), found_C, 0.0)
+  entry_C = jnp.take_along_axis(logits_CV, ids_C1, axis=1)[:, 0]
+  return jnp.where((ids_C >= 0) & (ids_C < size), entry_C, 0.0)
 
 
 def _cut(a: jax.Array, count: int) -> jax.Array:
-  """[T, ...] -> [count, C, ...], filled up with tokens without weight."""
+  """Cuts [T, ...] into [count, C, ...], adding tokens without weight."""
   padding = [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)
   return jnp.pad(a, padding).reshape(count, -1, *a.shape[1:])

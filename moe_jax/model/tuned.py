@@ -24,7 +24,7 @@ Seconds = dict[str, dict[str, float]]
 
 
 def path() -> Path:
-  """Where the file is, or would be."""
+  """Returns where the file is, or would be."""
   if _VARIABLE in os.environ:
     return Path(os.environ[_VARIABLE])
   cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
@@ -32,15 +32,15 @@ def path() -> Path:
 
 
 def load() -> dict[str, Seconds]:
-  """Everything in the file, by device; a file that is broken is ignored."""
+  """Returns all measurements, by device; a broken file is ignored."""
   try:
-    found = json.loads(path().read_text('utf-8'))
+    everything = json.loads(path().read_text('utf-8'))
     return {
       device: {
         case: {name: float(s) for name, s in seconds.items()}
         for case, seconds in cases.items()
       }
-      for device, cases in found.items()
+      for device, cases in everything.items()
     }
   except FileNotFoundError:
     return {}
@@ -50,13 +50,13 @@ def load() -> dict[str, Seconds]:
 
 
 def best(device: jax.Device, possible: Container[str]) -> dict[str, str]:
-  """The fastest of the possible implementations in every case measured."""
-  found = {}
+  """Returns the fastest of the possible implementations by measured case."""
+  fastest = {}
   for case, seconds in load().get(key(device), {}).items():
     usable = {name: s for name, s in seconds.items() if name in possible}
     if usable:
-      found[case] = min(usable, key=usable.get)
-  return found
+      fastest[case] = min(usable, key=usable.__getitem__)
+  return fastest
 
 
 def store(
@@ -73,7 +73,7 @@ def store(
 
 
 def key(device: jax.Device) -> str:
-  """The device and the versions that a measurement holds for."""
+  """Returns the device and the versions that a measurement holds for."""
   versions = [f'jax {jax.__version__}']
   try:
     versions.append(f'tokamax {importlib.metadata.version("tokamax")}')

@@ -1,7 +1,7 @@
 """A router: features of a token, perhaps with a memory, and a gate."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,11 @@ class Context:
     """The padding mask of the flattened tokens."""
     return self.padding_mask_BL.reshape(-1)
 
-  def with_rng(self, rng: jax.Array | None) -> 'Context':
+  def with_rng(self, rng: jax.Array | None) -> Self:
     """Returns the same context with another key."""
     return dataclasses.replace(self, rng=rng)
 
-  def split(self, count: int) -> list['Context']:
+  def split(self, count: int) -> list[Self]:
     """Returns `count` contexts, each with a key of its own or none at all."""
     if self.rng is None:
       return [self] * count
