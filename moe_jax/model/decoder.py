@@ -182,7 +182,8 @@ class Decoder(nnx.Module):
         for none.
     """
     table_VD = self.embed_VD[...].astype(self.dtype)
-    x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
+    with jax.named_scope('embedding'):
+      x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
     context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
     for_prefix, for_periods = context.split(2)
     router_state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
@@ -263,12 +264,13 @@ class Decoder(nnx.Module):
 
   def _logits(self, x_BLD: jax.Array) -> jax.Array:
     weight_DV, bias_V = self.head()
-    logits_BLV = jnp.einsum(
-      'BLD,DV->BLV',
-      x_BLD,
-      weight_DV.astype(x_BLD.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    with jax.named_scope('head'):
+      logits_BLV = jnp.einsum(
+        'BLD,DV->BLV',
+        x_BLD,
+        weight_DV.astype(x_BLD.dtype),
+        preferred_element_type=jnp.float32,
+      )
     return logits_BLV if bias_V is None else logits_BLV + bias_V
 
   def _shard(self, tree: Any, axis: int = 0) -> Any:

@@ -16,15 +16,16 @@ from moe_jax import config as config_lib
 from moe_jax import parameter
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model import implementations
 from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer
 
-# {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and for
-# models that see tokens before their sequence 'memory': [layers, B, W, D]. The
-# key is the run's random state; whoever needs randomness in a step folds the
-# step into it.
+# {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and where
+# attention remembers something 'memory': its state, arrays [layers, B, ...].
+# The key is the run's random state; whoever needs randomness in a step folds
+# the step into it.
 TrainState = dict[str, Any]
 
 
@@ -33,13 +34,15 @@ class Setup:
   """What a config makes, before any array exists.
 
   Attributes:
-    graphdef: merged with a dict of parameters, the model.
-    eval_graphdef: the same for evaluation, where `eval.disable_top` counts.
-    declarations: what each parameter is, a tree like that of the parameters.
-    tx: the optimizer.
-    abstract: the state as `ShapeDtypeStruct`s with shardings.
-    mesh: where it lives.
-    tokenizer: of the data; None where only shapes were asked for.
+    graphdef: The definition that, merged with parameters, is the model.
+    eval_graphdef: The same for evaluation, where `eval.disable_top` counts.
+    declarations: What each parameter is, a tree like that of the parameters.
+    tx: The optimizer.
+    abstract: The state as `ShapeDtypeStruct`s with shardings.
+    mesh: Where the state lives.
+    config: The whole config.
+    vocab_size: V.
+    tokenizer: The data's; None where only shapes were asked for.
   """
 
   graphdef: nnx.GraphDef
@@ -54,15 +57,21 @@ class Setup:
 
   @property
   def dictionary(self) -> str | None:
-    """Which table of ids the data has; None for a tokenizer with one only."""
+    """Which table of ids the data has; None for a tokenizer with only one."""
     return self.tokenizer.fingerprint if self.tokenizer else None
+
+  @property
+  def resolved(self) -> dict[str, str]:
+    """What runs where the config says `auto`; see `implementations`."""
+    device = implementations.first_device(self.mesh)
+    return implementations.resolved(self.config, self.mesh.shape, device)
 
   def init(self, params: Any = None) -> TrainState:
     """Makes the state from `config.seed`, every leaf already in its place.
 
     Args:
-      params: the model's, where they belong; None draws them. They become part
-        of the state as they are: a second set never exists.
+      params: The model's parameters, in their places; None draws them. They
+        become part of the state as they are: a second set never exists.
     """
     key = jax.random.key(self.config.seed)
     if params is None:
@@ -71,11 +80,11 @@ class Setup:
     return self._jit(self._rest, rest)(key, params) | {'params': params}
 
   def _jit(
-    self, make: Callable[..., TrainState], made: TrainState
+    self, make: Callable[..., TrainState], abstract: TrainState
   ) -> Callable[..., TrainState]:
     return jax.jit(
       make,
-      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, made),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
       compiler_options=_init_options(self.mesh),
     )
 
@@ -85,14 +94,15 @@ class Setup:
     return self._rest(key, params) | {'params': params}
 
   def _rest(self, key: jax.Array, params: Any) -> TrainState:
-    """All of the first state but its parameters."""
+    """Makes all of the first state but its parameters."""
     _, run_key = jax.random.split(key)
     memory = self._start(params, self.config.train.batch_size)
-    return {
+    state = {
       'step': jnp.zeros((), jnp.int32),
       'opt_state': self.tx.init(params),
       'key': jax.random.key_data(run_key),
-    } | ({} if not jax.tree.leaves(memory) else {'memory': memory})
+    }
+    return state | ({'memory': memory} if jax.tree.leaves(memory) else {})
 
   def start(self, batch_size: int) -> AttentionState:
     """Returns what attention remembers at the beginning of a text."""
@@ -105,37 +115,35 @@ class Setup:
 
 
 def from_config(config: ConfigDict) -> Setup:
-  """The setup of a config on all devices there are.
+  """Returns the setup of a config on all devices there are.
 
   Raises:
-    UserError: anything wrong with the config.
+    UserError: Anything wrong with the config.
   """
   config_lib.validate(config, jax.device_count())
   mesh = mesh_lib.from_config(config, jax.devices())
   tokenizer = tokenizers.build(config.data)
-  made = setup(
-    config,
-    config_lib.vocab_size(config, tokenizer.vocab_size),
-    mesh,
+  vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
+  return dataclasses.replace(
+    setup(config, vocab_size, mesh), tokenizer=tokenizer
   )
-  return dataclasses.replace(made, tokenizer=tokenizer)
 
 
 def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
-  """Shapes, then shardings; `Setup.init` then makes the arrays.
+  """Returns a setup: shapes, then shardings; `Setup.init` makes the arrays.
 
   Args:
-    config: validated.
+    config: A validated config.
     vocab_size: V.
-    mesh: with the axes of `moe_jax.parallel.mesh`.
+    mesh: A mesh with the axes of `moe_jax.parallel.mesh`.
 
   Raises:
-    UserError: a mesh axis does not divide a dimension of a parameter.
+    UserError: A mesh axis does not divide a dimension of a parameter.
   """
   model = _abstract_model(config, vocab_size, mesh, disable_top=0)
   evaluated = _abstract_model(config, vocab_size, mesh, config.eval.disable_top)
   declarations = parameter.declarations(model)
-  made = Setup(
+  without_state = Setup(
     nnx.graphdef(model),
     nnx.graphdef(evaluated),
     declarations,
@@ -145,7 +153,7 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     config,
     vocab_size,
   )
-  shapes = jax.eval_shape(made._create, jax.random.key(0))
+  shapes = jax.eval_shape(without_state._create, jax.random.key(0))
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -153,7 +161,7 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     shapes,
     mesh_lib.shardings(shapes, shapes['params'], declarations, mesh),
   )
-  return dataclasses.replace(made, abstract=abstract)
+  return dataclasses.replace(without_state, abstract=abstract)
 
 
 def _abstract_model(
@@ -172,7 +180,10 @@ def _abstract_model(
 
 
 def _init_options(mesh: Mesh) -> dict[str, int] | None:
-  """On CPU, random numbers compile three times sooner and run as fast so."""
+  """Returns options by which a CPU's random numbers compile in a third.
+
+  They run as fast as with others.
+  """
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   return {'xla_backend_optimization_level': 1} if on_cpu else None
 
