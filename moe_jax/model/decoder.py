@@ -184,13 +184,77 @@ class Decoder(nnx.Module):
     table_VD = self.embed_VD[...].astype(self.dtype)
     with jax.named_scope('embedding'):
       x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
-    context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
-    for_prefix, for_periods = context.split(2)
     router_state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
-    carry = self._shard(Carry(x_BLD, router_state))
     if attention_state is None:
       attention_state = self.start(len(token_ids_BL))
+    carry, aux, attention_state = self._run_blocks(
+      self._shard(Carry(x_BLD, router_state)),
+      Context(self.cell, token_ids_BL, padding_mask_BL, step, rng),
+      attention_state,
+      keep,
+    )
+    x_BLD = carry.x_BLD if self.norm is None else self.norm(carry.x_BLD)
+    return Hidden(x_BLD, aux, attention_state)
+
+  def start(self, batch_size: int) -> AttentionState:
+    """Returns what attention remembers at the beginning of a text."""
+    hidden_size = self.embed_VD.shape[1]
+    return self.attend.start(
+      self.num_layers, batch_size, hidden_size, self.dtype
+    )
+
+  def head(self) -> Head:
+    """Returns what makes logits of the last hidden states."""
+    bias_V = None if self.head_bias_V is None else self.head_bias_V[...]
+    if self.head_DV is None:
+      return Head(self.embed_VD[...].T, bias_V)
+    return Head(self.head_DV[...], bias_V)
+
+  def _run_blocks(
+    self,
+    carry: Carry,
+    context: Context,
+    attention_state: AttentionState,
+    keep: Callable[[Aux], Any],
+  ) -> tuple[Carry, Any, AttentionState]:
+    """Runs the prefix, and scans the periods.
+
+    Returns:
+      What the last block passes on, what is kept of every `Aux`, and the next
+      state of attention.
+    """
     of_prefix, of_periods = self._by_period(attention_state)
+    for_prefix, for_periods = context.split(2)
+    run_period = self._period_step(context.step, keep)
+    key_pe_AW = None if self.key_pe_AW is None else self.key_pe_AW[...]
+    # They are arguments, as nnx.scan may not close over modules.
+    shared = (
+      context.cell,
+      context.token_ids_BL,
+      context.padding_mask_BL,
+      key_pe_AW,
+    )
+    carry, outputs = run_period(
+      carry, *shared, self.prefix, of_prefix, for_prefix.rng
+    )
+    if self.periods is not None:
+      scan = nnx.scan(
+        self._rematerialized(run_period),
+        in_axes=(nnx.Carry, None, None, None, None, 0, 0, 0),
+        out_axes=(nnx.Carry, 0),
+        unroll=self.unroll,
+      )
+      rngs = for_periods.rng
+      if rngs is not None:
+        rngs = jax.random.split(rngs, self.repeats)
+      carry, scanned = scan(carry, *shared, self.periods, of_periods, rngs)
+      outputs = tuple(map(_in_depth_order, outputs, scanned))
+    return carry, *outputs
+
+  def _period_step(
+    self, step: jax.Array | None, keep: Callable[[Aux], Any]
+  ) -> Callable[..., tuple[Carry, tuple[Any, AttentionState]]]:
+    """Returns the function that is scanned over the periods."""
 
     def run_period(
       carry: Carry,
@@ -210,39 +274,7 @@ class Decoder(nnx.Module):
       kept = _stack([keep(aux) for aux in auxes])
       return self._shard(carry), (kept, self._shard(_stack(states), axis=1))
 
-    key_pe_AW = None if self.key_pe_AW is None else self.key_pe_AW[...]
-    shared = self.cell, token_ids_BL, padding_mask_BL, key_pe_AW
-    carry, made = run_period(
-      carry, *shared, self.prefix, of_prefix, for_prefix.rng
-    )
-    if self.periods is not None:
-      scan = nnx.scan(
-        self._rematerialized(run_period),
-        in_axes=(nnx.Carry, None, None, None, None, 0, 0, 0),
-        out_axes=(nnx.Carry, 0),
-        unroll=self.unroll,
-      )
-      rngs = for_periods.rng
-      if rngs is not None:
-        rngs = jax.random.split(rngs, self.repeats)
-      carry, scanned = scan(carry, *shared, self.periods, of_periods, rngs)
-      made = tuple(map(_in_depth_order, made, scanned))
-    x_BLD = carry.x_BLD if self.norm is None else self.norm(carry.x_BLD)
-    return Hidden(x_BLD, *made)
-
-  def start(self, batch_size: int) -> AttentionState:
-    """Returns what attention remembers at the beginning of a text."""
-    hidden_size = self.embed_VD.shape[1]
-    return self.attend.start(
-      self.num_layers, batch_size, hidden_size, self.dtype
-    )
-
-  def head(self) -> Head:
-    """Returns what makes logits of the last hidden states."""
-    bias_V = None if self.head_bias_V is None else self.head_bias_V[...]
-    if self.head_DV is None:
-      return Head(self.embed_VD[...].T, bias_V)
-    return Head(self.head_DV[...], bias_V)
+    return run_period
 
   def _by_period(
     self, attention_state: AttentionState
