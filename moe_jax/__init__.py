@@ -10,7 +10,7 @@ project uses one legend of letters:
   A  head dimension                R  state size of the recurrent router
   N  experts (of one sub-layer)    K  experts chosen per token
   M  rows sorted by expert         C  rows of one expert (its capacity)
-  X  what a score or a cell reads  E  size of an expert embedding
+  X  what a gate or a cell reads   E  size of an expert embedding
   S  sub-layers of a layer         P  repetitions of the layer pattern's period
   J  groups of experts             O  outputs, where a layer has several kinds
   W  positions that a token sees   Q  queries computed together
@@ -31,4 +31,20 @@ In these files a letter stands for something else:
                                                `experts.ragged_exchange`
   X  parts that a device's rows arrive in      the same
   P  points of a curve, W  MoE layers          `analysis`
+
+As a library: `from moe_jax import layers, load`.
 """
+
+import importlib
+from typing import Any
+
+__all__ = ['layers', 'load']
+
+
+def __getattr__(name: str) -> Any:
+  """Imports the library's names when they are used: `moe_jax` needs no jax."""
+  if name == 'layers':
+    return importlib.import_module('moe_jax.layers')
+  if name == 'load':
+    return importlib.import_module('moe_jax.pretrained').load
+  raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

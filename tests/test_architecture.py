@@ -88,6 +88,14 @@ ROOMS = {
     'cli errors interop interop.convert runtime', 'absl ml_collections'
   ),
   'interop.hf': Room('interop interop.cli'),
+  # The library's doors.
+  'layers': Room(
+    'config parameter routing experts model', 'jax flax ml_collections'
+  ),
+  'pretrained': Room(
+    f'{_MODEL} data interop interop.checkpoint model',
+    'jax flax ml_collections numpy',
+  ),
   'interop.upcycle.__main__': Room('interop.cli'),
   'analysis': Room('errors', 'matplotlib numpy'),
   # Text in, numbers out.

@@ -198,7 +198,7 @@ def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
     init_std=model.init_std,
     rngs=rngs,
   )
-  make = {'moe': _moe_sub_layers, 'dense': _dense_sub_layers}[kind]
+  make = {'moe': make_moe_layers, 'dense': _dense_sub_layers}[kind]
   sub_layers = make(parts, rngs)
   norms = [make_norm(config) for _ in sub_layers]
   place = {'pre': _pre_norm, 'post': _post_norm}[model.norm_place]
@@ -245,8 +245,8 @@ def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
   return [DenseLayer(dense, model.dropout)]
 
 
-def _moe_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
-  """Returns a MoE layer per factor; all together cost what one would."""
+def make_moe_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
+  """Returns an MoE layer per factor; all together cost what one would."""
   config, moe, model = parts.config, parts.config.moe, parts.config.model
 
   def sub_layer(place: int) -> MoELayer:

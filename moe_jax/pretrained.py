@@ -1,0 +1,139 @@
+"""A model from disk: a run's, or a released checkpoint's."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.experts.layer import Aux
+from moe_jax.interop import checkpoint, released
+from moe_jax.model.decoder import Decoder
+from moe_jax.routing.selection import Routing
+
+
+class Model:
+  """A model and its parameters, to be called with token ids.
+
+  It computes in float32 and drops no token, whatever it was trained with.
+
+  Attributes:
+    params: The nested dict of parameters.
+    step: The training step; None for a released checkpoint.
+  """
+
+  def __init__(
+    self, config: ConfigDict, params: dict[str, Any], step: int | None = None
+  ) -> None:
+    """Describes a model.
+
+    Args:
+      config: The sections `model`, `moe` and `router` at least; its
+        `model.vocab_size` is not 0.
+      params: The nested dict of parameters, float32.
+      step: The training step, if that is known.
+    """
+    graphdef, _ = released.abstract(config)
+    self.params = params
+    self.step = step
+    self._vocab_size = config.model.vocab_size
+
+    def logits(params: dict[str, Any], ids_BL: jax.Array) -> jax.Array:
+      model: Decoder = nnx.merge(graphdef, params)
+      return model(ids_BL, jnp.ones(ids_BL.shape, bool)).logits_BLV
+
+    def routing(params: dict[str, Any], ids_BL: jax.Array) -> Routing | None:
+      model: Decoder = nnx.merge(graphdef, params)
+      mask_BL = jnp.ones(ids_BL.shape, bool)
+      return model.hidden(ids_BL, mask_BL, _routing_of).aux
+
+    self._logits = jax.jit(logits)
+    self._routing = jax.jit(routing)
+
+  def __call__(self, ids: Any) -> jax.Array:
+    """Returns the logits of every next token; see `logits`."""
+    return self.logits(ids)
+
+  def logits(self, ids: Any) -> jax.Array:
+    """Returns the logits of every next token, float32 [..., L, V].
+
+    Args:
+      ids: Token ids, integers [..., L]; none is padding.
+
+    Raises:
+      UserError: An id is not in the vocabulary.
+    """
+    ids = self._checked(ids)
+    with jax.default_matmul_precision('highest'):  # on TPU and GPU too
+      logits_BLV = self._logits(self.params, ids.reshape(-1, ids.shape[-1]))
+    return logits_BLV.reshape(*ids.shape, -1)
+
+  def routing(self, ids: Any) -> Routing | None:
+    """Returns where every token goes.
+
+    Args:
+      ids: Token ids, integers [..., L]; none is padding.
+
+    Returns:
+      A `Routing` whose arrays are [MoE layers, sub-layers, ..., L, K] and
+      [MoE layers, sub-layers, ..., L, N]; None for a dense model.
+
+    Raises:
+      UserError: An id is not in the vocabulary.
+    """
+    ids = self._checked(ids)
+    with jax.default_matmul_precision('highest'):
+      routing = self._routing(self.params, ids.reshape(-1, ids.shape[-1]))
+    return jax.tree.map(
+      lambda a: a.reshape(*a.shape[:2], *ids.shape, a.shape[-1]), routing
+    )
+
+  def _checked(self, ids: Any) -> jax.Array:
+    ids = np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer) or not ids.ndim or not ids.size:
+      raise UserError(
+        f'ids are {ids.dtype} of shape {ids.shape}, not integers [..., L]'
+      )
+    if ids.min() < 0 or ids.max() >= self._vocab_size:
+      raise UserError(
+        f'ids are from {ids.min()} to {ids.max()}, but the vocabulary has'
+        f' {self._vocab_size}'
+      )
+    return jnp.asarray(ids, jnp.int32)
+
+
+def load(
+  path: str | Path, step: int | None = None
+) -> tuple[Model, Tokenizer | None, ConfigDict]:
+  """Reads a run or a released checkpoint.
+
+  Args:
+    path: The workdir of a run, or the folder of a checkpoint of RMoE,
+      CartesianMoE, Mixtral or Llama.
+    step: The step of the run's checkpoint; None for the newest.
+
+  Returns:
+    model: It makes logits and routing of token ids, and has the parameters.
+    tokenizer: That of the run; None for a released checkpoint, whose tokenizer
+      is a file of its own.
+    config: The config of the run, or what a released one says.
+
+  Raises:
+    UserError: The folder holds neither, or it is damaged or of a kind that is
+      not supported.
+  """
+  read = checkpoint.read(path, step)
+  tokenizer = None
+  if read.step is not None:
+    tokenizer = tokenizers.build(read.config.data)
+  return Model(read.config, read.params, read.step), tokenizer, read.config
+
+
+def _routing_of(aux: Aux) -> Routing:
+  return aux.routing
