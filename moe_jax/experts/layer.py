@@ -64,7 +64,7 @@ class MoELayer(nnx.Module):
     shared: An expert that every token visits, or None.
     shared_parts: The number of networks that `shared` stands for: their
       outputs' mean is its own, divided by their number.
-    mixing: Joins the routed and the shared output.
+    mixing: Joins the routed and the shared output; by default it adds them.
     bias_D: A learned vector added to the routed output, or None (RMoE's
       released code has it as an option).
     dropout: The rate on the output; if not 0, experts get seeds for theirs.
@@ -89,7 +89,7 @@ class MoELayer(nnx.Module):
     self.experts = experts
     self.shared = shared
     self.shared_parts = shared_parts
-    self.mixing = mixing
+    self.mixing: Mixing = SumMixing() if mixing is None else mixing
     self.bias_D = bias_D
     self.dropout = dropout
 
