@@ -20,7 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
-from tests.helpers import covering, oracle, oracle_span, tiny
+from tests.helpers import covering, oracle, oracle_span, steps, tiny
 
 SIZES = {
   'model.hidden_size': 16,
@@ -203,7 +203,7 @@ class Run:
 
   def train(self) -> tuple[list[float], Any, Any, Any]:
     """Losses, the state after one step, parameters before and after all."""
-    train_step, now = make_train_step(self.made), self.made.init()
+    train_step, now = make_train_step(self.made), steps.init(self.made)
     data = jax.device_put(self.batch, mesh_lib.batch_sharding(self.made.mesh))
     before, first, losses = to_numpy(now['params']), None, []
     for _ in range(3):

@@ -35,11 +35,16 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
   )
 
 
-@pytest.fixture(scope='module')
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """One cache of compiled programs for all, optimised as a user's are."""
-  return {
-    'XLA_FLAGS': '',
+@pytest.fixture(
+  scope='module',
+  params=['quick', pytest.param('optimised', marks=pytest.mark.slow)],
+)
+def env(
+  request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+  """One cache of compiled programs for all, with and without optimisation."""
+  flags = {'XLA_FLAGS': ''} if request.param == 'optimised' else {}
+  return flags | {
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
   }
@@ -131,6 +136,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
   assert_same_run(config, tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(
   config: ConfigDict, straight: Path, halfway: Path
 ) -> None:

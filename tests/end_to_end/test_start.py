@@ -20,6 +20,7 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
   return make_config(
     **{
       'model.num_layers': 1,
+      'moe.num_experts': 0,
       'train.steps': 2,
       'checkpoint.every': 1,
       'eval.every': 0,

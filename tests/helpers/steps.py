@@ -11,6 +11,7 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state
 from moe_jax.training.state import Setup, TrainState
+from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
 
 EVERY_AXIS = {'fsdp': 2, 'expert': 2, 'tensor': 2}
@@ -29,6 +30,21 @@ def setup(config: ConfigDict, **axes: int) -> Setup:
   size = int(np.prod(list(shape.values())))
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
   return state.setup(config, tiny.VOCAB, mesh)
+
+
+def trainer(config: ConfigDict, **axes: int) -> tuple[Setup, Any]:
+  """The setup and its training step, the same for equal configs.
+
+  So that tests which ask different questions of one program compile it once.
+  """
+  key = config.to_json(sort_keys=True), tuple(axes.items())
+  if key not in _trainers:
+    made = setup(config, **axes)
+    _trainers[key] = made, make_train_step(made)
+  return _trainers[key]
+
+
+_trainers: dict[Any, tuple[Setup, Any]] = {}
 
 
 def init(made: Setup) -> TrainState:

@@ -45,9 +45,12 @@ def test_eight_devices_train_like_one(model: str) -> None:
   assert alone[-1] < alone[0]
 
 
-def test_every_axis_at_once_trains_like_one_device() -> None:
-  # The programs of test_exchanging, so that they compile once.
-  compare(BOUNDED, {'every axis': EVERY_AXIS}, steps=5)
+@pytest.mark.parametrize(
+  'factors', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_every_axis_at_once_trains_like_one_device(factors: int) -> None:
+  model = BOUNDED | {'moe.factors': factors}
+  compare(model, {'every axis': EVERY_AXIS}, steps=5)
 
 
 @pytest.mark.slow

@@ -17,16 +17,16 @@ from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
-from tests.helpers.steps import batch, init, setup, to_numpy
+from tests.helpers.steps import batch, init, setup, to_numpy, trainer
 
 NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
 
 
 def trained(config: ConfigDict, steps: int = 1) -> tuple[Any, Any, list[Any]]:
   """Parameters before and after, and the metrics of every step."""
-  made = setup(config)
+  made, step = trainer(config)
   state, found = init(made), []
-  before, step = to_numpy(state['params']), make_train_step(made)
+  before = to_numpy(state['params'])
   for _ in range(steps):
     state, metrics = step(state, batch(config))
     found.append(to_numpy(metrics))

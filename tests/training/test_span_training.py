@@ -12,7 +12,7 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import tiny
-from tests.helpers.steps import init, setup
+from tests.helpers.steps import init, setup, trainer
 
 SPAN = {
   'model.positions': 'span',
@@ -26,6 +26,8 @@ SPAN = {
   'moe.factors': 2,
   'data.order': 'contiguous',
 }
+# Nearly.
+STILL = {'optimizer.learning_rate': 1e-9}
 
 
 def batches(config: ConfigDict, steps: int) -> list[dict[str, np.ndarray]]:
@@ -157,9 +159,8 @@ def test_it_lowers_for_accelerators() -> None:
 
 def test_a_fresh_row_forgets() -> None:
   """Step 2 with a memory only in row 3, which is fresh, is one without."""
-  config = tiny.config(**SPAN)
-  made = setup(config)
-  train_step = make_train_step(made)
+  config = tiny.config(**SPAN, **STILL)
+  made, train_step = trainer(config)
   data = batches(config, 3)[2]
   results = []
   for value in (0.0, 7.0):
@@ -184,9 +185,9 @@ def test_evaluation_draws_nothing_and_hands_on_its_memory() -> None:
 
 
 def test_every_step_has_masks_of_its_own() -> None:
-  config = tiny.config(**SPAN, **{'optimizer.learning_rate': 1e-9})
-  made = setup(config)
-  train_step, data = make_train_step(made), batches(config, 1)[0]
+  config = tiny.config(**SPAN, **STILL)
+  made, train_step = trainer(config)
+  data = batches(config, 1)[0]
   state = init(made)
   results = []
   for _ in range(2):

@@ -9,12 +9,12 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import oracle, tiny
-from tests.helpers.steps import batch, init, setup, to_numpy
+from tests.helpers.steps import batch, init, setup, to_numpy, trainer
 
 
 def test_losses_equal_the_oracle() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
-  made = setup(config)
+  made, train_step = trainer(config)
   params, data = init(made)['params'], batch(config)
   sums = make_eval_step(made)(params, data)
   nll, counts, probabilities = 0.0, np.zeros((4, 8)), np.zeros((4, 8))
@@ -30,7 +30,7 @@ def test_losses_equal_the_oracle() -> None:
       counts[i] += np.bincount(np.concatenate(experts), minlength=8)
       probabilities[i] += p.sum(0)
   tokens = data['padding_mask'].sum()
-  _, metrics = make_train_step(made)(init(made), data)
+  _, metrics = train_step(init(made), data)
   # N * sum_n f_n P_n, summed over the four sub-layers.
   balance = 8 * (counts / tokens * probabilities / tokens).sum()
   np.testing.assert_allclose(sums['nll'], nll, rtol=1e-6)
@@ -67,8 +67,8 @@ def test_first_update_is_adam_with_clipping_and_decay() -> None:
 
 def test_every_parameter_has_a_gradient() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
-  made = setup(config)
-  first, _ = make_train_step(made)(init(made), batch(config))
+  made, train_step = trainer(config)
+  first, _ = train_step(init(made), batch(config))
   moments = optax.tree.get(first['opt_state'], 'mu')
   for path, leaf in jax.tree_util.tree_leaves_with_path(moments):
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
@@ -114,9 +114,9 @@ def test_schedule() -> None:
 
 def test_state_is_donated() -> None:
   config = tiny.config()
-  made = setup(config)
+  made, train_step = trainer(config)
   old = init(made)
-  make_train_step(made)(old, batch(config))
+  train_step(old, batch(config))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['params']))
 
 
@@ -127,8 +127,8 @@ def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(new['params'])}
   assert dtypes == {np.dtype(np.float32)}
   assert metrics['load'].probability_N.dtype == np.float32
-  full = setup(tiny.config())
-  _, exact = make_train_step(full)(init(full), batch(config))
+  full, train_step = trainer(tiny.config())
+  _, exact = train_step(init(full), batch(config))
   np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=1e-2)
 
 
