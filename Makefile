@@ -2,11 +2,15 @@
 #
 #   make quickstart EXTRAS=cuda     jax for NVIDIA GPUs (tpu: for TPUs)
 #   make test PYTHON=python3.12     another Python than the first that will do
-#   make test JOBS=8                in so many processes, of 2 GB each
+#   make test JOBS=8                in so many processes, of 1.5 GB each
 #   make test PYTEST_ARGS='-k mesh' arguments for pytest
 
 EXTRAS ?=
-JOBS ?= 2
+# As many as there are processors, but no more than fit into memory.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); \
+  m=$$(awk '/MemAvailable/ {print int($$2 / 1.5 / 1024 / 1024)}' \
+    /proc/meminfo 2>/dev/null || echo 2); \
+  test "$$m" -lt "$$n" && n=$$m; test "$$n" -ge 1 && echo $$n || echo 1)
 PYTEST_ARGS ?=
 WORKDIR ?= runs/quickstart
 

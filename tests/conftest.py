@@ -11,7 +11,7 @@ os.environ.setdefault(
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
 )
 
-from moe_jax import runtime  # noqa: E402
+from moe_jax import runtime
 
 runtime.silence_libtpu()
 

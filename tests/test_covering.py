@@ -193,7 +193,7 @@ class Run:
   """A model and its first three steps on one batch."""
 
   def __init__(self, config: ConfigDict, axes: dict[str, int]) -> None:
-    shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
+    shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
     size = int(np.prod(list(shape.values())))
     mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
     self.made = state.setup(config, tiny.VOCAB, mesh)

@@ -26,7 +26,7 @@ BOUNDED = BALANCED | {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 0.6}
 
 def setup(config: ConfigDict, **axes: int) -> Setup:
   """The setup of a config on a mesh of as many devices as `axes` ask for."""
-  shape = {axis: 1 for axis in mesh_lib.MESH_AXES} | axes
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   size = int(np.prod(list(shape.values())))
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:size])
   return state.setup(config, tiny.VOCAB, mesh)
