@@ -1,7 +1,9 @@
 """Eight fake CPU devices for every test, and one compilation cache."""
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Tests compile far longer than they compute: nothing is optimised, and loops
 # are made by the older of the CPU's emitters, which takes half of the time of
@@ -16,6 +18,7 @@ from moe_jax import runtime
 runtime.silence_libtpu()
 
 import jax  # noqa: E402 (reads the flags above)
+import pytest  # noqa: E402
 
 # Before any test touches a device: the backend then starts with eight.
 jax.config.update('jax_num_cpu_devices', 8)
@@ -25,3 +28,18 @@ jax.config.update('jax_platforms', 'cpu')
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+# Programs stay in memory until they are dropped; a worker is to hold less than
+# 1.5 GB.
+_ENOUGH = 900 << 20
+
+
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory() -> Iterator[None]:
+  """Drops compiled programs between two files where they have become many."""
+  yield
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  if pages * os.sysconf('SC_PAGE_SIZE') > _ENOUGH:
+    jax.clear_caches()
+    gc.collect()
+    runtime.trim_malloc()
