@@ -68,7 +68,7 @@ ROOMS = {
     f'{_STATE} tensorboardX',
   ),
   'evaluation': Room(
-    f'{_CONFIG} data parallel.mesh parallel.multihost training',
+    f'{_CONFIG} registry data parallel.mesh parallel.multihost training',
     'jax ml_collections',
   ),
   # The one page that knows everyone.

@@ -17,6 +17,7 @@ from moe_jax.config.derived import (
   head_dim,
   layer_kinds,
   mesh_shape,
+  profiled_steps,
   vocab_size,
 )
 from moe_jax.config.schema import get_config
@@ -33,6 +34,7 @@ __all__ = [
   'head_dim',
   'layer_kinds',
   'mesh_shape',
+  'profiled_steps',
   'validate',
   'vocab_size',
 ]

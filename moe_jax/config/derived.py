@@ -84,6 +84,14 @@ def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
   return size
 
 
+def profiled_steps(profile: str) -> range:
+  """Returns the steps that a valid `train.profile` names: START:STEPS or ''."""
+  if not profile:
+    return range(0)
+  start, _, steps = profile.partition(':')
+  return range(int(start), int(start) + int(steps))
+
+
 def eval_batch_size(config: ConfigDict) -> int:
   """Sequences in a batch of an evaluation, over all devices."""
   return config.eval.batch_size or config.train.batch_size

@@ -7,7 +7,6 @@ nothing, and the position that a checkpoint keeps is the number of steps read.
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import grain
 import numpy as np
@@ -16,34 +15,6 @@ from moe_jax.data.orders import ORDERS, EvaluationRows
 from moe_jax.data.sequences import TokenSequences
 
 Batch = dict[str, np.ndarray]
-
-
-class TrainStream:
-  """The batches of a run, from a step on, for ever."""
-
-  def __init__(self, batches: grain.DatasetIterator, step: int) -> None:
-    self._batches = batches
-    self._step = step
-
-  def __iter__(self) -> Self:
-    return self
-
-  def __next__(self) -> Batch:
-    """Returns token_ids, targets int32 and padding_mask bool, all [rows, L].
-
-    And `segment_start` bool [rows] if the order is contiguous.
-    """
-    batch = next(self._batches)
-    self._step += 1
-    return batch
-
-  def state(self) -> dict[str, int]:
-    """Returns the position: `step`, the step whose batch is read next."""
-    return {'step': self._step}
-
-  def close(self) -> None:
-    """Ends the threads that read ahead."""
-    self._batches.close()
 
 
 def train_batches(
@@ -55,15 +26,19 @@ def train_batches(
   start: int,
   threads: int,
   order: str = 'shuffled',
-) -> TrainStream:
-  """Returns this process's part of the batches from step `start` on.
+) -> grain.DatasetIterator:
+  """Returns this process's part of the batches, from step `start` on.
+
+  A batch is token_ids, targets int32 and padding_mask bool, all [rows, L], and
+  `segment_start` bool [rows] if the order is contiguous. `close` ends the
+  threads that read ahead.
 
   Args:
     sequences: the split.
     batch_size: sequences per step, over all processes.
     rows: the rows of the global batch that this process holds, in its order.
     seed: of the order; only its lowest 32 bits count.
-    start: the first step to read, 0 or what `state()` said.
+    start: the first step to read, 0 or the number of steps done.
     threads: that read ahead; 0 reads when a batch is asked for.
     order: a key of `ORDERS`.
 
@@ -81,7 +56,7 @@ def train_batches(
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=2 * threads
   )
-  return TrainStream(iter(steps.to_iter_dataset(options)), start)
+  return iter(steps.to_iter_dataset(options))
 
 
 def num_batches(sequences: TokenSequences, batch_size: int) -> int:

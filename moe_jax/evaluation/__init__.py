@@ -1,0 +1,69 @@
+"""What is measured of a model's parameters, in training and of checkpoints.
+
+An evaluation is made once, from a `Setup` and the name of a split, and then
+called with parameters; it returns a `Result` for every row of its table.
+`EVALUATIONS` has those of the library; a user's own is one class in a config
+file, which `eval.evaluations` then names:
+
+  @EVALUATIONS.register('mine')
+  class Mine:
+    def __init__(self, setup, split): ...
+
+    def __call__(self, params, max_batches=0):
+      return [Result('mine', {'accuracy': 0.5})]
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from moe_jax.registry import EVALUATIONS
+from moe_jax.training.state import Setup
+
+
+class Result(NamedTuple):
+  """What an evaluation found.
+
+  Attributes:
+    split: What was evaluated: the `split` of a line in metrics.jsonl.
+    metrics: The numbers, by name.
+    variant: What tells this evaluation from the usual one of the split, to be
+      put behind its name; '' for the usual one.
+  """
+
+  split: str
+  metrics: dict[str, float]
+  variant: str = ''
+
+  @property
+  def name(self) -> str:
+    """The split with the variant."""
+    return self.split + self.variant
+
+
+class Evaluation(Protocol):
+  """An evaluation whose data is open and whose step is compiled once."""
+
+  def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
+    """Evaluates parameters; all processes of a run call this alike.
+
+    Args:
+      params: The model's parameters, where the setup's mesh has them.
+      max_batches: The most batches to read; 0 for the whole split.
+    """
+    ...
+
+
+def make(setup: Setup, split: str) -> list[Evaluation]:
+  """Returns the evaluations that `eval.evaluations` names.
+
+  Args:
+    setup: The setup of a run, with its tokenizer.
+    split: The split of the data.
+
+  Raises:
+    UserError: The split, or what else an evaluation needs, is not there.
+  """
+  # Here, as it registers itself with what is above.
+  from moe_jax.evaluation import perplexity  # noqa: F401
+
+  names = setup.config.eval.evaluations.split(',')
+  return [EVALUATIONS[name.strip()](setup, split) for name in names]

@@ -22,6 +22,7 @@ from moe_jax.interop.formats.base import is_file, read_json
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.run_dir import RunDir
 
 
 class Checkpoint(NamedTuple):
@@ -85,9 +86,9 @@ def read_run(workdir: Path, step: int | None = None) -> Checkpoint:
   """
   with _opened(workdir) as (config, checkpointer):
     config = with_vocab_size(config)
-    step = checkpointer.latest_step() if step is None else step
+    step = checkpointer.latest() if step is None else step
     wanted = {'params': _setup(config).abstract['params']}
-    state, _ = checkpointer.restore(wanted, step)
+    state = checkpointer.restore(wanted, step)
   params = jax.tree.map(np.asarray, state['params'])
   return Checkpoint(config, params, step)
 
@@ -117,14 +118,15 @@ def vocabulary(workdir: Path) -> str | None:
     UserError: As `read_run`.
   """
   with _opened(workdir) as (_, checkpointer):
-    return checkpointer.dictionary()
+    return checkpointer.vocabulary()
 
 
 @contextlib.contextmanager
 def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Checkpointer]]:
   """Opens the config and the checkpoints of a run."""
   config = run_config(workdir)
-  with Checkpointer.open(str(workdir), config, read_only=True) as checkpointer:
+  run = RunDir.existing(str(workdir), config)
+  with Checkpointer(run) as checkpointer:
     yield config, checkpointer
 
 
@@ -152,8 +154,10 @@ def write_run(
     setup.abstract['params'],
   )
   state = setup.init(placed)
-  with Checkpointer.open(str(workdir), config, vocabulary) as checkpointer:
-    checkpointer.save(0, state, {'step': 0})
+  run = RunDir.new_or_resumed(str(workdir), config)
+  with Checkpointer(run, vocabulary) as checkpointer:
+    run.claim()
+    checkpointer.save(0, state)
 
 
 def initial_params(config: ConfigDict) -> dict[str, Any]:

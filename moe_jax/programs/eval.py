@@ -40,11 +40,11 @@ def run(
 ) -> None:
   """Evaluates the checkpoint of `step` in `workdir` on `split`."""
   # jax must not be imported before the command line has set the allocator.
-  from moe_jax.evaluation import perplexity
+  from moe_jax.evaluation import checkpoints
   from moe_jax.parallel import launch
 
   launch.initialize(**place)
-  perplexity.evaluate(config, workdir, step=step, split=split)
+  checkpoints.evaluate(config, workdir, step=step, split=split)
 
 
 def main() -> None:

@@ -30,10 +30,6 @@ class Batches:
   def __next__(self) -> Batch:
     return self._rows.join(next(self._stream))
 
-  def state(self) -> dict[str, int]:
-    """The position in the data, as JSON can hold it."""
-    return self._stream.state()
-
   def close(self) -> None:
     """Ends the threads that read ahead."""
     self._stream.close()

@@ -11,12 +11,17 @@ import jax
 import numpy as np
 import tensorboardX
 
+from moe_jax.config import saved
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
 from moe_jax.training import device_peaks, run_dir, terminal
-from moe_jax.training.metrics import check_finite, routing_metrics
+from moe_jax.training.metrics import (
+  check_finite,
+  json_line,
+  routing_metrics,
+)
 from moe_jax.training.state import Setup
 
 
@@ -40,11 +45,12 @@ class Logger:
     self._start = self._read_at = start
     self._active = multihost.is_main_process()
     self._writer = MetricsWriter(workdir, start or None, self._active)
+    self._writer.text('config', saved.to_json(config), start)
     self._began = self._since = time.perf_counter()
     self._first_seconds = math.nan
     self._paused = 0.0
     self._noted: tuple[int, dict[str, Any]] | None = None
-    self._results: dict[str, list[str]] = {}
+    self._results: dict[str, Mapping[str, float]] = {}
 
   def __enter__(self) -> 'Logger':
     return self
@@ -56,6 +62,10 @@ class Logger:
     """Prints on one process of the run."""
     if self._active:
       print(text, flush=True)
+
+  def compiling(self) -> None:
+    """Tells that nothing is heard for a while, which may be minutes."""
+    self.say('compiling the training step ...')
 
   def compiled(self, metrics: dict[str, Any]) -> None:
     """Waits for the first step, whose time is compilation, not training."""
@@ -93,39 +103,43 @@ class Logger:
         step, self._steps, loss, speed, left, achieved.get('mfu')
       )
     )
-    self._results['train'] = [f'{loss:.4f}', '', '']
+    self._results['train'] = {'loss': loss}
 
   def evaluation(
-    self, step: int, split: str, result: dict[str, float], seconds: float
+    self,
+    step: int,
+    results: Mapping[str, Mapping[str, float]],
+    seconds: float,
   ) -> None:
-    """Writes an evaluation that took `seconds`, a pause of the training."""
+    """Writes an evaluation.
+
+    Args:
+      step: The number of steps done.
+      results: The metrics of everything that was evaluated, by its name.
+      seconds: How long it took, as a pause of the training.
+    """
     self._paused += seconds
-    self._writer.write(step, split, result)
-    self.say(
-      f'step {step}  {split}: loss {result["loss"]:.4f},'
-      f' {result["bits_per_byte"]:.4f} bits per byte'
-      f' ({terminal.duration(seconds)})'
-    )
-    self._results[split] = [
-      f'{result["loss"]:.4f}',
-      f'{result["perplexity"]:.3f}',
-      f'{result["bits_per_byte"]:.4f}',
-    ]
+    for name, metrics in results.items():
+      self._writer.write(step, name, metrics)
+      self.say(
+        f'step {step}  {name}: {terminal.metrics_text(metrics)}'
+        f' ({terminal.duration(seconds)})'
+      )
+      self._results[name] = metrics
 
   def summary(self, done: int) -> str:
-    """The last losses as a short table, and how far the run has come."""
+    """Returns the last numbers as a short table, and how far the run is."""
     if self._start >= self._steps:
       return (
         f'nothing to do: {self._start} steps are done, of train.steps ='
         f' {self._steps}'
       )
-    head = ['split', 'loss', 'perplexity', 'bits per byte']
-    rows = [[split, *cells] for split, cells in self._results.items()]
     elapsed = time.perf_counter() - self._began
     stopped = f', stopped at step {done} of {self._steps}'
+    table = terminal.results_table(self._results) + '\n'
     return (
-      terminal.summary_table([head, *rows])
-      + f'\n{done - self._start} steps in {terminal.duration(elapsed)}'
+      (table if self._results else '')
+      + f'{done - self._start} steps in {terminal.duration(elapsed)}'
       + (stopped if done < self._steps else '')
     )
 
@@ -146,10 +160,8 @@ class Logger:
 class MetricsWriter:
   """Appends to DIR/metrics.jsonl and to the event files in DIR/tensorboard.
 
-  One JSON object a line, `step` and `split` first. Floats are written so that
-  reading gives back the same bits. JSON has no infinities and no NaN: they
-  are the strings "Infinity", "-Infinity" and "NaN", which `float` (and
-  JavaScript's `Number`) turn back. Every line is flushed as it is written.
+  One JSON object a line, `step` and `split` first; `metrics.json_line` says how
+  floats are written. Every line is flushed as it is written.
   """
 
   def __init__(
@@ -198,14 +210,17 @@ class MetricsWriter:
     if not self._active:
       return
     plain = {name: np.asarray(value).tolist() for name, value in values.items()}
-    row = {'step': step, 'split': split} | {
-      name: _encodable(value) for name, value in plain.items()
-    }
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    self._file.write(json_line({'step': step, 'split': split} | plain))
     self._file.flush()
     for name, value in plain.items():
       if isinstance(value, int | float):
         self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def text(self, name: str, text: str, step: int) -> None:
+    """Writes a text to TensorBoard, as it stands."""
+    if self._active:
+      indented = ''.join(f'    {line}\n' for line in text.splitlines())
+      self._events.add_text(name, indented, step)  # code, in its Markdown
 
   def close(self) -> None:
     """Closes the files; what was written last is then on disk."""
@@ -233,14 +248,3 @@ def _forget_after(path: str, last_step: int) -> None:
     if step <= last_step:
       kept.append(line)
   run_dir.replace(path, ''.join(f'{line}\n' for line in kept))
-
-
-def _encodable(value: Any) -> Any:
-  """The value with the floats that JSON lacks as strings."""
-  if isinstance(value, list):
-    return [_encodable(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return (
-      'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
-    )
-  return value

@@ -1,6 +1,8 @@
-"""What is computed about a step beside its loss."""
+"""What is computed about a step beside its loss, and how it is written."""
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,30 +13,31 @@ from moe_jax.routing.balance import Load
 
 
 def routing_metrics(load: Load | None) -> dict[str, Any]:
-  """What the routers did in a step, per layer.
+  """Returns what the routers did in a step, per layer.
 
   Args:
-    load: numpy or jax arrays with leading axes [layers, S], or None.
+    load: NumPy or jax arrays with leading axes [layers, S], or None.
 
   Returns:
     Lists with one number per MoE layer, the worst or mean of its sub-layers:
     `max_load` (rows of the busiest expert over the balanced share; 1 is
     perfect), `idle_experts` (experts that no token chose), `router_entropy`
-    (nats per token; log N is uniform) and `dropped_share` (of slots). Where
-    devices exchange slots through buffers that may be too small, also
-    `exchange_overflows`: slots of all sub-layers that took the slower way.
+    (nats per token; log N is uniform) and `dropped_share` (of assignments).
+    Where devices exchange rows through buffers that may be too small, also
+    `exchange_overflows`: the assignments of all sub-layers that took the
+    overflow fallback.
   """
   if load is None:
     return {}
   load = jax.tree.map(np.asarray, load)
-  slots = np.maximum(load.counts_N.sum(-1), 1.0)
+  assignments = np.maximum(load.counts_N.sum(-1), 1.0)
   tokens = np.maximum(load.tokens, 1.0)
-  max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / slots
+  max_load = load.counts_N.max(-1) * load.counts_N.shape[-1] / assignments
   metrics = {
     'max_load': max_load.max(1),
     'idle_experts': (load.counts_N == 0).sum((1, 2)),
     'router_entropy': (load.entropy / tokens).mean(1),
-    'dropped_share': (load.dropped / slots).max(1),
+    'dropped_share': (load.dropped / assignments).max(1),
   }
   if load.overflowed is not None:
     metrics['exchange_overflows'] = load.overflowed.sum(1)
@@ -45,7 +48,7 @@ def check_finite(loss: float, step: int) -> float:
   """Returns the loss.
 
   Raises:
-    UserError: it is not finite.
+    UserError: The loss is not finite.
   """
   if not math.isfinite(loss):
     raise UserError(
@@ -53,3 +56,25 @@ def check_finite(loss: float, step: int) -> float:
       ' optimizer.learning_rate or raise optimizer.warmup_steps'
     )
   return loss
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+  """Returns a row of numbers and strings as one line of JSON.
+
+  Floats are written so that reading gives back the same bits. JSON has no
+  infinities and no NaN: they are the strings "Infinity", "-Infinity" and "NaN",
+  which `float` (and JavaScript's `Number`) turn back.
+  """
+  values = {name: _encodable(value) for name, value in row.items()}
+  return json.dumps(values, allow_nan=False) + '\n'
+
+
+def _encodable(value: Any) -> Any:
+  """Returns the value with the floats that JSON lacks as strings."""
+  if isinstance(value, list):
+    return [_encodable(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return (
+      'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+    )
+  return value

@@ -1,15 +1,70 @@
-"""What a run consists of, told before its first step."""
+"""What ran: told before the first step of a run, and kept in run.json."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
 
 import jax
 
+from moe_jax.config import loading, saved
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.model import sizes
 from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
 
+# What the numbers of a run may depend on.
+_PACKAGES = (
+  'jax jaxlib libtpu flax optax orbax-checkpoint numpy tokamax'.split()
+)
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python, of this library and of what it uses."""
+  found = {'python': platform.python_version()}
+  for name in ('moe_jax', *_PACKAGES):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
+  """Returns what is kept in run.json, as JSON can hold it.
+
+  It has `extensions`, the files of users that registered what the run is made
+  of, and `starts`, an entry for each time that the run was begun or gone on
+  with: the `step` it started from, what `auto` became (`resolved`), `devices`,
+  `mesh`, `processes`, `versions`, `command` and the time in UTC.
+
+  Args:
+    setup: The setup of the run.
+    workdir: The directory of the run, whose earlier starts stay.
+    start: The step that it starts from.
+  """
+  device = next(iter(setup.mesh.devices.flat))
+  now = {
+    'step': start,
+    'resolved': setup.resolved,
+    'devices': f'{setup.mesh.size} {device.device_kind}',
+    'mesh': dict(setup.mesh.shape),
+    'processes': jax.process_count(),
+    'versions': versions(),
+    'command': sys.argv,
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+  }
+  return {
+    'extensions': loading.extensions(),
+    'starts': [*_earlier_starts(workdir), now],
+  }
+
 
 def describe(setup: Setup, sequences: TokenSequences) -> str:
-  """Model, devices and data of a run, one line each."""
+  """Returns model, devices, what `auto` became and data, a line each."""
   config, mesh = setup.config, setup.mesh
   counts = sizes.count_parameters(
     config, setup.abstract['params'], setup.declarations
@@ -21,11 +76,28 @@ def describe(setup: Setup, sequences: TokenSequences) -> str:
     if multihost.is_single_process()
     else f', {jax.process_count()} processes'
   )
+  runs = ', '.join(
+    f'{part.replace("_", " ")} {name}' for part, name in setup.resolved.items()
+  )
+  packages = versions()
+  used = ', '.join(f'{name} {packages[name]}' for name in ('jax', 'flax'))
   epochs = config.train.steps * config.train.batch_size / len(sequences)
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
     f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
+    f'runs     {runs}; {used}\n'
     f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps'
   )
+
+
+def _earlier_starts(workdir: str) -> list[Any]:
+  """Returns the starts in run.json; none where it is missing or unreadable."""
+  try:
+    path = os.path.join(workdir, saved.RECORD_FILE)
+    with open(path, encoding='utf-8') as file:
+      starts = json.load(file)['starts']
+  except (OSError, ValueError, KeyError, TypeError):
+    return []
+  return starts if isinstance(starts, list) else []

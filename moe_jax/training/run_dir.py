@@ -4,9 +4,12 @@ It is a path of a mounted file system; on several hosts, of one they share.
 """
 
 import contextlib
+import dataclasses
+import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,35 +19,149 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 
 
-def check_run(workdir: str, config: ConfigDict) -> None:
-  """Makes sure of a directory for a run with `config`, new or to go on in.
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+  """The directory of a run, checked; `claim` makes it the run's own.
+
+  Attributes:
+    path: The directory, which need not exist yet.
+    config: The config of the run, or of who reads it.
+    read_only: Whether nothing is ever written there.
+    remedy: What to do if the run will not do, where the usual advice would be
+      wrong; '' otherwise.
+  """
+
+  path: str
+  config: ConfigDict
+  read_only: bool = False
+  remedy: str = ''
+
+  @classmethod
+  def new_or_resumed(cls, path: str, config: ConfigDict) -> 'RunDir':
+    """Returns the directory of a run with `config`, new or to go on with.
+
+    Nothing is written. All processes of a run call this alike.
+
+    Args:
+      path: The directory.
+      config: A config that differs from DIR/config.json, if there is one, in
+        keys that may change on resume.
+
+    Raises:
+      UserError: The directory belongs to another run, or is not writable.
+    """
+
+    def check() -> None:
+      refuse_url(path)
+      saved = _saved_config(path)
+      if saved is not None:
+        new = config.to_dict()
+        _refuse(path, saved_config.changed_meaning(saved, new), saved, new)
+      _check_writable(path)
+
+    multihost.fail_together(check)
+    return cls(path, config)
+
+  @classmethod
+  def existing(
+    cls, path: str, config: ConfigDict, remedy: str = ''
+  ) -> 'RunDir':
+    """Returns the directory of a run of the model that `config` describes.
+
+    All processes call this alike.
+
+    Args:
+      path: The directory.
+      config: The config of the model, as whoever reads it wants it.
+      remedy: What an error is to advise instead of the usual.
+
+    Raises:
+      UserError: It holds no run, or one of another model.
+    """
+
+    def check() -> None:
+      saved, new = config_of(path, remedy), config.to_dict()
+      keys = saved_config.changed_model(saved, new)
+      _refuse(path, keys, saved, new, remedy)
+
+    multihost.fail_together(check)
+    return cls(path, config, True, remedy)
+
+  def claim(self, record: Mapping[str, Any] | None = None) -> None:
+    """Makes the directory that of this run: config.json and run.json.
+
+    All processes call this alike; one of them writes.
+
+    Args:
+      record: What ran, as JSON can hold it; see `moe_jax.training.record`.
+
+    Raises:
+      UserError: Another process does not see the directory.
+    """
+    if multihost.is_main_process():
+      os.makedirs(self.checkpoints, exist_ok=True)
+    _check_shared(self.path)
+    if multihost.is_main_process():
+      replace(config_path(self.path), saved_config.to_json(self.config))
+      if record is not None:
+        text = json.dumps(record, indent=2) + '\n'
+        replace(os.path.join(self.path, saved_config.RECORD_FILE), text)
+
+  @property
+  def checkpoints(self) -> str:
+    """The absolute path of the folder of the run's checkpoints."""
+    return os.path.abspath(os.path.join(self.path, 'checkpoints'))
+
+
+def config_of(workdir: str, remedy: str = '') -> dict[str, Any]:
+  """Returns the config of the run in `workdir`, a dictionary of sections.
 
   Args:
-    workdir: the directory; made if it does not exist.
-    config: differs from DIR/config.json, if there is one, in harmless keys.
+    workdir: The directory of the run.
+    remedy: What an error is to advise instead of the usual.
 
   Raises:
-    UserError: the directory belongs to another run, or is not writable.
+    UserError: It holds no run.
   """
   refuse_url(workdir)
   saved = _saved_config(workdir)
-  if saved is not None:
-    new = config.to_dict()
-    keys = saved_config.changed_meaning(saved, new)
-    _refuse(workdir, keys, saved, new)
-  _check_writable(workdir)
+  if saved is None:
+    remedy = remedy or 'train first, with the same --config and --workdir'
+    raise UserError(
+      f'workdir {workdir} holds no run: there is no {config_path(workdir)};'
+      f' {remedy}'
+    )
+  return saved
 
 
-def write_config(workdir: str, config: ConfigDict) -> None:
-  """Makes `workdir` that of a run with `config`; one process does it."""
-  replace(config_path(workdir), saved_config.to_json(config))
+def refuse_url(workdir: str) -> None:
+  """Raises a UserError unless `workdir` is a path."""
+  if '://' in workdir:
+    raise UserError(
+      f'workdir {workdir} is a URL; mount the bucket and give its path'
+    )
 
 
-def check_shared(workdir: str) -> None:
+def config_path(workdir: str) -> str:
+  """Returns the file that holds the config of the run in `workdir`."""
+  return os.path.join(workdir, saved_config.CONFIG_FILE)
+
+
+def replace(path: str, text: str) -> None:
+  """Writes a file at once: a crash leaves the old text or the new one."""
+  temporary = f'{path}.tmp'
+  with open(temporary, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _check_shared(workdir: str) -> None:
   """Makes sure that all processes see the same directory.
 
   Raises:
-    UserError: what process 0 writes there, another one does not see.
+    UserError: What process 0 writes there, another one does not see.
   """
   if multihost.is_single_process():
     return
@@ -70,64 +187,8 @@ def check_shared(workdir: str) -> None:
         os.remove(path)
 
 
-def check_model(workdir: str, config: ConfigDict, remedy: str = '') -> None:
-  """Refuses a `workdir` without a run, or with a run of another model.
-
-  Args:
-    workdir: the directory.
-    config: of the model.
-    remedy: what to do instead, where the usual advice would be wrong.
-
-  Raises:
-    UserError: as said, naming the keys that differ.
-  """
-  saved = config_of(workdir, remedy)
-  new = config.to_dict()
-  _refuse(workdir, saved_config.changed_model(saved, new), saved, new, remedy)
-
-
-def config_of(workdir: str, remedy: str = '') -> dict[str, Any]:
-  """The config of the run in `workdir`; arguments as in `check_model`.
-
-  Raises:
-    UserError: it holds no run.
-  """
-  refuse_url(workdir)
-  saved = _saved_config(workdir)
-  if saved is None:
-    remedy = remedy or 'train first, with the same --config and --workdir'
-    raise UserError(
-      f'workdir {workdir} holds no run: there is no {config_path(workdir)};'
-      f' {remedy}'
-    )
-  return saved
-
-
-def refuse_url(workdir: str) -> None:
-  """Raises a UserError unless `workdir` is a path."""
-  if '://' in workdir:
-    raise UserError(
-      f'workdir {workdir} is a URL; mount the bucket and give its path'
-    )
-
-
-def config_path(workdir: str) -> str:
-  """The file that holds the config of the run in `workdir`."""
-  return os.path.join(workdir, 'config.json')
-
-
-def replace(path: str, text: str) -> None:
-  """Writes a file at once: a crash leaves the old text or the new one."""
-  temporary = f'{path}.tmp'
-  with open(temporary, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
-def _saved_config(workdir: str) -> dict | None:
-  """The config that the run in `workdir` was made with, None without one."""
+def _saved_config(workdir: str) -> dict[str, Any] | None:
+  """Returns the config that the run there was made with, None without one."""
   path = config_path(workdir)
   try:
     with open(path, encoding='utf-8') as file:
@@ -158,10 +219,15 @@ def _refuse(
 
 
 def _check_writable(workdir: str) -> None:
-  """Makes the directory and a nameless file in it, the surest test."""
+  """Makes a nameless file in the directory, the surest test.
+
+  Where there is no such directory yet, it is made in the nearest one above.
+  """
+  above = os.path.abspath(workdir)
+  while not os.path.lexists(above):
+    above = os.path.dirname(above)
   try:
-    os.makedirs(workdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
+    with tempfile.TemporaryFile(dir=above):
       pass
   except OSError as error:
     raise UserError(

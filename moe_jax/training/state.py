@@ -56,8 +56,8 @@ class Setup:
   tokenizer: Tokenizer | None = None
 
   @property
-  def dictionary(self) -> str | None:
-    """Which table of ids the data has; None for a tokenizer with only one."""
+  def vocabulary(self) -> str | None:
+    """The fingerprint of the data's vocabulary; None if there is only one."""
     return self.tokenizer.fingerprint if self.tokenizer else None
 
   @property

@@ -1,7 +1,7 @@
 """Numbers as a user reads them in a terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def progress_line(
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def summary_table(rows: Sequence[Sequence[str]]) -> str:
-  """A plain-text table; the first row is its head.
+  """Returns a plain-text table; the first row is its head.
 
   The first column is set to the left, the others, numbers mostly, to the
   right.
@@ -61,6 +61,34 @@ def summary_table(rows: Sequence[Sequence[str]]) -> str:
   ]
   rule = '  '.join('-' * width for width in widths)
   return '\n'.join([lines[0], rule, *lines[1:]])
+
+
+def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+  """Returns a table of metrics: a row for each result, a column for each name.
+
+  Args:
+    results: The metrics of every result, by its name.
+  """
+  names = list(dict.fromkeys(name for row in results.values() for name in row))
+  head = ['split', *(name.replace('_', ' ') for name in names)]
+  rows = [
+    [split, *(number(row[name]) if name in row else '' for name in names)]
+    for split, row in results.items()
+  ]
+  return summary_table([head, *rows])
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+  """Returns `loss 3.4512, bits per byte 2.1004, tokens 12,345`."""
+  return ', '.join(
+    f'{name.replace("_", " ")} {number(value)}'
+    for name, value in metrics.items()
+  )
+
+
+def number(value: float) -> str:
+  """Returns a count with its thousands apart, or four decimals."""
+  return f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
 
 
 def _short(number: float) -> str:

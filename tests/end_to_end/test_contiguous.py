@@ -10,7 +10,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.data.pipeline import EvaluationRows
-from moe_jax.evaluation import perplexity
 from moe_jax.planning import plan
 from moe_jax.training import loop
 from moe_jax.training.step import make_eval_step
@@ -81,9 +80,9 @@ def test_evaluation_carries_its_memory(
   config: ConfigDict, workdir: Path
 ) -> None:
   """Restated: row by row, segment by segment."""
-  result = perplexity.evaluate(config, str(workdir), split='train')
+  result = runs.evaluate(config, workdir, split='train')
   prepared = loop.prepare(config)
-  sequences = prepared.train_sequences
+  sequences = prepared.sequences
   params = runs.restore(config, workdir, 14)['params']
   eval_step = make_eval_step(prepared.setup)
   rows = EvaluationRows(sequences, config.train.batch_size)
@@ -103,7 +102,7 @@ def test_evaluation_carries_its_memory(
 
 
 def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
-  result = perplexity.evaluate(config, str(workdir))
+  result = runs.evaluate(config, workdir)
   (logged,) = runs.rows(workdir, 'validation')
   assert logged == {'split': 'validation'} | result
 
@@ -114,7 +113,7 @@ def test_another_data_set_has_other_ids(
   other = config.copy_and_resolve_references()
   other.data.name = 'python_stdlib'
   with pytest.raises(ValueError, match='data.name was .enwik8.'):
-    perplexity.evaluate(other, str(workdir))
+    runs.evaluate(other, workdir)
 
 
 def test_plan_counts_the_memory(config: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """The loss of a split, against the oracle token by token."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from moe_jax.data import sources
 from moe_jax.data.pipeline import TokenSequences, eval_batches
 from moe_jax.data.tokenizers import ByteTokenizer
-from moe_jax.evaluation import perplexity
+from moe_jax.evaluation.perplexity import Perplexity
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
@@ -97,7 +98,7 @@ def test_equals_the_oracle(
   num_bytes = sum(map(len, documents(config)))
   num_tokens = num_bytes + len(documents(config))  # an eos after each
 
-  result = perplexity.evaluate(config, str(workdir), step=step)
+  result = runs.evaluate(config, workdir, step)
 
   loss = total / num_tokens
   assert result == {
@@ -116,10 +117,10 @@ def test_without_the_best_expert_of_every_token(
   disabled = config.copy_and_resolve_references()
   disabled.eval.disable_top = 1
   params = runs.restore(config, workdir, STEPS)['params']
-  result = perplexity.evaluate(disabled, str(workdir))
+  result = runs.evaluate(disabled, workdir)
   loss = nats(config, params, disable_top=1) / result['tokens']
   assert result['loss'] == pytest.approx(loss, rel=1e-6)
-  assert result['loss'] != perplexity.evaluate(config, str(workdir))['loss']
+  assert result['loss'] != runs.evaluate(config, workdir)['loss']
   written = workdir / 'evaluation' / f'validation-{STEPS}-without-top-1.json'
   assert json.loads(written.read_text()) == {'split': 'validation'} | result
   assert result['disabled_top'] == 1
@@ -128,7 +129,7 @@ def test_without_the_best_expert_of_every_token(
 def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
   logged = runs.rows(workdir, 'validation')
   for row, step in zip(logged, (HALF, STEPS), strict=True):
-    result = perplexity.evaluate(config, str(workdir), step=step)
+    result = runs.evaluate(config, workdir, step)
     assert row == {'split': 'validation'} | result
 
 
@@ -142,18 +143,13 @@ def test_training_marks_evaluations_without_the_best_experts(
   loop.train(disabled, str(tmp_path))
   assert not runs.rows(tmp_path, 'validation')
   (row,) = runs.rows(tmp_path, 'validation-without-top-1')
-  result = perplexity.evaluate(disabled, str(tmp_path))
+  result = runs.evaluate(disabled, tmp_path)
   assert row == {'split': 'validation-without-top-1'} | result
   assert row['disabled_top'] == 1
 
 
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
-  split = TokenSequences(
-    sources.open_documents(config.data, 'validation'),
-    tokenizer,
-    config.data.seq_len,
-  )
   params = runs.restore(config, workdir, STEPS)['params']
   shapes = {1: {}, 8: {'data': 2, 'expert': 2, 'tensor': 2}}
   losses = {}
@@ -164,15 +160,16 @@ def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
     # Other batches too: one device need not divide anything.
     here = config.copy_and_resolve_references()
     here.eval.batch_size = {1: 7, 8: 20}[count]
-    setup = state.setup(here, tokenizer.vocab_size, mesh)
+    setup = dataclasses.replace(
+      state.setup(here, tokenizer.vocab_size, mesh), tokenizer=tokenizer
+    )
     placed = jax.tree.map(
       lambda array, leaf: jax.device_put(array, leaf.sharding),
       params,
       setup.abstract['params'],
     )
-    losses[count] = perplexity.evaluate_split(
-      make_eval_step(setup), placed, split, here, mesh
-    )
+    [result] = Perplexity(setup, 'validation')(placed)
+    losses[count] = result.metrics
   assert losses[1].keys() == losses[8].keys()
   for name, value in losses[1].items():
     assert losses[8][name] == pytest.approx(value, rel=1e-6), name
@@ -183,9 +180,10 @@ def test_padding_is_not_counted_as_routed(
 ) -> None:
   prepared = loop.prepare(config)
   size = config.eval.batch_size
-  *_, last = eval_batches(
-    prepared.eval_sequences, batch_size=size, rows=range(size)
+  split = TokenSequences.open(
+    config.data, 'validation', prepared.setup.tokenizer
   )
+  *_, last = eval_batches(split, batch_size=size, rows=range(size))
   assert not last['padding_mask'].all()
   params = runs.restore(config, workdir, STEPS)['params']
   load = make_eval_step(prepared.setup)(params, last)['load']

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tensorboardX.proto.event_pb2 import Event
 
 from tests.helpers import runs
 
@@ -47,20 +46,12 @@ def workdir(
 
 def scalars(workdir: Path) -> dict[tuple[str, int], float]:
   """What the event files in DIR/tensorboard hold, by tag and step."""
-  found = {}
-  for file in (workdir / 'tensorboard').iterdir():
-    content = file.read_bytes()
-    while content:
-      # A TFRecord: length, its checksum, data, its checksum.
-      size = int.from_bytes(content[:8], 'little')
-      data, content = content[: size + 16], content[size + 16 :]
-      assert int.from_bytes(data[8:12], 'little') == masked_crc(data[:8])
-      event = data[12:-4]
-      assert int.from_bytes(data[-4:], 'little') == masked_crc(event)
-      event = Event.FromString(event)
-      for value in event.summary.value:
-        found[value.tag, event.step] = value.simple_value
-  return found
+  return {
+    (value.tag, event.step): value.simple_value
+    for event in runs.events(workdir)
+    for value in event.summary.value
+    if value.WhichOneof('value') == 'simple_value'
+  }
 
 
 def masked_crc(data: bytes) -> int:
@@ -126,25 +117,27 @@ def test_keeps_the_newest_checkpoints_and_every_nth(
     'checkpoints',
     'config.json',
     'metrics.jsonl',
+    'run.json',
     'tensorboard',
   }
 
 
 def test_says_what_it_does(workdir: Path) -> None:
   lines = workdir.with_name('printed.txt').read_text().splitlines()
-  assert [line.split()[0] for line in lines[:3]] == ['model', 'devices', 'data']
+  first = [line.split()[0] for line in lines[:4]]
+  assert first == ['model', 'devices', 'runs', 'data']
   progress = [line for line in lines if line.startswith('step ')]
   rows = runs.rows(workdir)
   for line, row in zip(progress, rows, strict=True):
     assert f'loss {row["loss"]:.4f}' in line
   last = {row['split']: row for row in rows}
   head, _, train, validation, total = lines[-5:]
-  assert head.split() == ['split', 'loss', 'perplexity', 'bits', 'per', 'byte']
+  assert head.split() == 'split loss perplexity bits per byte tokens'.split()
   assert train.split() == ['train', f'{last["train"]["loss"]:.4f}']
   assert validation.split()[:3] == [
     'validation',
     f'{last["validation"]["loss"]:.4f}',
-    f'{last["validation"]["perplexity"]:.3f}',
+    f'{last["validation"]["perplexity"]:.4f}',
   ]
   assert total.startswith(f'{STEPS} steps in ')
 

@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 
 from moe_jax.data import folders, vocabulary
 from moe_jax.errors import UserError
-from moe_jax.evaluation import perplexity
 from moe_jax.interop import checkpoint, convert
 from moe_jax.training import loop
-from tests.helpers import tiny
+from tests.helpers import runs, tiny
 
 VOCAB = 50  # more than there are words, so that shapes never tell
 DENSE = {'moe.num_experts': 0, 'model.ffn_width': 24}
@@ -96,9 +95,9 @@ def test_other_ids_are_refused(
   tmp_path: Path,
 ) -> None:
   changed = change(copied)
-  message = f'workdir {workdir}: its checkpoints are of another dictionary'
+  message = f'workdir {workdir}: its checkpoints are of another vocabulary'
   with pytest.raises(UserError, match=message):
-    perplexity.evaluate(changed, str(workdir))
+    runs.evaluate(changed, workdir)
   started = changed.copy_and_resolve_references()
   started.train.init_from = str(workdir)
   with pytest.raises(UserError, match=f'train.init_from: {message}'):
@@ -113,9 +112,7 @@ def test_other_ids_are_refused(
 def test_the_same_texts_elsewhere_have_the_same_ids(
   config: ConfigDict, copied: ConfigDict, workdir: Path
 ) -> None:
-  there, here = (
-    perplexity.evaluate(each, str(workdir)) for each in (config, copied)
-  )
+  there, here = (runs.evaluate(each, workdir) for each in (config, copied))
   assert there == here
 
 
@@ -135,8 +132,9 @@ def test_a_start_makes_its_tokenizer_once(
   prepared = loop.prepare(made)
   assert len(calls) == 1
   # Lines of six words and their end, between two separators.
-  assert prepared.eval_sequences.num_stream_tokens == 40 * 7 + 2
-  perplexity.evaluate(config, str(workdir))
+  assert len(prepared.evaluations) == 1
+  assert prepared.sequences.num_stream_tokens == 40 * 7 + 2
+  runs.evaluate(config, workdir)
   assert len(calls) == 2
 
 
@@ -148,5 +146,5 @@ def test_upcycling_keeps_the_dictionary(
   upcycled = tmp_path / 'upcycled'
   convert.upcycle(workdir, grown, upcycled)
   kept = checkpoint.vocabulary(workdir)
-  assert kept == loop.prepare(config).setup.dictionary
+  assert kept == loop.prepare(config).setup.vocabulary
   assert checkpoint.vocabulary(upcycled) == kept

@@ -1,10 +1,12 @@
 """Runs of train.py and eval.py, as processes of their own or in this one."""
 
+import contextlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from moe_jax import config as config_lib
 from moe_jax import runtime
+from moe_jax.evaluation import checkpoints as evaluation
 from moe_jax.training import loop
 from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,10 +73,43 @@ def checkpoints(workdir: Path) -> list[int]:
 def restore(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
   """The whole state of a checkpoint, as numpy arrays."""
   abstract = loop.prepare(config).setup.abstract
-  with Checkpointer.open(str(workdir), config, read_only=True) as store:
-    state, position = store.restore(abstract, step)
-  assert position == {'step': step}
+  with Checkpointer(RunDir.existing(str(workdir), config)) as checkpointer:
+    state = checkpointer.restore(abstract, step)
+  assert state['step'] == step
   return jax.tree.map(np.asarray, state)
+
+
+@contextlib.contextmanager
+def claimed(
+  config: ConfigDict, workdir: Path, vocabulary: str | None = None
+) -> Iterator[Checkpointer]:
+  """The checkpoints of a run that `workdir` is made the directory of."""
+  run = RunDir.new_or_resumed(str(workdir), config)
+  with Checkpointer(run, vocabulary) as checkpointer:
+    run.claim()
+    yield checkpointer
+
+
+@contextlib.contextmanager
+def opened(
+  config: ConfigDict, workdir: Path, vocabulary: str | None = None
+) -> Iterator[Checkpointer]:
+  """The checkpoints of a run, to be read."""
+  run = RunDir.existing(str(workdir), config)
+  with Checkpointer(run, vocabulary) as checkpointer:
+    yield checkpointer
+
+
+def evaluate(
+  config: ConfigDict,
+  workdir: Path,
+  step: int | None = None,
+  split: str | None = None,
+) -> dict[str, float]:
+  """What is found of the one split of a checkpoint."""
+  results = evaluation.evaluate(config, str(workdir), step=step, split=split)
+  [metrics] = results.values()
+  return metrics
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -84,3 +123,18 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 def read_json(path: Path) -> dict[str, Any]:
   """The object that a file holds."""
   return json.loads(path.read_text())
+
+
+def events(directory: Path) -> list[Event]:
+  """The records of all event files, in the order they were made."""
+  found = []
+  files = sorted((directory / 'tensorboard').iterdir())
+  for content in [file.read_bytes() for file in files]:
+    while content:
+      size = int.from_bytes(content[:8], 'little')
+      body = content[12 : 12 + size]
+      crc = int.from_bytes(content[12 + size : 16 + size], 'little')
+      assert crc == masked_crc32c(body)
+      found.append(Event.FromString(body))
+      content = content[16 + size :]
+  return found

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
-from moe_jax.training import checkpoint, run_dir
+from moe_jax.training.run_dir import RunDir
+from tests.helpers import runs
 
 
 def make(**values: object) -> ConfigDict:
@@ -64,16 +65,13 @@ def abstract(state: dict) -> dict:
 
 def test_restores_everything_onto_another_mesh(tmp_path: Path) -> None:
   state = make_state(step=3)
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    assert store.latest_step() is None
-    assert store.save(3, state, {'position': 48})
+  with runs.claimed(make(), tmp_path) as store:
+    assert store.latest() is None
+    assert store.save(3, state)
   other = place(make_state(), make_mesh(2, 4), 'b', 'a')
-  with checkpoint.Checkpointer.open(
-    str(tmp_path), make(), read_only=True
-  ) as store:
-    restored, data = store.restore(abstract(other))
-    assert store.latest_step() == 3
-  assert data == {'position': 48}
+  with runs.opened(make(), tmp_path) as store:
+    restored = store.restore(abstract(other))
+    assert store.latest() == 3
   jax.tree.map(np.testing.assert_array_equal, restored, state)
   jax.tree.map(
     lambda got, wanted: (
@@ -87,28 +85,28 @@ def test_restores_everything_onto_another_mesh(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_state_is_enough(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    store.save(1, make_state(1), {})
+  with runs.claimed(make(), tmp_path) as store:
+    store.save(1, make_state(1))
     params = {'params': abstract(make_state())['params']}
-    restored, _ = store.restore(params)
+    restored = store.restore(params)
   assert list(restored) == ['params']
   assert restored['params']['layers']['w'][0, 0] == 1
 
 
 def test_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
   config = make(checkpoint__keep=2, checkpoint__keep_every=4)
-  with checkpoint.Checkpointer.open(str(tmp_path), config) as store:
+  with runs.claimed(config, tmp_path) as store:
     for step in range(1, 8):
-      store.save(step, make_state(step), {'at': step})
+      store.save(step, make_state(step))
     store.wait()
     assert store.steps() == [4, 6, 7]
-    restored, data = store.restore(abstract(make_state()), step=6)
-  assert restored['step'] == 6 and data == {'at': 6}
+    restored = store.restore(abstract(make_state()), step=6)
+  assert restored['step'] == 6
 
 
 def test_never_saves_a_step_twice(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    saved = [store.save(step, make_state(), {}) for step in (10, 11, 11)]
+  with runs.claimed(make(), tmp_path) as store:
+    saved = [store.save(step, make_state()) for step in (10, 11, 11)]
     assert saved == [True, True, False]
     assert store.steps() == [10, 11]
 
@@ -116,24 +114,24 @@ def test_never_saves_a_step_twice(tmp_path: Path) -> None:
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path: Path) -> None:
   overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
   w = jnp.ones((1000, 1000))
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    store.save(1, {'w': w}, {})
+  with runs.claimed(make(), tmp_path) as store:
+    store.save(1, {'w': w})
     overwritten = overwrite(w)
-    restored, _ = store.restore(abstract({'w': overwritten}))
+    restored = store.restore(abstract({'w': overwritten}))
   assert (restored['w'] == 1).all() and (overwritten == -1).all()
 
 
 def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    store.save(1, make_state(1), {})
+  with runs.claimed(make(), tmp_path) as store:
+    store.save(1, make_state(1))
   # What a crash leaves: a directory of that name, with half of its files.
   checkpoints = tmp_path / 'checkpoints'
   shutil.copytree(checkpoints / '1', checkpoints / '2.orbax-checkpoint-tmp')
   shutil.rmtree(checkpoints / '2.orbax-checkpoint-tmp' / 'state')
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    assert store.latest_step() == 1
-    assert store.restore(abstract(make_state()))[0]['step'] == 1
-    store.save(2, make_state(2), {})
+  with runs.claimed(make(), tmp_path) as store:
+    assert store.latest() == 1
+    assert store.restore(abstract(make_state()))['step'] == 1
+    store.save(2, make_state(2))
   assert sorted(os.listdir(checkpoints)) == ['1', '2']
 
 
@@ -153,14 +151,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
+  with runs.claimed(make(), tmp_path) as store:
     for step in (1, 2):
-      store.save(step, make_state(step), {'at': step})
+      store.save(step, make_state(step))
   DAMAGES[damage](tmp_path / 'checkpoints/2')
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
+  with runs.claimed(make(), tmp_path) as store:
     with pytest.raises(UserError) as error:
       store.restore(abstract(make_state()))
-    assert store.restore(abstract(make_state()), 1)[1] == {'at': 1}
+    assert store.restore(abstract(make_state()), 1)['step'] == 1
   for part in (f'{tmp_path}/checkpoints/2 is damaged', 'step 1', '--step=1'):
     assert part in str(error.value)
   assert '\n' not in str(error.value)
@@ -168,18 +166,18 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
 
 def test_names_the_steps_there_are(tmp_path: Path) -> None:
   target = abstract(make_state())
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
+  with runs.claimed(make(), tmp_path) as store:
     with pytest.raises(UserError, match='no checkpoint yet'):
       store.restore(target)
     for step in (1, 2):
-      store.save(step, make_state(step), {})
+      store.save(step, make_state(step))
     with pytest.raises(UserError, match='checkpoint of step 5; there are 1, 2'):
       store.restore(target, step=5)
 
 
 def test_refuses_another_model_naming_the_leaf(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()) as store:
-    store.save(1, make_state(), {})
+  with runs.claimed(make(), tmp_path) as store:
+    store.save(1, make_state())
     with pytest.raises(UserError) as error:
       store.restore(abstract(make_state(rows=16)))
     for fragment in ('another model', 'layers.w', '[8, 4]', '[16, 4]'):
@@ -194,18 +192,18 @@ def test_refuses_another_model_naming_the_leaf(tmp_path: Path) -> None:
 
 
 def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make()):
+  with runs.claimed(make(), tmp_path):
     pass
   before = (tmp_path / 'config.json').read_text()
   with (
     pytest.raises(UserError) as error,
-    checkpoint.Checkpointer.open(str(tmp_path), make(moe__top_k=1)),
+    runs.claimed(make(moe__top_k=1), tmp_path),
   ):
     pytest.fail('was opened')
   for fragment in ('moe.top_k was 2, now 1', str(tmp_path), '--workdir'):
     assert fragment in str(error.value)
   assert (tmp_path / 'config.json').read_text() == before
-  with checkpoint.Checkpointer.open(str(tmp_path), make(train__log_every=3)):
+  with runs.claimed(make(train__log_every=3), tmp_path):
     pass
   assert (
     json.loads((tmp_path / 'config.json').read_text())['train']['log_every']
@@ -213,36 +211,43 @@ def test_refuses_a_changed_config_and_leaves_the_old(tmp_path: Path) -> None:
   )
 
 
-def test_a_dictionary_is_kept_beside_the_position(tmp_path: Path) -> None:
-  with checkpoint.Checkpointer.open(str(tmp_path), make(), 'abc') as store:
-    assert store.dictionary() is None
-    store.save(1, {'w': jnp.ones(2)}, {'step': 1})
-    _, data = store.restore(abstract({'w': jnp.ones(2)}))
-    assert (data, store.dictionary()) == ({'step': 1}, 'abc')
-  saved = json.loads((tmp_path / 'checkpoints/1/data/metadata').read_text())
-  assert saved == {'step': 1, 'dictionary': 'abc'}
+def test_the_vocabulary_is_kept_as_it_always_was(tmp_path: Path) -> None:
+  with runs.claimed(make(), tmp_path, 'abc') as store:
+    assert store.vocabulary() is None
+    store.save(1, {'w': jnp.ones(2)})
+    store.wait()
+    assert store.vocabulary() == 'abc'
+  path = tmp_path / 'checkpoints/1/data/metadata'
+  assert json.loads(path.read_text()) == {'dictionary': 'abc'}
+
+
+def test_a_checkpoint_with_a_data_position_is_read(tmp_path: Path) -> None:
+  """As older runs have it beside the vocabulary's fingerprint."""
+  with runs.claimed(make(), tmp_path, 'abc') as store:
+    store.save(1, {'w': jnp.ones(2)})
+  path = tmp_path / 'checkpoints/1/data/metadata'
+  path.write_text(json.dumps({'step': 1, 'dictionary': 'abc'}))
+  with runs.claimed(make(), tmp_path, 'abc') as store:
+    assert store.latest() == 1
+    store.restore(abstract({'w': jnp.ones(2)}))
 
 
 @pytest.mark.parametrize('read_only', [True, False])
 @pytest.mark.parametrize(
   ('saved', 'message'),
-  [('abc', 'are of another dictionary'), (None, 'do not say which dictionary')],
+  [('abc', 'are of another vocabulary'), (None, 'do not say which vocabulary')],
 )
-def test_refuses_another_dictionary_and_leaves_the_old_config(
+def test_refuses_another_vocabulary_and_leaves_the_old_config(
   tmp_path: Path, saved: str | None, message: str, read_only: bool
 ) -> None:
   words = {'data__tokenizer': 'words'}
-  with checkpoint.Checkpointer.open(
-    str(tmp_path), make(**words), saved
-  ) as store:
-    store.save(1, {'w': jnp.ones(2)}, {})
+  with runs.claimed(make(**words), tmp_path, saved) as store:
+    store.save(1, {'w': jnp.ones(2)})
   before = (tmp_path / 'config.json').read_text()
   moved = make(**words, data__path='/elsewhere')
   with (
     pytest.raises(UserError, match=message) as error,
-    checkpoint.Checkpointer.open(
-      str(tmp_path), moved, 'xyz', read_only=read_only
-    ),
+    (runs.opened if read_only else runs.claimed)(moved, tmp_path, 'xyz'),
   ):
     pytest.fail('was opened')
   for part in (str(tmp_path), "data.tokenizer = 'words'", 'data.text_key'):
@@ -250,27 +255,26 @@ def test_refuses_another_dictionary_and_leaves_the_old_config(
   assert '\n' not in str(error.value)
   assert (tmp_path / 'config.json').read_text() == before
   for accepted in (None, saved):
-    with checkpoint.Checkpointer.open(str(tmp_path), moved, accepted) as store:
-      assert store.latest_step() == 1
+    with runs.claimed(moved, tmp_path, accepted) as store:
+      assert store.latest() == 1
 
 
 def test_evaluation_needs_a_run_of_its_model(tmp_path: Path) -> None:
   def evaluate(config: ConfigDict) -> None:
-    with checkpoint.Checkpointer.open(
-      str(tmp_path), config, read_only=True
-    ) as store:
-      assert store.latest_step() is None
+    with runs.opened(config, tmp_path) as store:
+      assert store.latest() is None
       store.restore({})
 
   with pytest.raises(UserError, match='holds no run'):
     evaluate(make())
   assert not os.listdir(tmp_path)
-  run_dir.write_config(str(tmp_path), make())
+  with runs.claimed(make(), tmp_path):
+    pass
   with pytest.raises(UserError, match='moe.top_k was 2, now 1'):
     evaluate(make(moe__top_k=1))
   with pytest.raises(UserError, match='no checkpoint yet'):
     evaluate(make(seed=1, train__batch_size=3))
-  assert os.listdir(tmp_path) == ['config.json']
+  assert sorted(os.listdir(tmp_path)) == ['checkpoints', 'config.json']
 
 
 def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
@@ -283,17 +287,17 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     ('gs://bucket/run', 'is a URL'),
   ):
     with pytest.raises(UserError, match=fragment) as error:
-      run_dir.check_run(path, make())
+      RunDir.new_or_resumed(path, make())
     assert path in str(error.value)
   broken = tmp_path / 'broken'
   broken.mkdir()
   (broken / 'config.json').write_text('{"seed"')
   with pytest.raises(UserError, match='not the JSON of a config'):
-    run_dir.check_run(str(broken), make())
+    RunDir.new_or_resumed(str(broken), make())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
 def test_a_read_only_workdir(tmp_path: Path) -> None:
   tmp_path.chmod(0o500)
   with pytest.raises(UserError, match='is not writable: Permission denied'):
-    run_dir.check_run(str(tmp_path), make())
+    RunDir.new_or_resumed(str(tmp_path), make())

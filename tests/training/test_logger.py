@@ -7,31 +7,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from moe_jax.errors import UserError
 from moe_jax.training import logger, terminal
+from tests.helpers import runs
 
 
 def rows(directory: Path) -> list[dict]:
   lines = (directory / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
-
-
-def events(directory: Path) -> list[Event]:
-  """The records of all event files, in the order they were made."""
-  found = []
-  files = sorted((directory / 'tensorboard').iterdir())
-  for content in [file.read_bytes() for file in files]:
-    while content:
-      size = int.from_bytes(content[:8], 'little')
-      body = content[12 : 12 + size]
-      crc = int.from_bytes(content[12 + size : 16 + size], 'little')
-      assert crc == masked_crc32c(body)
-      found.append(Event.FromString(body))
-      content = content[16 + size :]
-  return found
 
 
 def test_floats_come_back_exactly(tmp_path: Path) -> None:
@@ -80,7 +64,9 @@ def test_no_step_stands_twice_after_a_resume(tmp_path: Path) -> None:
     (3, 'validation', 2.0),
     (4, 'train', 9.0),
   ]
-  starts = [event for event in events(tmp_path) if event.session_log.status]
+  starts = [
+    event for event in runs.events(tmp_path) if event.session_log.status
+  ]
   assert [event.step for event in starts] == [0, 4]  # TensorBoard hides 4, 5
 
 
@@ -109,7 +95,7 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     writer.write(7, 'train', {'loss': 1.5, 'per_layer': [1.0, 2.0]})
   values = [
     (event.step, value.tag, value.simple_value)
-    for event in events(tmp_path)
+    for event in runs.events(tmp_path)
     for value in event.summary.value
   ]
   assert values == [(7, 'train/loss', 1.5)]

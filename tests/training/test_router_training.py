@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError
 from moe_jax.training import init_from, optimizer
 from moe_jax.training import state as state_lib
-from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step, make_train_step
-from tests.helpers import tiny
+from tests.helpers import runs, tiny
 from tests.helpers.steps import batch, init, setup, to_numpy, trainer
 
 NOW = {'optimizer.warmup_steps': 0, 'optimizer.learning_rate': 1e-2}
@@ -174,8 +173,8 @@ def origin_run(
   made = setup(config)
   state, _ = make_train_step(made)(init(made), batch(config))
   folder = tmp_path_factory.mktemp('origin')
-  with Checkpointer.open(str(folder), config) as store:
-    store.save(1, state, {'step': 1})
+  with runs.claimed(config, folder) as store:
+    store.save(1, state)
   return folder, to_numpy(state['params'])
 
 
@@ -226,8 +225,8 @@ def test_a_choice_bias_that_the_origin_lacks_starts_at_zero(
 
   # A run that has them hands them on, and none can do without.
   state, _ = make_train_step(made)(state, batch(config))
-  with Checkpointer.open(str(tmp_path), config) as store:
-    store.save(1, state, {'step': 1})
+  with runs.claimed(config, tmp_path) as store:
+    store.save(1, state)
   changes = {'train.init_from': str(tmp_path)}
   again = setup(tiny.config(**changes, **{'loss.bias_rate': 0.5}))
   jax.tree.map(

@@ -1,0 +1,74 @@
+"""Evaluates a checkpoint of a run, and leaves what was found beside it."""
+
+import os
+import re
+
+from ml_collections import ConfigDict
+
+from moe_jax import evaluation
+from moe_jax.errors import UserError
+from moe_jax.evaluation import Result
+from moe_jax.parallel import multihost
+from moe_jax.training import run_dir, state, terminal
+from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.metrics import json_line
+from moe_jax.training.run_dir import RunDir
+
+
+def evaluate(
+  config: ConfigDict,
+  workdir: str,
+  step: int | None = None,
+  split: str | None = None,
+) -> dict[str, dict[str, float]]:
+  """Evaluates a checkpoint on a whole split, on any mesh.
+
+  Prints a table, and writes DIR/evaluation/SPLIT-STEP.json for every result;
+  with `eval.disable_top` = r, SPLIT-STEP-without-top-r.json.
+
+  Args:
+    config: The config that the run was made with; keys of the mesh and of
+      evaluation may differ.
+    workdir: The directory of the run.
+    step: The step of the checkpoint; None for the newest.
+    split: The split of the data; None for `eval.split`.
+
+  Returns:
+    The metrics of every result, by its name, with `step`.
+
+  Raises:
+    UserError: Anything is wrong with config, data, workdir or step.
+  """
+  setup = multihost.first_process_first(lambda: state.from_config(config))
+  run = RunDir.existing(workdir, config)
+  with Checkpointer(run, setup.vocabulary) as checkpointer:
+    evaluations = multihost.first_process_first(
+      lambda: evaluation.make(setup, split or config.eval.split)
+    )
+    step = checkpointer.latest() if step is None else step
+    wanted = {key: setup.abstract[key] for key in ('step', 'params')}
+    params = checkpointer.restore(wanted, step)['params']
+    results = [result for each in evaluations for result in each(params)]
+  if multihost.is_main_process():
+    print(
+      terminal.results_table(
+        {result.name: {'step': step} | result.metrics for result in results}
+      )
+    )
+    for result in results:
+      print(f'written to {_write(result, workdir, step)}')
+  return {result.name: {'step': step} | result.metrics for result in results}
+
+
+def _write(result: Result, workdir: str, step: int | None) -> str:
+  """Writes a result as JSON and returns its path."""
+  name = re.sub(r'[^\w.+-]', '_', result.split)
+  folder = os.path.join(workdir, 'evaluation')
+  path = os.path.join(folder, f'{name}-{step}{result.variant}.json')
+  row = {'split': result.split, 'step': step} | result.metrics
+  try:
+    os.makedirs(folder, exist_ok=True)
+    run_dir.replace(path, json_line(row))
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror}') from error
+  return path

@@ -1,0 +1,136 @@
+"""What a run tells of itself, its traces, and evaluations of a user's own."""
+
+import gzip
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from moe_jax.errors import UserError
+from moe_jax.evaluation import Result
+from moe_jax.registry import EVALUATIONS
+from moe_jax.training import loop
+from tests.helpers import registries, runs
+
+
+@pytest.fixture(scope='module')
+def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
+  return make_config(
+    **{
+      'model.num_layers': 1,
+      'train.steps': 4,
+      'train.profile': '3:2',
+      'checkpoint.every': 4,
+      'eval.every': 0,
+    }
+  )
+
+
+@pytest.fixture(scope='module')
+def run(
+  config: ConfigDict, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+  """The workdir of a run, and what it printed."""
+  workdir = tmp_path_factory.mktemp('run')
+  with pytest.MonkeyPatch.context() as patch:
+    lines: list[str] = []
+    patch.setattr('builtins.print', lambda *a, **_: lines.append(str(a[0])))
+    loop.train(config, str(workdir))
+  return workdir, '\n'.join(lines)
+
+
+def test_what_ran_is_told_and_kept(run: tuple[Path, str]) -> None:
+  workdir, text = run
+  kept = runs.read_json(workdir / 'run.json')
+  [start] = kept['starts']
+  assert start['resolved']['dtype'] == 'float32'
+  assert start['resolved']['grouped_matmul'] == 'blocks'
+  assert start['resolved']['attention'] == 'blocks'
+  for part, name in start['resolved'].items():
+    assert f'{part.replace("_", " ")} {name}' in text
+  assert start['versions']['jax'] == importlib.metadata.version('jax')
+  assert start['step'] == 0 and start['processes'] == 1
+  assert kept['extensions'] == []
+  # Told before the silence.
+  assert text.index('compiling') < text.index('first step after')
+
+
+def test_a_resumed_run_adds_its_start(
+  config: ConfigDict, run: tuple[Path, str]
+) -> None:
+  workdir, _ = run
+  loop.train(config, str(workdir))
+  starts = runs.read_json(workdir / 'run.json')['starts']
+  assert [start['step'] for start in starts] == [0, 4]
+
+
+def test_a_trace_holds_the_steps_that_were_named(
+  run: tuple[Path, str],
+) -> None:
+  workdir, _ = run
+  [perfetto] = (workdir / 'profile').rglob('perfetto_trace.json.gz')
+  assert list((workdir / 'profile').rglob('*.xplane.pb'))  # TensorBoard's
+  events = json.loads(gzip.decompress(perfetto.read_bytes()))['traceEvents']
+  steps = {
+    event['args']['step_num']
+    for event in events
+    if event.get('name') == 'train'
+  }
+  assert steps == {'3', '4'}
+
+
+def test_tensorboard_has_the_config(
+  config: ConfigDict, run: tuple[Path, str]
+) -> None:
+  texts = [
+    value.tensor.string_val[0].decode()
+    for event in runs.events(run[0])
+    for value in event.summary.value
+    if value.tag.startswith('config')
+  ]
+  assert texts and all(f'"seed": {config.seed}' in text for text in texts)
+
+
+def test_a_users_own_evaluation(
+  config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """One class and one line, in training and of a checkpoint."""
+  registries.forget(monkeypatch, EVALUATIONS)
+
+  @EVALUATIONS.register('sizes')
+  class Sizes:
+    def __init__(self, setup: Any, split: str) -> None:
+      self._split = split
+
+    def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
+      size = int(params['embed_VD'].size)
+      return [Result(self._split, {'size': size}, '-sizes')]
+
+  own = config.copy_and_resolve_references()
+  own.eval.evaluations = 'perplexity, sizes'
+  own.eval.every = own.train.steps = 2
+  own.train.profile = ''
+  loop.train(own, str(tmp_path))
+  [row] = runs.rows(tmp_path, 'validation-sizes')
+  assert len(runs.rows(tmp_path, 'validation')) == 1
+  results = runs.evaluation.evaluate(own, str(tmp_path))
+  assert list(results) == ['validation', 'validation-sizes']
+  assert results['validation-sizes']['size'] == row['size'] > 0
+  written = runs.read_json(tmp_path / 'evaluation' / 'validation-2-sizes.json')
+  assert written == {'split': 'validation', 'step': 2, 'size': row['size']}
+
+
+@pytest.mark.parametrize('name', EVALUATIONS)
+def test_evaluations_of_the_library_say_what_is_missing(
+  name: str, config: ConfigDict
+) -> None:
+  wrong = config.copy_and_resolve_references()
+  wrong.eval.evaluations = name
+  wrong.eval.every = 1
+  wrong.eval.split = 'nowhere'
+  with pytest.raises(UserError, match='nowhere'):
+    loop.prepare(wrong)
