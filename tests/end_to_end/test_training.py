@@ -54,22 +54,11 @@ def scalars(workdir: Path) -> dict[tuple[str, int], float]:
   }
 
 
-def masked_crc(data: bytes) -> int:
-  """The CRC-32C of `data`, bit by bit, masked as TFRecord has it."""
-  crc = 2**32 - 1
-  for byte in data:
-    crc ^= byte
-    for _ in range(8):
-      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-  crc ^= 2**32 - 1
-  return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-
-
 def test_the_checksum_is_crc32c() -> None:
   # The check value of the CRC catalogues, before masking: 0xE3069283.
   crc = 0xE3069283
   expected = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-  assert masked_crc(b'123456789') == expected
+  assert runs.masked_crc(b'123456789') == expected
 
 
 def test_metrics_are_what_other_programs_expect(

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from moe_jax import config as config_lib
 from moe_jax import runtime
@@ -134,7 +133,18 @@ def events(directory: Path) -> list[Event]:
       size = int.from_bytes(content[:8], 'little')
       body = content[12 : 12 + size]
       crc = int.from_bytes(content[12 + size : 16 + size], 'little')
-      assert crc == masked_crc32c(body)
+      assert crc == masked_crc(body)
       found.append(Event.FromString(body))
       content = content[16 + size :]
   return found
+
+
+def masked_crc(data: bytes) -> int:
+  """The CRC-32C of `data`, bit by bit, masked as TFRecord has it."""
+  crc = 2**32 - 1
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+  crc ^= 2**32 - 1
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
