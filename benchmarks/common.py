@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import setups
-from moe_jax.planning.compiled import memory
+from moe_jax.planning import abstract_setup
+from moe_jax.planning.compiled import memory_bytes
 from moe_jax.training.state import Setup
 from moe_jax.training.step import Batch
 
@@ -24,7 +24,7 @@ def set_up(config: ConfigDict) -> Setup:
   Raises:
     UserError: anything wrong with the config.
   """
-  return setups.make(config, jax.devices())
+  return abstract_setup.make(config, jax.devices())
 
 
 def check_steps(steps: int, warmup: int) -> None:
@@ -85,7 +85,7 @@ def peak_memory(program: jax.stages.Compiled) -> tuple[int, str]:
   peaks = [each.get('peak_bytes_in_use', 0) for each in stats]
   if any(peaks):
     return max(peaks), 'device'
-  return memory(program)['total'], 'compiler'
+  return memory_bytes(program)['total'], 'compiler'
 
 
 def _shape(made: Setup) -> tuple[int, int]:

@@ -144,7 +144,7 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   from moe_jax.planning import compiled
 
   try:
-    told = compiled.plan(config, target)
+    told = compiled.compile_and_report(config, target)
   except compiled.DoesNotFitError as refused:
     return {
       'fits': False,

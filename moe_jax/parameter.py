@@ -43,13 +43,12 @@ class Declaration:
     part: `MODEL`, `ROUTER` or `CELL`. A parameter of `CELL` is used by every
       MoE sub-layer.
     update: `TRAINED`, `FIXED` or `BIAS_UPDATED`.
-    matmuls: By how many of its elements one multiplies for each token that
-      meets it, as a multiple of its size: 1 for the weights of a matmul, 0 for
-      what is added, multiplied element by element or looked up. None stands for
-      what `complete` makes of it.
-    passes: How many matmuls a step has for each in the forward pass: 3 where
-      the gradient of the inputs and that of the weights follow, 2 without the
-      latter. None stands for what `complete` makes of it.
+    matmuls: How many matmuls each of its elements is part of, for each token
+      that meets it: 1 for the weights of a matmul, 0 for what is added,
+      multiplied element by element or looked up.
+    passes: How many matmuls a training step has for each in the forward pass: 3
+      where the gradients of the inputs and of the weights follow, 2 without the
+      latter.
     remembered: Whether attention applies it anew to each remembered position.
     counted: Whether it counts as a parameter of the model in published sizes.
   """
@@ -58,48 +57,55 @@ class Declaration:
   decay: bool = False
   part: str = MODEL
   update: str = TRAINED
-  matmuls: int | None = None
-  passes: int | None = None
+  matmuls: int = 0
+  passes: int = 3
   remembered: bool = False
   counted: bool = True
 
-  def complete(self, ndim: int) -> 'Declaration':
-    """Returns the declaration with what follows where nothing was said.
 
-    Args:
-      ndim: The number of axes, without those of stacked layers. A parameter
-        with two or more beside that of experts is taken for a matmul's.
-    """
-    matmuls, passes = self.matmuls, self.passes
-    if matmuls is None:
-      matmuls = int(ndim - self.axes.count(EXPERT) >= 2)
-    if passes is None:
-      passes = 2 if self.update == FIXED else 3
-    return dataclasses.replace(self, matmuls=matmuls, passes=passes)
-
-
-def param(value: Any, axes: Axes = (), **declared: Any) -> nnx.Param:
+def param(
+  value: jax.Array,
+  axes: Axes = (),
+  *,
+  matmuls: int | None = None,
+  passes: int | None = None,
+  update: str = TRAINED,
+  **declared: Any,
+) -> nnx.Param:
   """Returns a parameter that says what it is.
 
   Args:
     value: The array it starts with.
     axes: A name for every axis of `value`, or () where no axis is ever split.
+    matmuls: See `Declaration`; None stands for 1 if `value` has two axes or
+      more beside that of experts, else 0.
+    passes: See `Declaration`; None stands for 2 if it is `FIXED`, else 3.
+    update: See `Declaration`.
     **declared: Other fields of `Declaration`.
+
+  Raises:
+    ValueError: Some axes have names, but not all.
   """
   if axes and len(axes) != value.ndim:
     raise ValueError(f'axes {axes} of a parameter of shape {value.shape}')
-  declaration = Declaration(axes, **declared).complete(value.ndim)
+  if matmuls is None:
+    matmuls = _matmuls(value.ndim - axes.count(EXPERT))
+  if passes is None:
+    passes = 2 if update == FIXED else 3
+  declaration = Declaration(
+    axes, matmuls=matmuls, passes=passes, update=update, **declared
+  )
   return nnx.Param(value, declaration=declaration)
 
 
 def declaration(variable: nnx.Variable) -> Declaration:
   """Returns what a parameter is; the default for one that does not say it."""
-  declared = variable.get_metadata().get('declaration', Declaration())
-  return declared.complete(variable.get_value().ndim)
+  default = Declaration(matmuls=_matmuls(variable.get_value().ndim))
+  return variable.get_metadata().get('declaration', default)
 
 
 def declare(module: nnx.Module, part: str | None = None) -> None:
-  """Completes the declarations of a module's parameters.
+  """Writes down what the parameters of a module are that do not say it.
 
   Whoever stacks modules calls this for each before they are: afterwards a plain
   `nnx.Param` does not tell how many axes it has without the layers'.
@@ -137,3 +143,8 @@ def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
   return tuple(
     str(getattr(entry, 'key', getattr(entry, 'name', entry))) for entry in path
   )
+
+
+def _matmuls(num_axes: int) -> int:
+  """Returns the default of `Declaration.matmuls`."""
+  return int(num_axes >= 2)

@@ -103,12 +103,10 @@ ROOMS = {
   'planning.hlo': Room(),
   'planning.replica_groups': Room(),
   'planning.collectives': Room('planning.hlo planning.replica_groups'),
-  'planning.units': Room(),
-  'planning.cycles': Room('planning.hlo'),
   'planning': Room(
-    f'{_CONFIG} runtime data parallel.mesh model training planning.cycles'
-    ' planning.collectives planning.replica_groups planning.units',
-    'jax ml_collections',
+    f'{_CONFIG} runtime data parallel.mesh experts model training planning.hlo'
+    ' planning.collectives planning.replica_groups',
+    'jax flax ml_collections',
   ),
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),

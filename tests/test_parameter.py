@@ -34,7 +34,7 @@ class Model(nnx.Module):
 
 def test_one_that_says_nothing_has_safe_defaults() -> None:
   gain = parameter.declaration(nnx.Param(jnp.ones(3)))
-  assert gain == Declaration().complete(1)
+  assert gain == Declaration(matmuls=0)
   assert not gain.decay and not gain.axes and gain.update == parameter.TRAINED
   assert parameter.declaration(nnx.Param(jnp.ones((4, 3)))).matmuls == 1
 
@@ -56,12 +56,12 @@ def test_stacking_keeps_what_layers_said() -> None:
   declared = parameter.declarations(model)
   assert declared == {
     'layers': {
-      'up_DF': Declaration((EMBED, MLP), decay=True).complete(2),
+      'up_DF': Declaration((EMBED, MLP), decay=True, matmuls=1),
       # [2, 3] by now, but it was a vector when it was made.
-      'gain_N': Declaration().complete(1),
-      'weight_XN': Declaration().complete(2),
+      'gain_N': Declaration(matmuls=0),
+      'weight_XN': Declaration(matmuls=1),
     },
-    'bias_N': Declaration().complete(1),
+    'bias_N': Declaration(matmuls=0),
   }
   shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   assert jax.tree.structure(shapes) == jax.tree.structure(declared)

@@ -67,12 +67,12 @@ def flops_per_token(config: ConfigDict, params: Any, declarations: Any) -> int:
     params: The model's tree of parameters, arrays or their shapes.
     declarations: What each parameter is, a tree like `params`.
   """
-  unneeded = sum(
+  missing = [
     (3 - declared.passes) * _uses(config, declared) * size
     for declared, size in _sizes(params, declarations)
-  )
+  ]
   forward = flops_per_token_forward(config, params, declarations)
-  return 3 * forward - round(2 * unneeded)
+  return 3 * forward - round(2 * sum(missing))
 
 
 def flops_per_token_forward(

@@ -4,6 +4,7 @@ The environment that launchers and clusters leave to a process says whether
 there are others; jax itself knows how they find each other there.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -36,7 +37,8 @@ _MEETING = {
 _KUBERNETES = 'JOB_COMPLETION_INDEX'
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
   """One process among `count`, which meet at `coordinator`, HOST:PORT."""
 
   coordinator: str
@@ -44,7 +46,8 @@ class Place(NamedTuple):
   id: int
 
 
-class LaunchedProcess(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LaunchedProcess:
   """One process of several that a launcher started.
 
   Attributes:
@@ -251,7 +254,8 @@ def is_pod() -> bool:
 def is_tpu() -> bool:
   """Whether jax has found TPUs, and may be asked for their other hosts."""
   # On a TPU's host jax sets this when it is imported.
-  platforms = jax.config.jax_platforms or ''
+  # jax makes the attribute at run time.
+  platforms = jax.config.jax_platforms or ''  # type: ignore[attr-defined]
   known = 'TPU_WORKER_HOSTNAMES' in os.environ
   return platforms.startswith('tpu') and (
     known or 'TPU_SKIP_MDS_QUERY' not in os.environ

@@ -38,10 +38,10 @@ _ROOMY_KINDS = ('TPU v5 lite', 'TPU v6 lite')  # v5e and v6e
 
 
 def from_config(config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh:
-  """The mesh that `mesh.*` makes of the devices: `make_mesh` of its sizes.
+  """Returns the mesh that `mesh.*` makes of the devices.
 
   Raises:
-    UserError: the devices, or their slices, are not what the axes multiply to.
+    UserError: The axes do not multiply to the devices, or to their slices.
   """
   shape = mesh_shape(config, len(devices))
   return make_mesh(shape, devices, slices.slice_shape(config, shape, devices))
@@ -52,12 +52,12 @@ def make_mesh(
   devices: Sequence[jax.Device],
   dcn: dict[str, int] | None = None,
 ) -> Mesh:
-  """A mesh with the axes `MESH_AXES`, sharded by the jit partitioner.
+  """Returns a mesh with the axes `MESH_AXES`, for the jit partitioner.
 
   Args:
-    shape: devices along each axis; their product is len(devices).
-    devices: as jax lists them, or a topology to compile for.
-    dcn: slices along each axis; None: there is one.
+    shape: The number of devices along each axis; they multiply to all devices.
+    devices: The devices as jax lists them, or of a topology to compile for.
+    dcn: The number of slices along each axis; None where there is one slice.
   """
   sizes = {axis: shape[axis] for axis in MESH_AXES}
   placed = slices.arrange(sizes, dcn or dict.fromkeys(MESH_AXES, 1), devices)
@@ -65,18 +65,18 @@ def make_mesh(
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-  """The same of devices that need not be anywhere, for shapes alone.
+  """Returns the same mesh without devices, for shapes alone.
 
   Args:
-    sizes: devices along every axis.
+    sizes: The number of devices along every axis.
   """
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=_TYPES)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """What XLA is told of programs for this mesh: on TPUs, not libtpu's defaults.
+  """Returns the options of XLA for this mesh, where libtpu's defaults are bad.
 
-  Slots are exchanged while something else is computed, where that compiles. And
+  Rows are exchanged while something else is computed, where that compiles. And
   where a core has 128 MiB of VMEM a kernel may take 32 of them instead of 16:
   libtpu 0.0.42 tiles some grouped matmuls too large for its own limit.
   """
@@ -91,17 +91,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays whose leading axis is the batch or its tokens."""
+  """Returns the sharding of arrays whose leading axis is B or T."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def memory_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays [layers, B, W, D]: split as the batch they belong to."""
+def memory_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+  """Returns the sharding of arrays [layers, B, W, D], split as their batch."""
   return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Of arrays that every device holds whole."""
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, P())
 
 

@@ -44,6 +44,7 @@ class Rows:
     held: set[int] = set()
     indices = sharding.addressable_devices_indices_map((num_rows,))
     for index in indices.values():
+      assert index is not None  # the devices are this process's
       held.update(range(*index[0].indices(num_rows)))
     self.local = sorted(held)
     self._place = {row: i for i, row in enumerate(self.local)}
@@ -55,7 +56,8 @@ class Rows:
     return {name: self._join(array) for name, array in batch.items()}
 
   def _join(self, local: np.ndarray) -> jax.Array:
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # the devices are this process's
       wanted = range(*index[0].indices(self._num_rows))
       return local[[self._place[row] for row in wanted]][:, *index[1:]]
 

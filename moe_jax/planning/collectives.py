@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, and the bytes that they send.
+"""Counts the collectives of a compiled program and the bytes that they send.
 
   collectives(compiled.as_text())
 
@@ -7,16 +7,16 @@ moved, not what the model asked for. Exchanges inside a kernel of ours or of a
 library are not seen.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from moe_jax.planning import hlo
 from moe_jax.planning.replica_groups import Group, groups
 
 # Bytes that each of n devices sends, per byte of its operand, where the
-# exchange is as cheap as it can be (rings). Of ragged-all-to-all, whose sizes
-# are data, all rows of the operand or, where it is smaller, of the result: the
-# other is a buffer with room to spare. Spread evenly.
+# exchange is as cheap as it can be (rings). A ragged-all-to-all, whose sizes
+# are data, counts as if all rows of its operand or, where that is smaller, of
+# its result were sent, evenly spread: the other is a buffer with room to spare.
 _SENT: dict[str, Callable[[int], float]] = {
   'all-gather': lambda n: n - 1,
   'all-reduce': lambda n: 2 * (n - 1) / n,
@@ -29,17 +29,18 @@ _SENT: dict[str, Callable[[int], float]] = {
 KINDS = tuple(_SENT)
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
   """Equal collectives of a program.
 
   Attributes:
-    kind: one of `KINDS`.
-    sent_bytes: by each device (of a permutation, each that sends) at each of
-      them.
-    group: the first group of devices that exchange, by their place in the
-      mesh; of a permutation, its first pair.
-    count: how often they run in one run of the program.
-    in_unknown_loop: whether a loop around them may repeat `count`.
+    kind: One of `KINDS`.
+    sent_bytes: The bytes that each device (of a permutation, each that sends)
+      sends at each of them.
+    group: The first group of devices that exchange, by their place in the mesh;
+      of a permutation, its first pair.
+    count: How often they run in one run of the program.
+    in_unknown_loop: Whether a loop around them may repeat `count`.
   """
 
   kind: str
@@ -50,7 +51,7 @@ class Collective(NamedTuple):
 
   @property
   def total_bytes(self) -> int:
-    """Sent by a device in all of them."""
+    """The bytes that a device sends in all of them."""
     return self.sent_bytes * self.count
 
 
@@ -61,8 +62,8 @@ def collectives(
   """Lists what a program sends, the most bytes first.
 
   Args:
-    hlo_text: `compiled.as_text()` of a program that jit partitioned.
-    choose: which branch of a conditional counts: `max`, the one that sends the
+    hlo_text: The `compiled.as_text()` of a program that jit partitioned.
+    choose: Which branch of a conditional counts: `max`, the one that sends the
       most, or `min`.
 
   Returns:
@@ -75,12 +76,13 @@ def collectives(
 
   def inside(name: str) -> list[Collective]:
     if name not in of_computation:
-      computation, found = program.computations[name], []
+      computation = program.computations[name]
+      listed: list[Collective] = []
       for instruction in computation.values():
         if _begins(instruction, computation):
-          found.append(_read(instruction, program, computation, name in fused))
-        found += below(instruction)
-      of_computation[name] = _merged(found)
+          listed.append(_read(instruction, program, computation, name in fused))
+        listed += below(instruction)
+      of_computation[name] = _merged(listed)
     return of_computation[name]
 
   def below(instruction: hlo.Instruction) -> list[Collective]:
@@ -89,23 +91,22 @@ def collectives(
     called = [inside(name) for name in hlo.callees(instruction)]
     if instruction.opcode == 'conditional':
       return choose(called, key=total_bytes)
-    return [each for found in called for each in found]
+    return [each for listed in called for each in listed]
 
-  found = inside(program.entry)
-  # Not those among the one device of a group.
-  sending = [each for each in found if each.sent_bytes]
+  # Those among the one device of a group send nothing.
+  sending = [each for each in inside(program.entry) if each.sent_bytes]
   return sorted(sending, key=lambda each: -each.total_bytes)
 
 
-def total_bytes(found: Iterable[Collective]) -> int:
-  """The bytes that a device sends in all of them."""
-  return sum(each.total_bytes for each in found)
+def total_bytes(listed: Iterable[Collective]) -> int:
+  """Returns the bytes that a device sends in all of them."""
+  return sum(each.total_bytes for each in listed)
 
 
 def _begins(
   instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
 ) -> bool:
-  """Whether an instruction is a collective, and not one that goes on.
+  """Returns whether an instruction begins a collective.
 
   TPU programs repeat a collective in every fusion during which it goes on; the
   one in which it begins hands it to AsyncCollectiveStart.
@@ -124,6 +125,7 @@ def _read(
   computation: dict[str, hlo.Instruction],
   is_fused: bool,
 ) -> Collective:
+  """Returns an instruction as a collective that runs once."""
   kind = instruction.opcode.removesuffix('-start')
   # How TPUs scatter a sum: in one fusion each device keeps a slice of it.
   if kind == 'all-reduce' and is_fused and _sliced(instruction, computation):
@@ -138,7 +140,7 @@ def _read(
 def _sliced(
   instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
 ) -> bool:
-  """Whether slices are all that is read of a result, or of a tuple's parts."""
+  """Returns whether slices are all that is read of a result, or its parts."""
   users = hlo.users(instruction, computation)  # none of a fusion's own result
   return bool(users) and all(
     user.opcode == 'dynamic-slice'
@@ -148,14 +150,18 @@ def _sliced(
 
 
 def _repeated(each: Collective, times: int | None) -> Collective:
+  """Returns a collective as often as a loop repeats it, None if unknown."""
   if times is None:
-    return each._replace(in_unknown_loop=True)
-  return each._replace(count=each.count * times)
+    return dataclasses.replace(each, in_unknown_loop=True)
+  return dataclasses.replace(each, count=each.count * times)
 
 
-def _merged(found: list[Collective]) -> list[Collective]:
+def _merged(listed: list[Collective]) -> list[Collective]:
+  """Returns equal collectives together."""
   counts: dict[Collective, int] = {}
-  for each in found:
-    key = each._replace(count=0)
+  for each in listed:
+    key = dataclasses.replace(each, count=0)
     counts[key] = counts.get(key, 0) + each.count
-  return [key._replace(count=count) for key, count in counts.items()]
+  return [
+    dataclasses.replace(key, count=count) for key, count in counts.items()
+  ]

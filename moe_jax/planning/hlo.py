@@ -1,7 +1,8 @@
 """Reads the text of a compiled program (`compiled.as_text()`): XLA's HLO.
 
-Only what counting needs: instructions by computation, the bytes of a shape,
-which computation calls which, and how often a loop runs.
+It reads only what counting needs: instructions by computation, the bytes of a
+shape, which computation calls which, how often a loop runs, and for how long a
+TPU computes, as its compiler estimates it.
 """
 
 import itertools
@@ -21,6 +22,8 @@ _CALLEES = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations'
   r'|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)'
 )
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 1 << 60  # what is no less is a mark, not a number
 # Not reductions and sorts: what they apply is arithmetic on scalars.
 _CALLING = ('fusion', 'call', 'custom-call', 'async-start', 'conditional')
 
@@ -29,13 +32,13 @@ class Instruction(NamedTuple):
   """One line of a program.
 
   Attributes:
-    name: unique within its computation.
-    opcode: such as `all-gather-start`.
-    type: of its result, as written.
-    operands: the names that it reads; or, of a constant, nothing.
-    attributes: the rest of the line.
-    literal: what stood between the parentheses.
-    is_root: whether it is its computation's result.
+    name: Its name, unique within its computation.
+    opcode: Its kind, such as `all-gather-start`.
+    type: The type of its result, as written.
+    operands: The names that it reads; a constant reads none.
+    attributes: The rest of the line.
+    literal: What stood between the parentheses.
+    is_root: Whether it is its computation's result.
   """
 
   name: str
@@ -51,9 +54,9 @@ class Program(NamedTuple):
   """A program's computations.
 
   Attributes:
-    computations: by name; the instructions of each by name, in order.
-    entry: the name of the one that runs.
-    num_devices: that run it together.
+    computations: The instructions of each computation by name, in order.
+    entry: The name of the computation that runs.
+    num_devices: How many devices run it together.
   """
 
   computations: dict[str, dict[str, Instruction]]
@@ -65,7 +68,7 @@ def parse(text: str) -> Program:
   """Reads the text of a compiled program.
 
   Raises:
-    ValueError: it has no entry computation.
+    ValueError: It has no entry computation.
   """
   computations: dict[str, dict[str, Instruction]] = {}
   entry = None
@@ -74,8 +77,8 @@ def parse(text: str) -> Program:
     if head := _HEAD.match(line):
       current = computations.setdefault(head['name'], {})
       entry = head['name'] if head['entry'] else entry
-    elif found := _LINE.match(line):
-      instruction = _instruction(found)
+    elif match := _LINE.match(line):
+      instruction = _instruction(match)
       current[instruction.name] = instruction
   if entry is None:
     raise ValueError('no ENTRY computation: not the text of an HLO program')
@@ -84,7 +87,7 @@ def parse(text: str) -> Program:
 
 
 def num_bytes(type_: str) -> int:
-  """The bytes of a type, of all arrays of a tuple, without any padding."""
+  """Returns the bytes of a type, all arrays of a tuple, without padding."""
   bits = 0
   for kind, width, dimensions in _ARRAY.findall(type_):
     size = 8 if kind == 'pred' else int(width or 0)
@@ -95,9 +98,9 @@ def num_bytes(type_: str) -> int:
 
 
 def callees(instruction: Instruction) -> list[str]:
-  """The computations that an instruction other than a loop runs once.
+  """Returns the computations that an instruction other than a loop runs once.
 
-  Of a conditional those of its branches, one of which runs.
+  A conditional runs one of those that are returned, its branches.
   """
   if instruction.opcode not in _CALLING:
     return []
@@ -108,32 +111,32 @@ def callees(instruction: Instruction) -> list[str]:
 def loop(
   program: Program, instruction: Instruction
 ) -> tuple[str, int | None] | None:
-  """The body of a while loop and how often it runs, None if unknown.
+  """Returns the body of a while loop and how often it runs, None if unknown.
 
-  None for any other instruction. A count that XLA does not state is the
-  constant with which the condition compares, as loops of `lax.scan` count up
-  from 0.
+  It returns None for any other instruction. A count that XLA does not state is
+  the constant with which the condition compares, as loops of `lax.scan` count
+  up from 0.
   """
   if instruction.opcode != 'while':
     return None
   attributes = instruction.attributes
-  body = re.search(r'body=%?([\w.\-]+)', attributes)[1]
+  body = _named('body', attributes)
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', attributes):
     return body, int(known[1])
-  condition = re.search(r'condition=%?([\w.\-]+)', attributes)[1]
-  return body, _bound(program.computations[condition])
+  condition = program.computations[_named('condition', attributes)]
+  return body, _bound(condition)
 
 
 def users(
   instruction: Instruction, computation: dict[str, Instruction]
 ) -> list[Instruction]:
-  """The instructions of a computation that read another one's result."""
+  """Returns the instructions of a computation that read one's result."""
   name = instruction.name
   return [each for each in computation.values() if name in each.operands]
 
 
 def fused(program: Program) -> set[str]:
-  """The computations that fusions are made of."""
+  """Returns the names of the computations that fusions are made of."""
   return {
     name
     for computation in program.computations.values()
@@ -143,8 +146,43 @@ def fused(program: Program) -> set[str]:
   }
 
 
+def estimated_cycles(hlo_text: str) -> int | None:
+  """Returns the cycles of all fusions, as often as their loops repeat them.
+
+  Programs for TPUs carry an estimate of the cycles of every fusion. Kernels
+  (grouped matmuls, attention), collectives and copies have none, and what the
+  hardware does beside the tensor core is not in it: it is a lower bound. Of a
+  conditional the dearest branch counts. None stands for a program that carries
+  no estimates, as those of other devices.
+  """
+  program = parse(hlo_text)
+
+  def of(name: str) -> int:
+    return sum(map(of_instruction, program.computations[name].values()))
+
+  def of_instruction(instruction: Instruction) -> int:
+    if repeated := loop(program, instruction):
+      return of(repeated[0]) * (repeated[1] or 1)
+    if stated := _CYCLES.search(instruction.attributes):
+      return int(stated[1]) if int(stated[1]) < _UNKNOWN_CYCLES else 0
+    called = [of(name) for name in callees(instruction)]
+    if instruction.opcode == 'conditional':
+      return max(called)
+    return sum(called)
+
+  return of(program.entry) or None
+
+
+def _named(attribute: str, attributes: str) -> str:
+  """Returns the computation that an attribute of an instruction names."""
+  match = re.search(rf'\b{attribute}=%?([\w.\-]+)', attributes)
+  if match is None:
+    raise ValueError(f'no attribute {attribute!r} in {attributes!r}')
+  return match[1]
+
+
 def _bound(condition: dict[str, Instruction]) -> int | None:
-  """N of a condition that is `i < N`."""
+  """Returns N of a condition that is `i < N`, None of another one."""
   root = next(each for each in condition.values() if each.is_root)
   if root.opcode != 'compare' or 'direction=LT' not in root.attributes:
     return None
@@ -152,19 +190,19 @@ def _bound(condition: dict[str, Instruction]) -> int | None:
   return int(bound.literal) if bound.opcode == 'constant' else None
 
 
-def _instruction(found: re.Match[str]) -> Instruction:
-  rest = found['rest']
+def _instruction(match: re.Match[str]) -> Instruction:
+  rest = match['rest']
   depths = itertools.accumulate(
     ((letter == '(') - (letter == ')') for letter in rest), initial=1
   )
   end = list(depths).index(0) - 1
   inside = rest[:end]
   return Instruction(
-    found['name'],
-    found['opcode'],
-    found['type'],
+    match['name'],
+    match['opcode'],
+    match['type'],
     tuple(re.findall(r'%([\w.\-]+)', inside)),
     rest[end + 1 :],
     inside,
-    bool(found['root']),
+    bool(match['root']),
   )

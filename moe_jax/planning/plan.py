@@ -9,14 +9,15 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.model import build, implementations, sizes
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import (
+  abstract_setup,
+  batch_search,
   compiled,
-  estimate,
-  setups,
+  memory,
   topologies,
 )
-from moe_jax.planning import fit as fit_lib
-from moe_jax.planning.table import table, tell
+from moe_jax.planning.table import report_trial, table
 from moe_jax.training import state
 
 
@@ -39,26 +40,26 @@ def run(
       f' {count}; leave --devices out'
     )
   if compile or fit:
-    # Or the seconds would tell of the cache.
+    # Or the seconds would be those of the cache.
     jax.config.update('jax_enable_compilation_cache', False)
-  found = fit_lib.find(config, target, tell) if fit else {}
+  largest = batch_search.find(config, target, report_trial) if fit else {}
   if fit:
-    config.update_from_flattened_dict(found['overrides'])
+    config.update_from_flattened_dict(largest['overrides'])
   plan = make(config, count if devices is None else devices, target.devices[0])
   if named:
-    setups.check_slices(config, target.devices)
+    abstract_setup.check_slices(config, target.devices)
   if compile:
     plan['compiled'] = _compiled(config, target)
   if fit:
-    plan['fit'] = found
+    plan['fit'] = largest
   print(json_lib.dumps(plan) if json else table(plan))
 
 
 def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
   try:
-    return compiled.plan(config, target)
+    return compiled.compile_and_report(config, target)
   except compiled.DoesNotFitError as refused:
-    advice = fit_lib.advice(config, target, refused)
+    advice = batch_search.advice(config, target, refused)
     raise UserError(f'{refused}; {advice}') from refused
 
 
@@ -78,30 +79,30 @@ def make(
   """Returns the plan of a config, a dictionary that JSON can hold.
 
   Args:
-    config: see configs/base.py.
-    num_devices: of all hosts together; they need not be there. None: those
-      that jax finds.
-    device: of their kind; None: the first that jax finds.
+    config: The config.
+    num_devices: The number of devices of all hosts together, which need not be
+      there. None stands for those that jax finds.
+    device: A device of their kind; None stands for the first that jax finds.
 
   Returns:
     `parameters` (total, active, router, idle), `flops_per_token` of training
     and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
     `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
-    exactly and the rest as `moe_jax.model.memory` estimates it;
+    exactly and the rest as `moe_jax.planning.temporaries` estimates it;
     `tokens_per_step`; and the `strategy` that the config's choices come to.
 
   Raises:
-    UserError: anything wrong with the config or the number of devices.
+    UserError: Something is wrong with the config or the number of devices.
   """
   if num_devices is None:
     num_devices = jax.device_count()
   if num_devices < 1:
     raise UserError(f'--devices = {num_devices} must be at least 1')
   config_lib.validate(config, num_devices)
-  setup = setups.shapes(config, device)
+  setup = abstract_setup.on_one_device(config, device)
   counted = config, setup.abstract['params'], setup.declarations
   mesh = config_lib.mesh_shape(config, num_devices)
-  parts = estimate.parts(setup, mesh)
+  parts = memory.parts(setup, mesh)
   return {
     'parameters': sizes.count_parameters(*counted)._asdict(),
     'flops_per_token': sizes.flops_per_token(*counted),
@@ -114,12 +115,12 @@ def make(
 
 
 def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
-  """What the config's choices come to, after every `auto` and `-1`."""
-  config = setups.resolved(setup, mesh)
+  """Returns what the config's choices come to, after every `auto` and `-1`."""
+  config = abstract_setup.resolved(setup, mesh)
   kinds = config_lib.layer_kinds(config)
   first, period = build.repetition(kinds, config.moe.every)
   routed = 'moe' in kinds
-  split = routed and mesh['expert'] > 1
+  split = routed and mesh[mesh_lib.EXPERT] > 1
   return {
     'layers': {
       'prefix': list(kinds[:first]),
@@ -139,7 +140,7 @@ def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
 def _exchange(
   config: ConfigDict, mesh: dict[str, int], split: bool
 ) -> dict[str, Any]:
-  """How tokens get to experts on other devices, and what each way sends."""
+  """Returns how tokens get to experts elsewhere, and what each way sends."""
   if not split:
     return {'expert_parallelism': 'none'}
   sent = implementations.exchange_bytes(config, mesh, config.model.dtype)
@@ -147,7 +148,7 @@ def _exchange(
 
 
 def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
-  """How experts are chosen: only what has a meaning for this router."""
+  """Returns how experts are chosen: what has a meaning for this router."""
   router = config.router
   if not routed:
     return {'score': 'none', 'recurrent': 'none'}

@@ -1,4 +1,4 @@
-"""Which devices a collective joins: XLA's three ways of writing it.
+"""Reads which devices a collective joins, in XLA's three notations.
 
 A device is its place in the mesh, counted along the last axis fastest.
 """
@@ -11,12 +11,13 @@ Group = tuple[int, ...]
 
 
 def groups(attributes: str, num_devices: int) -> list[Group]:
-  """The groups of devices that exchange data with one another.
+  """Returns the groups of devices that exchange data with one another.
 
   Args:
-    attributes: of a collective, as its line has them: `replica_groups=` in any
-      form, or `source_target_pairs=`, whose pairs are the groups.
-    num_devices: in all: what empty groups stand for.
+    attributes: The attributes of a collective, as its line has them:
+      `replica_groups=` in any form, or `source_target_pairs=`, whose pairs are
+      the groups.
+    num_devices: The number of all devices, for which empty groups stand.
   """
   if pairs := re.search(r'source_target_pairs=\{(\{.*?\})\}', attributes):
     return _listed(pairs[1])
@@ -37,7 +38,7 @@ def groups(attributes: str, num_devices: int) -> list[Group]:
 
 
 def axes(group: Group, mesh: dict[str, int]) -> tuple[str, ...]:
-  """The axes of a mesh along which the devices of a group differ."""
+  """Returns the axes of a mesh along which the devices of a group differ."""
   places = []
   for device in group:
     place = []
@@ -50,15 +51,15 @@ def axes(group: Group, mesh: dict[str, int]) -> tuple[str, ...]:
 
 
 def _listed(text: str) -> list[Group]:
-  """`{0,1},{2,3}`."""
+  """Reads `{0,1},{2,3}`."""
   return [tuple(_ints(each)) for each in re.findall(r'\{([^}]*)\}', text)]
 
 
 def _iota(text: str) -> list[int]:
-  """`[4,2]T(1,0)`: 0, 1, 2, ... in that shape, transposed, flat."""
-  shape, order = re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups()
+  """Reads `[4,2]T(1,0)`: 0, 1, 2, ... in that shape, transposed, flat."""
+  shape, _, transposition = text.partition('T')
   sizes = _ints(shape)
-  order = _ints(order) if order else list(range(len(sizes)))
+  order = _ints(transposition) or list(range(len(sizes)))
   strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
   indices = itertools.product(*(range(sizes[axis]) for axis in order))
   return [
@@ -68,32 +69,31 @@ def _iota(text: str) -> list[int]:
 
 
 def _of_mesh(sizes: str, device_ids: str | None, named: str) -> list[Group]:
-  """`'x'=4,'y'=2` and `'x'`, or a part of an axis: `'x':(before)size`."""
+  """Reads `'x'=4,'y'=2` and `'x'`, or a part of an axis: `'x':(before)size`."""
   mesh = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
   count = math.prod(mesh.values())
   devices = list(range(count))
   if device_ids:
     devices = _iota(device_ids) if '[' in device_ids else _ints(device_ids)
-  # Of every device, the index along what is named and along the rest.
+  # Devices of one group differ along the named parts only.
   parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
-  found: dict[Group, list[int]] = {}
+  by_rest: dict[Group, list[int]] = {}
   for place, device in enumerate(devices):
-    found.setdefault(_rest(place, mesh, parts), []).append(device)
-  return [tuple(group) for group in found.values()]
+    by_rest.setdefault(_rest(place, mesh, parts), []).append(device)
+  return [tuple(group) for group in by_rest.values()]
 
 
 def _rest(
   place: int, mesh: dict[str, int], parts: list[tuple[str, str, str]]
 ) -> Group:
-  """A place's index along all but the named parts of axes."""
+  """Returns a place's index along all but the named parts of axes."""
   index = {}
   for axis, size in reversed(mesh.items()):
     place, index[axis] = divmod(place, size)
-  for axis, before, size in parts:
+  for axis, before, part in parts:
     # A part of an axis is some of the digits of its index.
-    whole = mesh[axis]
-    size = int(size or whole)
-    after = whole // (int(before or 1) * size)
+    size = int(part or mesh[axis])
+    after = mesh[axis] // (int(before or 1) * size)
     digit = index[axis] // after % size
     index[axis] -= digit * after
   return tuple(index.values())

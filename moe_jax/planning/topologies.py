@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -17,10 +17,10 @@ class Chip(NamedTuple):
   """A kind of TPU.
 
   Attributes:
-    memory_bytes: of one JAX device that a program may use: what libtpu 0.0.42
-      names when a program exceeds it.
-    hertz: of its tensor cores; None where it is not published.
-    example: a name of a slice; others have as many sizes, or fewer.
+    memory_bytes: The bytes of one JAX device that a program may use: what
+      libtpu 0.0.42 names when a program exceeds it.
+    hertz: The clock of its tensor cores; None where it is not published.
+    example: The name of a slice; other names have as many sizes, or fewer.
   """
 
   memory_bytes: int
@@ -29,11 +29,11 @@ class Chip(NamedTuple):
 
 
 class Target(NamedTuple):
-  """What to compile for.
+  """The devices to compile for.
 
   Attributes:
-    devices: that are here, or of a topology.
-    chip: None for the devices that are here.
+    devices: The devices that are here, or those of a topology.
+    chip: The kind of TPU of a topology; None for the devices that are here.
   """
 
   devices: Sequence[jax.Device]
@@ -57,64 +57,65 @@ _FORM = re.compile(r'([a-z]\w*):(\d+(?:x\d+){1,2})')
 
 
 def target(name: str, slices: int = 1) -> Target:
-  """The devices of a topology: they can be compiled for, not run on.
+  """Returns the devices of a topology, to be compiled for, not run on.
 
   Args:
-    name: a chip and the sizes of a slice in chips, `v5e:16x16`.
-    slices: of that size, joined by the data centre's network.
+    name: A chip and the sizes of a slice in chips, as `v5e:16x16`.
+    slices: How many slices of that size the data centre's network joins.
 
   Raises:
-    UserError: there is no such topology, or libtpu is not installed.
+    UserError: There is no such topology, or libtpu is not installed.
   """
   chip, sizes = _parse(name)
   if slices < 1:
     raise UserError(f'--slices = {slices} must be at least 1')
-  options = {'num_slices': slices} if slices > 1 else {}
+  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
   if set(sizes.split('x')) == {'1'}:
     options['chips_per_host_bounds'] = (1, 1, 1)  # otherwise 2 x 2
   if chip == 'v4':
     options['chip_config_name'] = 'megacore'  # one device, as jax runs them
   runtime.silence_libtpu()
   try:
-    made = topologies.get_topology_desc(
+    description = topologies.get_topology_desc(
       f'{chip}:{sizes}', platform='tpu', **options
     )
   except RuntimeError as error:
     raise _refused(name, error) from error
-  return Target(made.devices, CHIPS[chip])
+  return Target(description.devices, CHIPS[chip])
 
 
 def here() -> Target:
-  """The devices of this machine, and of those that jax has joined to it."""
+  """Returns the devices of this machine and of those joined to it."""
   return Target(jax.devices(), None)
 
 
 def _parse(name: str) -> tuple[str, str]:
-  """`v5e`, `4x4`."""
-  found = _FORM.fullmatch(name)
-  if not found:
+  """Returns the chip and the sizes, as `v5e` and `4x4`."""
+  match = _FORM.fullmatch(name)
+  if not match:
     raise UserError(
       f'--topology = {name!r} is not of the form chip:sizes, as'
       f' {", ".join(chip.example for chip in CHIPS.values())}'
     )
-  chip = _ALIASES.get(found[1], found[1])
+  chip = _ALIASES.get(match[1], match[1])
   if chip not in CHIPS:
     raise UserError(
       f'--topology = {name!r}: there is no chip {chip!r}'
       f'{nearest(chip, CHIPS)}; there are {", ".join(CHIPS)}'
     )
   example = CHIPS[chip].example
-  if found[2].count('x') > example.count('x'):
+  if match[2].count('x') > example.count('x'):
     raise UserError(
       f'--topology = {name!r}: slices of {chip} are flat, as {example}'
     )
-  return chip, found[2]
+  return chip, match[2]
 
 
 def _refused(name: str, error: RuntimeError) -> UserError:
-  said = ' '.join(str(error).split())
-  if 'support not installed' in said:
+  """Returns the error for a topology that libtpu does not describe."""
+  message = ' '.join(str(error).split())
+  if 'support not installed' in message:
     return UserError(
       f"--topology = {name!r} needs libtpu: pip install 'jax[tpu]'"
     )
-  return UserError(f'--topology = {name!r} does not exist: {said[:200]}')
+  return UserError(f'--topology = {name!r} does not exist: {message[:200]}')

@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import compiled, setups, topologies
+from moe_jax.planning import abstract_setup, compiled, topologies
 from moe_jax.routing.router import Context, start
 from tests.helpers import tiny
 
@@ -95,7 +95,7 @@ def test_tpu_programs_compute_while_assignments_travel(exchange: str) -> None:
   config.model.dtype = 'bfloat16'
   config.moe.exchange = exchange
   config.mesh.update({'data': 1, 'expert': 4})
-  setup = setups.make(config, topologies.target('v5e:2x2').devices)
+  setup = abstract_setup.make(config, topologies.target('v5e:2x2').devices)
   step, _ = compiled.train_step(setup)
   lines, meanwhile = step.as_text().splitlines(), 0
   for place, line in enumerate(lines):

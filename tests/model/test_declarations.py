@@ -17,7 +17,7 @@ from moe_jax import parameter
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import setups
+from moe_jax.planning import abstract_setup
 from moe_jax.training import optimizer
 from tests.helpers import tiny
 
@@ -96,7 +96,7 @@ def uses(config: ConfigDict, keys: tuple[str, ...]) -> float:
 
 def check(config: ConfigDict) -> None:
   """Holds what is declared for a model to the table."""
-  setup = setups.shapes(config)
+  setup = abstract_setup.on_one_device(config)
   freeze = config.optimizer.freeze
   mesh = mesh_lib.abstract_mesh(MESH)
   shapes = setup.abstract['params']
@@ -142,7 +142,7 @@ def test_an_axis_that_does_not_divide_is_named() -> None:
   mesh = mesh_lib.abstract_mesh(
     {'data': 1, 'fsdp': 1, 'expert': 3, 'tensor': 1}
   )
-  setup = setups.shapes(tiny.config())
+  setup = abstract_setup.on_one_device(tiny.config())
   shapes = setup.abstract['params']
   with pytest.raises(UserError, match='mesh.expert = 3 does not divide 8'):
     mesh_lib.shardings(shapes, shapes, setup.declarations, mesh)

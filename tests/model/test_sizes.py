@@ -5,21 +5,21 @@ from ml_collections import ConfigDict
 
 from configs import cartesian_moe, rmoe
 from moe_jax.model import sizes
-from moe_jax.planning import setups
+from moe_jax.planning import abstract_setup
 from tests.helpers import published, tiny
 
 BYTES = 257  # V of the byte tokenizer
 
 
 def count(config: ConfigDict) -> sizes.Parameters:
-  setup = setups.shapes(config)
+  setup = abstract_setup.on_one_device(config)
   params = setup.abstract['params']
   return sizes.count_parameters(config, params, setup.declarations)
 
 
 def flops(config: ConfigDict) -> tuple[int, int]:
   """Of a token forward, and in training."""
-  setup = setups.shapes(config)
+  setup = abstract_setup.on_one_device(config)
   counted = config, setup.abstract['params'], setup.declarations
   forward = sizes.flops_per_token_forward(*counted)
   return forward, sizes.flops_per_token(*counted)

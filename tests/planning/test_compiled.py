@@ -11,7 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import compiled, fit, plan, setups, topologies
+from moe_jax.planning import (
+  abstract_setup,
+  batch_search,
+  compiled,
+  plan,
+  topologies,
+)
 from tests.helpers import tiny
 
 SLICE = 'v5e:2x2'
@@ -20,7 +26,7 @@ SLICE = 'v5e:2x2'
 def test_data_parallelism_sends_every_gradient_once_around() -> None:
   """And little else: the norm, the metrics."""
   config = tiny.config(model__num_layers=1, moe__num_experts=0, mesh__data=8)
-  told = compiled.plan(config, topologies.here())
+  told = compiled.compile_and_report(config, topologies.here())
   parameters = plan.make(config, 8)['parameters']['total']
   gradients = 2 * 7 / 8 * 4 * parameters
   assert gradients <= told['sent_bytes'] <= 1.02 * gradients
@@ -40,7 +46,7 @@ def test_a_tpu_program() -> None:
     model__num_layers=1, model__dtype='auto', mesh__data=1, mesh__fsdp=4
   )
   target = topologies.target(SLICE)
-  told = compiled.plan(config, target)
+  told = compiled.compile_and_report(config, target)
   assert told['device'] == 'TPU v5 lite' and told['num_devices'] == 4
   assert told['fits'] and told['spare_bytes'] > 15 << 30
   assert told['flops'] > 0 and 0 < told['estimated_seconds'] < 1
@@ -78,7 +84,7 @@ def test_gradients_along_fsdp_are_scattered(
     mesh__expert=4,
   )
   target = topologies.target(topology) if topology else topologies.here()
-  told = compiled.plan(config, target)
+  told = compiled.compile_and_report(config, target)
   sent = dict.fromkeys(('reduce-scatter', 'all-reduce'), 0)
   for each in told['collectives']:
     if 'fsdp' in each['axes'] and each['kind'] in sent:
@@ -115,7 +121,7 @@ def test_tpu_programs_of_all_kinds(
   overrides: dict[str, object], slices: int
 ) -> None:
   config = tiny.config(**{'model.dtype': 'auto'} | overrides)
-  told = compiled.plan(config, topologies.target(SLICE, slices))
+  told = compiled.compile_and_report(config, topologies.target(SLICE, slices))
   assert told['fits'] and told['num_devices'] == 4 * slices
   assert all(each['axes'] for each in told['collectives'])
 
@@ -179,7 +185,7 @@ def test_programs_for_slices_with_limited_routing(exchange: str) -> None:
     mesh__expert=4,
     train__batch_size=32,
   )
-  told = compiled.plan(config, topologies.target('v5e:4x8'))
+  told = compiled.compile_and_report(config, topologies.target('v5e:4x8'))
   kind = {'gather': 'all-gather', 'all_to_all': 'all-to-all'}[exchange]
   assert kind in {each['kind'] for each in told['collectives']}
 
@@ -231,7 +237,9 @@ def test_refusals_are_understood(
 ) -> None:
   refused = compiled.too_large(said, arguments=0)
   assert (refused.needed, refused.available) == (needed, available)
-  assert not fit.Trial(1, 'none', refused.needed, refused.available).fits
+  assert not batch_search.Trial(
+    1, 'none', refused.needed, refused.available
+  ).fits
 
 
 def test_other_failures_are_no_refusals() -> None:
@@ -257,7 +265,9 @@ def test_a_kernel_over_its_limit_has_a_remedy(error: str) -> None:
 @pytest.mark.slow
 def test_large_tiles_compile_for_v5e() -> None:
   """libtpu's own limit is too small for the tiles that it chooses here."""
-  setup = setups.make(tiny.config(), topologies.target('v5e:1x1').devices)
+  setup = abstract_setup.make(
+    tiny.config(), topologies.target('v5e:1x1').devices
+  )
   mesh = setup.mesh
   shapes = [((65536, 3072), 'bfloat16'), ((16, 3072, 768), 'bfloat16')]
   operands = [
@@ -283,10 +293,10 @@ def test_a_step_that_does_not_fit_says_what_would() -> None:
   config.train.batch_size, config.data.seq_len = 4096, 4096
   target = topologies.target(SLICE)
   with pytest.raises(compiled.DoesNotFitError) as error:
-    compiled.plan(config, target)
+    compiled.compile_and_report(config, target)
   refused = error.value
   assert refused.needed > refused.available == target.chip.memory_bytes
-  advice = fit.advice(config, target, refused)
+  advice = batch_search.advice(config, target, refused)
   batch = int(advice.split('train.batch_size = ')[1].split()[0])
   assert 0 < batch < 4096 and batch % 4 == 0 and '--fit' in advice
 

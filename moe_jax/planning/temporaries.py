@@ -1,4 +1,4 @@
-"""What a training step holds beside its state, from shapes alone.
+"""The memory of a training step beside its state, from shapes alone.
 
 Nothing here repeats the model: the model itself is traced, forward and the
 start of its backward pass, and what it keeps is added up. As that grows by the
@@ -9,7 +9,7 @@ for any number, and tell activations from copies of weights, which do not grow.
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,13 @@ class Temporaries(NamedTuple):
   """Bytes of one device while it computes the gradient of a micro-batch.
 
   Attributes:
-    activations: what the backward pass needs of the layers, as `model.remat`
+    activations: What the backward pass needs of the layers, as `model.remat`
       leaves it, and the working set of one period of layers.
-    dispatch: the part of both that brings tokens to experts and back: rows of
+    dispatch: The part of both that brings tokens to experts and back: rows of
       tokens, what experts compute of them, and their order.
-    logits: of the tokens whose loss is computed together, and their gradient.
-    weight_copies: in the dtype of the arithmetic that backward keeps.
+    logits: The logits of the tokens whose loss is computed together, and their
+      gradient.
+    weight_copies: Weights in the dtype of the arithmetic that backward keeps.
   """
 
   activations: int
@@ -52,24 +53,24 @@ def temporaries(
   mesh: dict[str, int],
   device: jax.Device,
 ) -> Temporaries:
-  """Estimates them; the compiler may share, fuse or copy buffers besides.
+  """Estimates the `Temporaries`; compilers also share, fuse and copy buffers.
 
   Args:
-    config: validated.
+    config: A validated config.
     vocab_size: V.
-    mesh: devices along every axis; they need not be there.
-    device: of their kind; nor need it be.
+    mesh: The number of devices along every axis; they need not be there.
+    device: A device of their kind, which need not be there either.
   """
   alike = mesh_lib.make_mesh(dict.fromkeys(MESH_AXES, 1), [device])
   shards = math.prod(mesh[axis] for axis in BATCH_AXES)
   rows = config.train.batch_size // config.train.accumulation // shards
-  one = _one_device(config, mesh['tensor'])
+  one = _one_device(config, mesh[mesh_lib.TENSOR])
   kept, copies = _kept(one, vocab_size, alike)
   whole = kept
   if config.model.remat != 'none':
     light = _changed(one, {'model.remat': 'none'})
     whole, _ = _kept(light, vocab_size, alike)
-  alone, dispatch = _dispatches(one, mesh['expert'], alike)
+  alone, dispatch = _dispatches(one, mesh[mesh_lib.EXPERT], alike)
   # The traces are of one device: take its dispatch out, put the mesh's in.
   period, held = _period(config), _kept_layers(config)
   kept -= held * alone
@@ -83,25 +84,26 @@ def temporaries(
     dispatch=rows * held * dispatch,
     logits=together * _logits_of_token(vocab_size, mesh),
     # Of experts, which the expert axis splits, backward keeps no copies.
-    weight_copies=copies // mesh['fsdp'],
+    weight_copies=copies // mesh[mesh_lib.FSDP],
   )
 
 
 def _logits_of_token(vocab_size: int, mesh: dict[str, int]) -> int:
-  """Bytes per device of a token's logits in float32, and their gradient."""
-  split = mesh['tensor'] if vocab_size % mesh['tensor'] == 0 else 1
+  """Returns the bytes of a token's float32 logits, and of their gradient."""
+  tensor = mesh[mesh_lib.TENSOR]
+  split = tensor if vocab_size % tensor == 0 else 1
   return 2 * 4 * vocab_size // split
 
 
 def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
-  """Bytes per sequence that backward works with in one attention.
+  """Returns the bytes per sequence that backward needs within one attention.
 
-  Float32 arrays of the scores of the queries computed together: with a span
-  four, their gradients, shifted and not; and where blocks of queries are
-  recomputed one at a time, so that none is among what is kept, as many again.
-  The fours are what compiled programs come to. Of rotary attention in blocks
-  scores, weights and the gradients of both; of others nothing that is not
-  among what is kept.
+  They are float32 arrays of the scores of the queries computed together. With a
+  span there are four, their gradients, shifted and not; and where blocks of
+  queries are recomputed one at a time, so that none is among what is kept, as
+  many again. The fours are what compiled programs come to. Rotary attention in
+  blocks has scores, weights and the gradients of both; other implementations
+  have nothing that is not among what is kept.
   """
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
@@ -118,9 +120,9 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
 def _dispatches(
   config: ConfigDict, expert: int, mesh: jax.sharding.Mesh
 ) -> tuple[int, int]:
-  """Bytes per sequence and MoE layer: of one device, and of so many in a row.
+  """Returns bytes per sequence and MoE layer, on one device and on so many.
 
-  Every sub-layer has its own.
+  Each sub-layer has its own dispatch.
   """
   if 'moe' not in layer_kinds(config):
     return 0, 0
@@ -131,7 +133,7 @@ def _dispatches(
 
 
 def _kept_layers(config: ConfigDict) -> int:
-  """MoE layers of which backward keeps all: the scan's, unless recomputed."""
+  """Returns of how many MoE layers backward keeps all that is computed."""
   kinds = layer_kinds(config)
   if config.model.remat != 'none':
     kinds = kinds[: repetition(kinds, config.moe.every)[0]]
@@ -139,14 +141,14 @@ def _kept_layers(config: ConfigDict) -> int:
 
 
 def _period(config: ConfigDict) -> tuple[str, ...]:
-  """The kinds of the layers that the scan computes together."""
+  """Returns the kinds of the layers that the scan computes together."""
   kinds = layer_kinds(config)
   first, period = repetition(kinds, config.moe.every)
   return kinds[first : first + period] or kinds[:1]
 
 
 def _one_device(config: ConfigDict, tensor: int) -> ConfigDict:
-  """The model with what the tensor axis splits already split."""
+  """Returns the model with what the tensor axis splits already split."""
   model, moe = config.model, config.moe
   return _changed(
     config,
@@ -162,15 +164,15 @@ def _one_device(config: ConfigDict, tensor: int) -> ConfigDict:
 
 
 def _changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-  made = copy.deepcopy(config)
-  made.update_from_flattened_dict(values)
-  return made
+  changed = copy.deepcopy(config)
+  changed.update_from_flattened_dict(values)
+  return changed
 
 
 def _kept(
   config: ConfigDict, vocab_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[int, int]:
-  """Bytes that backward keeps per sequence, and of weights in another dtype."""
+  """Returns bytes kept per sequence, and of weights in another dtype."""
 
   def create() -> Any:
     return Decoder(config, vocab_size, mesh, rngs=nnx.Rngs(params=0))
@@ -183,8 +185,8 @@ def _kept(
 
     def run(params: Any) -> Any:
       decoder = nnx.merge(graphdef, params)
-      made = decoder.hidden(ids_BL, ids_BL == 0, rng=jax.random.key(0))
-      return made.x_BLD, made.aux
+      output = decoder.hidden(ids_BL, ids_BL == 0, rng=jax.random.key(0))
+      return output.x_BLD, output.aux
 
     return _residuals(run, params)
 
@@ -192,9 +194,10 @@ def _kept(
 
 
 def _dispatch(config: ConfigDict, devices: int, mesh: jax.sharding.Mesh) -> int:
-  """Bytes that backward keeps per sequence of one sub-layer's dispatch.
+  """Returns the bytes that backward keeps per sequence of one dispatch.
 
-  Of one device, if so many share the experts; the mesh has one of their kind.
+  They are those of one device where so many share the experts; the mesh has
+  one device of their kind.
   """
   dtype = compute_dtype(config, mesh)
 
@@ -221,7 +224,7 @@ def _dispatch(config: ConfigDict, devices: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def _moe_layer(config: ConfigDict, mesh: jax.sharding.Mesh) -> MoELayer:
-  """The first sub-layer of a model with one layer, on one device."""
+  """Returns the first sub-layer of a model with one layer, on one device."""
   one_layer = {
     'model.num_layers': 1,
     'moe.every': 1,
@@ -231,23 +234,24 @@ def _moe_layer(config: ConfigDict, mesh: jax.sharding.Mesh) -> MoELayer:
   decoder = Decoder(
     _changed(config, one_layer), 1, mesh, rngs=nnx.Rngs(params=0)
   )
+  assert decoder.periods is not None  # its one layer
   graphdef, params = nnx.split(decoder.periods)
   period = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], params))
-  return period.blocks[0].chain.sub_layers[0]
+  return cast(MoELayer, period.blocks[0].chain.sub_layers[0])
 
 
 def _across(
   config: ConfigDict, devices: int, dtype: jnp.dtype, device: jax.Device
 ) -> Dispatch:
-  """The dispatch on so many devices of this kind, real or not."""
-  mesh = dict.fromkeys(MESH_AXES, 1) | {'expert': devices}
+  """Returns the dispatch on so many devices of this kind, real or not."""
+  mesh = dict.fromkeys(MESH_AXES, 1) | {mesh_lib.EXPERT: devices}
   exchange = implementations.exchange_name(config, mesh, dtype, device)
   abstract = mesh_lib.abstract_mesh(mesh)
   return implementations.across(config, abstract, exchange)
 
 
 def _residuals(run: Callable[[Any], Any], params: Any) -> list[_Shape]:
-  """What the backward pass of `run` keeps."""
+  """Returns the shapes of what the backward pass of `run` keeps."""
   return jax.tree.leaves(
     jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
   )
@@ -256,9 +260,9 @@ def _residuals(run: Callable[[Any], Any], params: Any) -> list[_Shape]:
 def _growth(
   residuals: Callable[[int], list[_Shape]], dtype: jnp.dtype
 ) -> tuple[int, int]:
-  """Bytes per sequence; and those of `dtype` that do not grow, if not float32.
+  """Returns the bytes per sequence, and those of `dtype` that do not grow.
 
-  What does not grow in float32 are the weights themselves.
+  What does not grow in float32 is not counted: these are the weights.
   """
   one, two = residuals(1), residuals(2)
   fixed = [a for a, b in zip(one, two, strict=True) if a.shape == b.shape]

@@ -1,4 +1,4 @@
-"""Which batch and which rematerialisation fit: found by compiling.
+"""Searches, by compiling, for the batch and the rematerialisation that fit.
 
 Two things are taken for granted: more sequences need more memory, and of the
 values of `model.remat` a later one needs no more than an earlier one. So one
@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import BATCH_AXES, mesh_shape, validate
 from moe_jax.errors import UserError
-from moe_jax.planning import compiled, estimate, setups
-from moe_jax.planning.estimate import Estimate
+from moe_jax.planning import abstract_setup, compiled
+from moe_jax.planning.memory import Estimate, estimate
 from moe_jax.planning.topologies import Target
 
 POLICIES = ('none', 'dots', 'full')  # from the lightest
@@ -29,10 +29,10 @@ class Trial(NamedTuple):
   """A program that was compiled, or refused for its size.
 
   Attributes:
-    batch_size: sequences, over all devices.
-    remat: of `POLICIES`.
-    needed: bytes per device; at least so many if it was refused.
-    available: bytes per device.
+    batch_size: The number of sequences, over all devices.
+    remat: The policy, one of `POLICIES`.
+    needed: The bytes per device; at least so many if it was refused.
+    available: The bytes per device that programs may use.
   """
 
   batch_size: int
@@ -50,28 +50,28 @@ Attempt = Callable[[int, str], Trial]
 
 
 def find(
-  config: ConfigDict, target: Target, tell: Callable[[Trial], None]
+  config: ConfigDict, target: Target, report: Callable[[Trial], None]
 ) -> dict[str, Any]:
-  """The largest batch under the lightest policy that fits, see `search`.
+  """Finds the largest batch under the lightest policy that fits; see `search`.
 
   Args:
-    config: its batch is the one that a policy should hold.
-    target: devices to compile for.
-    tell: called with every trial, as it is made.
+    config: The config, whose batch is the one that a policy should hold.
+    target: The devices to compile for.
+    report: Called with every trial, as it is made.
 
   Returns:
     `overrides` of the config, the bytes per device that they need and spare,
     and all `trials`.
 
   Raises:
-    UserError: anything wrong with the config; nothing fits; or the devices do
-      not say what they hold.
+    UserError: Something is wrong with the config, nothing fits, or the devices
+      do not say what they hold.
   """
 
   def attempt(batch_size: int, remat: str) -> Trial:
     changed = _changed(config, batch_size, remat)
     trial = Trial(batch_size, remat, *_need(changed, target))
-    tell(trial)
+    report(trial)
     return trial
 
   validate(config, len(target.devices))
@@ -79,8 +79,8 @@ def find(
   estimates = _estimates(config, target)
   start = _start(estimates, wanted, available)
   trials = search(wanted, unit(config, target), estimates, start, attempt)
-  found = best(trials)
-  if found is None:
+  largest = best(trials)
+  if largest is None:
     raise UserError(
       'nothing fits, not even one sequence per device and micro-batch with'
       " model.remat = 'full'; take more devices, or split the model over more"
@@ -88,11 +88,11 @@ def find(
     )
   return {
     'overrides': {
-      'train.batch_size': found.batch_size,
-      'model.remat': found.remat,
+      'train.batch_size': largest.batch_size,
+      'model.remat': largest.remat,
     },
-    'needed_bytes': found.needed,
-    'spare_bytes': found.available - found.needed,
+    'needed_bytes': largest.needed,
+    'spare_bytes': largest.available - largest.needed,
     'trials': [each._asdict() | {'fits': each.fits} for each in trials],
   }
 
@@ -111,11 +111,11 @@ def search(
   batch shrinks under the last policy.
 
   Args:
-    wanted: sequences.
-    unit: batches are multiples of it.
-    estimates: of every policy, from the lightest.
-    start: the policy to try first.
-    attempt: compiles with a batch and a policy.
+    wanted: The number of sequences that a policy should hold.
+    unit: The number of which batches are multiples.
+    estimates: The estimated memory of every policy, from the lightest.
+    start: The policy to try first.
+    attempt: Compiles with a batch and a policy.
 
   Returns:
     All trials, in order.
@@ -151,10 +151,10 @@ def search(
 
 
 def best(trials: list[Trial]) -> Trial | None:
-  """The lightest policy that fits, with its largest batch; None: nothing fits.
+  """Returns the trial of the lightest policy that fits, with its largest batch.
 
   A search tries more than one policy at the wanted batch only, so a lighter
-  one that fits is always as good there.
+  one that fits is always as good there. None stands for nothing that fits.
   """
   fitting = [trial for trial in trials if trial.fits]
   order = {remat: -at for at, remat in enumerate(POLICIES)}
@@ -168,7 +168,7 @@ def best(trials: list[Trial]) -> Trial | None:
 def _guess(
   low: int, high: int | None, unit: int, estimated: Estimate, last: Trial
 ) -> int:
-  """A batch above one that fits and below one that does not, if any is known.
+  """Returns a batch above one that fits and below one that does not, if known.
 
   Estimates are corrected by how much they missed the last trial.
   """
@@ -183,7 +183,7 @@ def _guess(
 
 
 def unit(config: ConfigDict, target: Target) -> int:
-  """Batches are multiples of this: devices and micro-batches share evenly."""
+  """Returns what batches are multiples of, so that all devices share evenly."""
   mesh = mesh_shape(config, len(target.devices))
   shards = math.prod(mesh[axis] for axis in BATCH_AXES)
   return shards * config.train.accumulation
@@ -192,7 +192,7 @@ def unit(config: ConfigDict, target: Target) -> int:
 def advice(
   config: ConfigDict, target: Target, refused: compiled.DoesNotFitError
 ) -> str:
-  """What would fit instead, by estimates that are corrected by a refusal."""
+  """Says what would fit instead, by estimates that the refusal corrects."""
   estimates, batch_size = _estimates(config, target), config.train.batch_size
   missed = refused.needed / estimates[config.model.remat].at(batch_size)
   room, smallest = refused.available / missed, unit(config, target)
@@ -215,15 +215,16 @@ def advice(
 def _estimates(config: ConfigDict, target: Target) -> dict[str, Estimate]:
   mesh = mesh_shape(config, len(target.devices))
 
-  def of(remat: str) -> Estimate:
+  def of_policy(remat: str) -> Estimate:
     changed = _changed(config, config.train.batch_size, remat)
-    return estimate.of(setups.shapes(changed, target.devices[0]), mesh)
+    setup = abstract_setup.on_one_device(changed, target.devices[0])
+    return estimate(setup, mesh)
 
-  return {remat: of(remat) for remat in POLICIES}
+  return {remat: of_policy(remat) for remat in POLICIES}
 
 
 def _start(estimates: dict[str, Estimate], wanted: int, available: int) -> str:
-  """The lightest policy that is estimated to hold the wanted batch."""
+  """Returns the lightest policy that is estimated to hold the wanted batch."""
   fitting = (p for p, each in estimates.items() if each.at(wanted) <= available)
   return next(fitting, POLICIES[-1])
 
@@ -240,10 +241,10 @@ def _available(target: Target) -> int:
 
 def _need(config: ConfigDict, target: Target) -> tuple[int, int]:
   try:
-    told = compiled.plan(config, target)
+    report = compiled.compile_and_report(config, target)
   except compiled.DoesNotFitError as refused:
     return refused.needed, refused.available
-  return told['memory_bytes']['total'], told['available_bytes']
+  return report['memory_bytes']['total'], report['available_bytes']
 
 
 def _changed(config: ConfigDict, batch_size: int, remat: str) -> ConfigDict:

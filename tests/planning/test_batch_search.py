@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
-from moe_jax.planning import compiled, fit, plan, topologies
-from moe_jax.planning.estimate import Estimate
-from moe_jax.planning.fit import POLICIES, Trial
+from moe_jax.planning import batch_search, compiled, plan, topologies
+from moe_jax.planning.batch_search import POLICIES, Trial
+from moe_jax.planning.memory import Estimate
 from tests.helpers import tiny
 
 AVAILABLE = 1000
@@ -45,8 +45,8 @@ def test_search_finds_what_trying_all_would(
   wanted: int, missed: float, start: str
 ) -> None:
   unit = 4
-  trials = fit.search(wanted, unit, estimates(missed), start, attempt)
-  best = fit.best(trials)
+  trials = batch_search.search(wanted, unit, estimates(missed), start, attempt)
+  best = batch_search.best(trials)
 
   holding = [remat for remat in POLICIES if attempt(wanted, remat).fits]
   remat = holding[0] if holding else 'full'
@@ -60,16 +60,16 @@ def test_search_finds_what_trying_all_would(
 
 
 def test_a_good_estimate_takes_few_trials() -> None:
-  trials = fit.search(16, 4, estimates(1.0), 'none', attempt)
-  assert len(trials) <= 4 and fit.best(trials).batch_size == 20
+  trials = batch_search.search(16, 4, estimates(1.0), 'none', attempt)
+  assert len(trials) <= 4 and batch_search.best(trials).batch_size == 20
 
 
 def test_nothing_fits() -> None:
   def too_large(batch_size: int, remat: str) -> Trial:
     return Trial(batch_size, remat, 2 * AVAILABLE, AVAILABLE)
 
-  trials = fit.search(64, 8, estimates(1.0), 'dots', too_large)
-  assert fit.best(trials) is None
+  trials = batch_search.search(64, 8, estimates(1.0), 'dots', too_large)
+  assert batch_search.best(trials) is None
   assert trials[-1].batch_size == 8 and trials[-1].remat == 'full'
 
 
@@ -88,11 +88,13 @@ def test_advice_follows_from_what_was_needed(
 ) -> None:
   bytes_of = {'none': 8, 'dots': 4, 'full': 2}  # of 64 sequences 512, 256, 128
   estimated = {name: Estimate(0, each) for name, each in bytes_of.items()}
-  monkeypatch.setattr(fit, '_estimates', lambda config, target: estimated)
+  monkeypatch.setattr(
+    batch_search, '_estimates', lambda config, target: estimated
+  )
   config = tiny.config(train__batch_size=64, mesh__data=4)
   refused = compiled.DoesNotFitError(round(512 * missed), 500)
   target = topologies.Target([None] * 4, None)
-  advice = fit.advice(config, target, refused)
+  advice = batch_search.advice(config, target, refused)
   assert said in advice, advice
 
 
@@ -101,12 +103,12 @@ def test_batches_divide_among_devices_and_micro_batches() -> None:
     mesh__data=2, mesh__tensor=2, train__accumulation=3, train__batch_size=12
   )
   target = topologies.Target([None] * 4, None)
-  assert fit.unit(config, target) == 6
+  assert batch_search.unit(config, target) == 6
 
 
 def test_a_device_that_does_not_say_what_it_holds() -> None:
   with pytest.raises(UserError, match='--fit needs devices.*--topology'):
-    fit.find(tiny.config(), topologies.here(), lambda trial: None)
+    batch_search.find(tiny.config(), topologies.here(), lambda trial: None)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_mistakes_are_told_before_anything_is_planned(
 ) -> None:
   config = tiny.config(**{key: value})
   with pytest.raises(UserError, match=rf'{key}|is not divisible by {key}'):
-    fit.find(config, topologies.target('v5e:2x2'), lambda trial: None)
+    batch_search.find(config, topologies.target('v5e:2x2'), lambda trial: None)
 
 
 @pytest.fixture
@@ -144,8 +146,10 @@ def test_the_plan_is_of_what_was_found(
     return {'memory_bytes': {'total': needed}, 'available_bytes': available}
 
   estimated = {name: Estimate(0, 1e9 / n) for name, n in per_gib.items()}
-  monkeypatch.setattr(fit, '_estimates', lambda config, target: estimated)
-  monkeypatch.setattr(compiled, 'plan', compile_)
+  monkeypatch.setattr(
+    batch_search, '_estimates', lambda config, target: estimated
+  )
+  monkeypatch.setattr(compiled, 'compile_and_report', compile_)
   plan.run(
     tiny.config(train__batch_size=24, mesh__fsdp=4, mesh__data=1),
     json=True,

@@ -1,4 +1,4 @@
-"""Setups to plan with: shapes on any devices, here or not."""
+"""Setups to plan with: the shapes of a run on any devices, here or not."""
 
 import copy
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from moe_jax.training.state import Setup
 
 
 def make(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
-  """The setup of a config on all of the devices.
+  """Returns the setup of a config on all of the devices.
 
   A data set is read only where `model.vocab_size` leaves V to its vocabulary.
 
   Raises:
-    UserError: anything wrong with the config on so many devices.
+    UserError: Something is wrong with the config on so many devices.
   """
   config_lib.validate(config, len(devices))
   mesh = mesh_lib.from_config(config, devices)
@@ -33,12 +33,14 @@ def check_slices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
   mesh_lib.from_config(config, devices)
 
 
-def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
-  """The setup of a validated config on one device: the shapes of any mesh.
+def on_one_device(
+  config: ConfigDict, device: jax.Device | None = None
+) -> Setup:
+  """Returns the setup of a config on one device: its shapes are those of any.
 
   Args:
-    config: of any mesh.
-    device: the one; None: the first there is.
+    config: A validated config, of any mesh.
+    device: The device; None stands for the first that jax finds.
   """
   one = mesh_lib.make_mesh(
     dict.fromkeys(mesh_lib.MESH_AXES, 1), [device or jax.devices()[0]]
@@ -47,11 +49,11 @@ def shapes(config: ConfigDict, device: jax.Device | None = None) -> Setup:
 
 
 def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
-  """The config of a setup with what its `auto`s come to on a mesh.
+  """Returns the config of a setup with what its `auto`s come to on a mesh.
 
   Args:
-    setup: on devices of the mesh's platform, whatever their number.
-    mesh: devices along every axis.
+    setup: A setup on devices of the mesh's platform, whatever their number.
+    mesh: The number of devices along every axis.
   """
   config = copy.deepcopy(setup.config)
   dtype = compute_dtype(config, setup.mesh)
@@ -64,5 +66,6 @@ def resolved(setup: Setup, mesh: dict[str, int]) -> ConfigDict:
 
 
 def _vocab_size(config: ConfigDict) -> int:
+  """Returns V, as the config or its tokenizer says it."""
   of_tokenizer = tokenizers.vocab_size(config.data, config.model.vocab_size)
   return config_lib.vocab_size(config, of_tokenizer)

@@ -1,6 +1,6 @@
 """The compiler's estimate of a program, added up."""
 
-from moe_jax.planning import cycles
+from moe_jax.planning import hlo
 
 
 def fusion(name: str, count: int) -> str:
@@ -27,13 +27,13 @@ PROGRAM = (
 
 
 def test_fusions_count_as_often_as_they_run() -> None:
-  assert cycles.estimate(PROGRAM) == 1000 + 10 * (7 + 4) + 50
+  assert hlo.estimated_cycles(PROGRAM) == 1000 + 10 * (7 + 4) + 50
 
 
 def test_marks_are_no_numbers() -> None:
   marked = PROGRAM.replace('"1000"', '"9223372036854775807"')
-  assert cycles.estimate(marked) == 10 * (7 + 4) + 50
+  assert hlo.estimated_cycles(marked) == 10 * (7 + 4) + 50
 
 
 def test_a_program_without_an_estimate() -> None:
-  assert cycles.estimate(PROGRAM.replace('estimated_', '')) is None
+  assert hlo.estimated_cycles(PROGRAM.replace('estimated_', '')) is None

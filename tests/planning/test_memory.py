@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.model import loss, memory
+from moe_jax.model import loss
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import plan, topologies
+from moe_jax.planning import plan, temporaries, topologies
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
 from tests.helpers import tiny
@@ -155,10 +155,10 @@ def test_a_tpu_is_not_the_device_that_is_here() -> None:
 def test_memory_grows_with_what_a_device_holds() -> None:
   def of(
     axes: dict[str, int] | None = None, **overrides: object
-  ) -> memory.Temporaries:
+  ) -> temporaries.Temporaries:
     config = tiny.config(**LARGER, **overrides)
     mesh = dict.fromkeys(mesh_lib.MESH_AXES, 1) | (axes or {})
-    return memory.temporaries(config, BYTES, mesh, jax.devices()[0])
+    return temporaries.temporaries(config, BYTES, mesh, jax.devices()[0])
 
   one, parts = of(), of(train__accumulation=4)
   assert parts.activations * 4 == one.activations
