@@ -155,7 +155,7 @@ def test_null_experts_compute_nothing() -> None:
   assert not weights_TN[0].any()
 
   problem = dense_experts.problem(dense_experts.varied, N, 2)
-  up_ND2F, down_NFD = (problem.bank[k] for k in ('gate_up_ND2F', 'down_NFD'))
+  up_ND2F, down_NFD = (problem.params[k] for k in ('gate_up_ND2F', 'down_NFD'))
   expected_TD = np.zeros(problem.x.shape)
   for n in range(N):
     gate_TF, up_TF = np.einsum('TD,DgF->gTF', problem.x, up_ND2F[n])
@@ -166,7 +166,7 @@ def test_null_experts_compute_nothing() -> None:
   experts = SwiGLUExperts(
     N, dense_experts.D, dense_experts.F, init_std=1.0, rngs=nnx.Rngs(params=0)
   )
-  nnx.update(experts, jax.tree.map(jnp.asarray, problem.bank))
+  nnx.update(experts, jax.tree.map(jnp.asarray, problem.params))
   y_TD = dropless(jnp.asarray(problem.x), routing.among(N), experts).y_TD
   gradients.close(y_TD, expected_TD, 1e-6, 'y')
   np.testing.assert_array_equal(

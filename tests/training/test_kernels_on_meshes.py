@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_jax.experts import grouped_matmul
-from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning.compiled import abstract_batch
 from moe_jax.registry import GROUPED_MATMULS
@@ -34,11 +33,8 @@ def test_triton_is_traced_for_many_devices(
   exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """Per sub-layer two grouped matmuls with two gradients each, at least."""
-  monkeypatch.setitem(
-    implementations.MATMUL_OBSTACLES,
-    'triton',
-    implementations.MATMUL_OBSTACLES['blocks'],
-  )
+  triton = GROUPED_MATMULS['triton']._replace(obstacle=lambda device: None)
+  registries.replace(monkeypatch, GROUPED_MATMULS, 'triton', triton)
   made = setup(config(exchange, remat, 'triton'), **EVERY_AXIS)
   traced = make_train_step(made).trace(made.abstract, abstract_batch(made))
   text = str(traced.jaxpr)
