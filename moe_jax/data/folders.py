@@ -29,7 +29,10 @@ def split_of(name: str) -> str:
   return {0: 'validation', 1: 'test'}.get(part, 'train')
 
 
-class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class FolderBuilder(
+  tfds.core.GeneratorBasedBuilder,
+  skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
+):
   """Documents `text` and their relative posix names `name`, as stored."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -63,7 +66,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> dict[str, Iterator]:
     """Returns the splits that have files: TFDS writes no empty one."""
     del dl_manager
-    members = {split: [] for split in SPLITS}
+    members: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in self._names:
       members[split_of(name)].append(name)
     return {s: self._generate_examples(m) for s, m in members.items() if m}

@@ -59,7 +59,7 @@ class ContiguousRows:
     length = self._sequences.seq_len
     begin = row * self._row_tokens + offset + nth * length
     sequence = self._sequences.read(begin, length)
-    return sequence | {'segment_start': np.bool_(nth == 0)}
+    return sequence | {'segment_start': np.array(nth == 0)}
 
   def _locate(self, step: int) -> tuple[int, int]:
     """The number of a step in its epoch, and the epoch's offset."""
@@ -97,7 +97,7 @@ class EvaluationRows:
     left = self._row_tokens - begin
     count = min(self._sequences.seq_len, left)
     sequence = self._sequences.read(row * self._row_tokens + begin, count)
-    return sequence | {'segment_start': np.bool_(step == 0)}
+    return sequence | {'segment_start': np.array(step == 0)}
 
 
 def _shuffled(

@@ -127,7 +127,9 @@ class _Cache:
     self._make = make
     self._max_bytes = max_bytes
     self._bytes = 0
-    self._kept = collections.OrderedDict()
+    self._kept: collections.OrderedDict[int, np.ndarray] = (
+      collections.OrderedDict()
+    )
     self._lock = threading.Lock()
 
   def __getitem__(self, key: int) -> np.ndarray:

@@ -23,7 +23,10 @@ SPLITS = ('train', 'validation', 'test')
 _PIECE_BYTES = 2**18  # a batch reads from as many pieces as it has rows
 
 
-class SingleDocument(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class SingleDocument(
+  tfds.core.GeneratorBasedBuilder,
+  skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
+):
   """Pieces `text` of a text in a zip file, in order.
 
   Attributes:
