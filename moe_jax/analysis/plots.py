@@ -7,6 +7,7 @@ The picture of one run shows every MoE layer, that of several compares them.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -26,16 +27,6 @@ _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _GREY = '#555555'
 _MOST_NAMED = 6  # layers in the legend
 _SHARE = 15  # smooth curves are means over a 15th of the points
-_STYLE = {
-  'font.size': 9.0,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.grid': True,
-  'axes.axisbelow': True,
-  'grid.color': '#E6E6E6',
-  'legend.frameon': False,
-  'legend.fontsize': 8.0,
-}
 
 
 def draw(runs: Sequence[Run]) -> Figure:
@@ -44,9 +35,11 @@ def draw(runs: Sequence[Run]) -> Figure:
   Of one run every MoE layer is drawn, of several each run's least balanced.
   """
   dropping = any(run.dropped_PW.any() for run in runs)
-  with matplotlib.rc_context(_STYLE):
+  with _style():
     figure = Figure(figsize=(10, 4), layout='constrained')
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    [[left, right]] = figure.subfigures(
+      1, 2, squeeze=False, width_ratios=(1.15, 1)
+    )
     _draw_losses(left.subplots(), runs)
     if dropping:
       load, dropped = right.subplots(2, sharex=True, height_ratios=(3, 2))
@@ -65,6 +58,22 @@ def draw(runs: Sequence[Run]) -> Figure:
       load.axhline(1, color=_GREY, linestyle=':', linewidth=1)
       load.set_ylim(bottom=0)
   return figure
+
+
+def _style() -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which figures look as those of the library."""
+  return matplotlib.rc_context(
+    {
+      'font.size': 9.0,
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.grid': True,
+      'axes.axisbelow': True,
+      'grid.color': '#E6E6E6',
+      'legend.frameon': False,
+      'legend.fontsize': 8.0,
+    }
+  )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,7 +40,8 @@ def read(workdir: str) -> Run:
       else than metrics.
   """
   path = os.path.join(workdir, 'metrics.jsonl')
-  train, evaluations = [], {}
+  train: list[dict[str, Any]] = []
+  evaluations: dict[str, list[dict[str, Any]]] = {}
   for row in _rows(path):
     if row['split'] == 'train':
       train.append(row)

@@ -45,7 +45,7 @@ def logits(
 
 
 def run(
-  config: ConfigDict, params: Mapping[str, Any], ids_BL: jax.Array
+  config: ConfigDict, params: Mapping[str, Any], ids_BL: np.ndarray | jax.Array
 ) -> jax.Array:
   """Returns logits_BLV of a model that computes in float32, dropping nothing.
 

@@ -69,9 +69,9 @@ def read(
 def _load_shards(index: Path) -> dict[str, np.ndarray]:
   """Returns every tensor of the index, each from the file that it names."""
   places = read_json(index).get('weight_map')
-  names = places.values() if isinstance(places, dict) else [None]
-  if not all(
-    isinstance(name, str) and Path(name).name == name for name in names
+  if not isinstance(places, dict) or not all(
+    isinstance(name, str) and Path(name).name == name
+    for name in places.values()
   ):
     raise UserError(
       f'{index} has no weight_map from tensors to files beside it'
@@ -225,7 +225,7 @@ def write(
   if len(shards) == 1:
     _save(shards[0], directory / SINGLE)
     return
-  places = {}
+  places: dict[str, str] = {}
   for number, shard in enumerate(shards, start=1):
     name = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
     _save(shard, directory / name)

@@ -185,7 +185,8 @@ def _rope_theta(keys: Keys) -> float:
   if parameters is None:
     return keys.number('rope_theta')
   plain = {'rope_type': 'default', 'rope_theta': None}
-  theta = parameters.get('rope_theta') if isinstance(parameters, dict) else None
+  is_dict = isinstance(parameters, dict)
+  theta: Any = parameters.get('rope_theta') if is_dict else None
   if type(theta) not in (int, float) or plain | parameters != plain | {
     'rope_theta': theta
   }:

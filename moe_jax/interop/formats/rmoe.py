@@ -65,7 +65,9 @@ def read(keys: Keys) -> dict[str, dict[str, Any]]:
     },
   }
   # The released code divides even a single weight by itself: 1, always.
-  router = {'weights': 'chosen' if moe['top_k'] == 1 else 'softmax'}
+  router: dict[str, Any] = {
+    'weights': 'chosen' if moe['top_k'] == 1 else 'softmax'
+  }
   if keys['moe_router_type'] in _CELLS:
     router['recurrent'] = keys['moe_router_type']
     router['state_size'] = keys.integer('moe_router_rnn_hidden_size')

@@ -201,10 +201,11 @@ def _parameter(
   if path[2:4] != ('chain', 'sub_layers') or path[5] == 'feed_forward':
     return dense[path]
   network = {
-    leaf[-1]: array
+    str(leaf[-1]): array
     for leaf, array in dense.items()
     if leaf[:2] == path[:2] and leaf[-2] == 'feed_forward'
   }
+  kind, name = str(path[5]), str(path[-1])
   make = {
     'experts': _experts,
     'shared': _shared,
@@ -212,9 +213,9 @@ def _parameter(
     'select': _scores,
     'mixing': _mixing,
     'bias_D': lambda *_: np.zeros_like(fresh),
-  }[path[5]]
-  parameter = make(path[-1], fresh, network, shares)
-  silent = path[4] != 0 and path[-1].startswith('down')
+  }[kind]
+  parameter = make(name, fresh, network, shares)
+  silent = path[4] != 0 and name.startswith('down')
   return parameter * 0 if silent else parameter
 
 
