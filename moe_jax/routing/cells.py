@@ -5,7 +5,7 @@ All are in PyTorch's form, with one bias on each side. A cell is
 and its arithmetic are float32.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,20 @@ __all__ = ['CELLS', 'PRECISION', 'Cell', 'CellState']
 
 # What a cell remembers of each token: (), h_TR, or (h_TR, c_TR).
 CellState = jax.Array | tuple[jax.Array, ...]
+State = TypeVar('State', bound=CellState)
 
 # float32 means float32 on TPU and GPU too.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
-class Cell(Protocol):
+class Cell(Protocol[State]):
   """What carries a token's routing history from one MoE layer to the next."""
 
-  def start(self, num_tokens: int) -> CellState:
+  def start(self, num_tokens: int) -> State:
     """Returns the state below the first MoE layer, for `num_tokens` tokens."""
     ...
 
-  def __call__(
-    self, u_TX: jax.Array, state: CellState
-  ) -> tuple[jax.Array, CellState]:
+  def __call__(self, u_TX: jax.Array, state: State) -> tuple[jax.Array, State]:
     """Returns h_TR, which the router reads, and the next layer's state."""
     ...
 
@@ -44,14 +43,14 @@ class Memoryless(nnx.Module):
   def __init__(self, input_size: int, state_size: int, *, rngs: nnx.Rngs):
     del input_size, state_size, rngs
 
-  def start(self, num_tokens: int) -> CellState:
+  def start(self, num_tokens: int) -> tuple[()]:
     """Returns the state of nothing to remember, ()."""
     del num_tokens
     return ()
 
   def __call__(
-    self, u_TX: jax.Array, state: CellState
-  ) -> tuple[jax.Array, CellState]:
+    self, u_TX: jax.Array, state: tuple[()]
+  ) -> tuple[jax.Array, tuple[()]]:
     return u_TX, state
 
 
@@ -71,13 +70,13 @@ class RNNCell(nnx.Module):
     self.input_bias_R = uniform(state_size)
     self.hidden_bias_R = uniform(state_size)
 
-  def start(self, num_tokens: int) -> CellState:
+  def start(self, num_tokens: int) -> jax.Array:
     """Returns h_0 = 0, [T, R] float32."""
     return jnp.zeros((num_tokens, self.hidden_RR.shape[0]), jnp.float32)
 
   def __call__(
-    self, u_TX: jax.Array, h_TR: CellState
-  ) -> tuple[jax.Array, CellState]:
+    self, u_TX: jax.Array, h_TR: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     [new] = _gates(u_TX, self.input_XR, self.input_bias_R, 1)
     [new_h] = _gates(h_TR, self.hidden_RR, self.hidden_bias_R, 1)
     h_TR = jnp.tanh(new + new_h)
@@ -101,13 +100,13 @@ class GRUCell(nnx.Module):
     self.input_bias_3R = uniform(3, state_size, matmuls=0)
     self.hidden_bias_3R = uniform(3, state_size, matmuls=0)
 
-  def start(self, num_tokens: int) -> CellState:
+  def start(self, num_tokens: int) -> jax.Array:
     """Returns h_0 = 0, [T, R] float32."""
     return jnp.zeros((num_tokens, self.hidden_R3R.shape[0]), jnp.float32)
 
   def __call__(
-    self, u_TX: jax.Array, h_TR: CellState
-  ) -> tuple[jax.Array, CellState]:
+    self, u_TX: jax.Array, h_TR: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     reset, update, new = _gates(u_TX, self.input_X3R, self.input_bias_3R, 3)
     reset_h, update_h, new_h = _gates(
       h_TR, self.hidden_R3R, self.hidden_bias_3R, 3
@@ -136,14 +135,14 @@ class LSTMCell(nnx.Module):
     self.input_bias_4R = uniform(4, state_size, matmuls=0)
     self.hidden_bias_4R = uniform(4, state_size, matmuls=0)
 
-  def start(self, num_tokens: int) -> CellState:
+  def start(self, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Returns h_0 = c_0 = 0, [T, R] float32 each."""
     zeros = jnp.zeros((num_tokens, self.hidden_R4R.shape[0]), jnp.float32)
     return zeros, zeros
 
   def __call__(
-    self, u_TX: jax.Array, state: CellState
-  ) -> tuple[jax.Array, CellState]:
+    self, u_TX: jax.Array, state: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     h_TR, c_TR = state
     from_u = _gates(u_TX, self.input_X4R, self.input_bias_4R, 4)
     from_h = _gates(h_TR, self.hidden_R4R, self.hidden_bias_4R, 4)

@@ -226,6 +226,7 @@ class HyperGate(Gate):
     logits_TN = jnp.matmul(features_TX, weight_XN, precision=PRECISION)
     if self.fixed_bias_FN is None:
       return logits_TN
+    assert self.fixed_bias_bias_N is not None  # both are there, or neither
     return logits_TN + _through(
       hidden_F, self.fixed_bias_FN, self.fixed_bias_bias_N
     )
@@ -300,8 +301,9 @@ def _affine(
 
 def _through(x_X: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
   """Returns what an untrained layer of any shape makes of one vector."""
-  weight, bias = jax.lax.stop_gradient((weight[...], bias[...]))
-  return jnp.tensordot(x_X, weight, 1, precision=PRECISION) + bias
+  fixed_weight, fixed_bias = jax.lax.stop_gradient((weight[...], bias[...]))
+  y = jnp.tensordot(x_X, fixed_weight, 1, precision=PRECISION)
+  return y + fixed_bias
 
 
 def _cosine(x_TE: jax.Array, embedding_NE: nnx.Param) -> jax.Array:

@@ -128,6 +128,8 @@ class Router(nnx.Module):
       if not self.residual:
         return logits_TN, RouterState(memory, state.logits)
       below_TN = state.logits
+      if isinstance(below_TN, tuple):
+        raise TypeError('router.residual adds logits, and the state has none')
       if self.detached:
         below_TN = jax.lax.stop_gradient(below_TN)
       logits_TN += self.residual * below_TN
