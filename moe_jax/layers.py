@@ -215,7 +215,9 @@ class MoE(nnx.Module):
     x_TD = x.reshape(-1, x.shape[-1])
     if state is None:
       state = start(context.cell, len(x_TD), self.num_residual_logits)
-    y_TD, state, (load, routing) = self.layer(x_TD, state, context)
+    y_TD, state, aux = self.layer(x_TD, state, context)
+    assert aux is not None  # it is None of dense layers alone
+    load, routing = aux
     losses = balance.balance_loss(load), balance.z_loss(load)
     return y_TD.reshape(x.shape), Aux(*losses, routing, load, state)
 

@@ -48,19 +48,19 @@ def evaluate(
     step = checkpointer.latest() if step is None else step
     wanted = {key: setup.abstract[key] for key in ('step', 'params')}
     params = checkpointer.restore(wanted, step)['params']
+    assert step is not None  # restore refuses a run without checkpoints
     results = [result for each in evaluations for result in each(params)]
+  rows: dict[str, dict[str, float]] = {
+    result.name: {'step': step} | result.metrics for result in results
+  }
   if multihost.is_main_process():
-    print(
-      terminal.results_table(
-        {result.name: {'step': step} | result.metrics for result in results}
-      )
-    )
+    print(terminal.results_table(rows))
     for result in results:
       print(f'written to {_write(result, workdir, step)}')
-  return {result.name: {'step': step} | result.metrics for result in results}
+  return rows
 
 
-def _write(result: Result, workdir: str, step: int | None) -> str:
+def _write(result: Result, workdir: str, step: int) -> str:
   """Writes a result as JSON and returns its path."""
   name = re.sub(r'[^\w.+-]', '_', result.split)
   folder = os.path.join(workdir, 'evaluation')

@@ -37,6 +37,7 @@ class Perplexity:
       UserError: There is no such split, or no token to predict in it.
     """
     data, tokenizer = setup.config.data, setup.tokenizer
+    assert tokenizer is not None, 'the setup of a run has one'
     self._setup = setup
     self._split = split
     self._sequences = TokenSequences.open(data, split, tokenizer)

@@ -42,6 +42,7 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: Anything is wrong with config or data.
   """
   setup = state_lib.from_config(config)
+  assert setup.tokenizer is not None  # from_config asks for the data's
   return Prepared(
     setup,
     TokenSequences.open(config.data, config.data.train_split, setup.tokenizer),

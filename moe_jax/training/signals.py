@@ -1,10 +1,15 @@
 """Stopping on a signal without losing the step in flight."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+# What Python says a signal does; None is a handler that is not Python's.
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -24,7 +29,7 @@ class SignalHandler:
   def __init__(self) -> None:
     self.signal: int | None = None
     self._alone = jax.process_count() == 1
-    self._previous: dict[int, object] = {}
+    self._previous: dict[int, _Handler] = {}
 
   def __enter__(self) -> 'SignalHandler':
     for number in _SIGNALS:

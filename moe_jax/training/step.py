@@ -1,7 +1,7 @@
 """The training step and the evaluation step, each one `jax.jit`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,17 @@ class _Inputs(NamedTuple):
   rng: jax.Array | None
 
 
-def make_train_step(
-  setup: Setup,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+class TrainStep(jax.stages.Wrapped, Protocol):
+  """The jitted update, which can also be lowered without being run."""
+
+  def __call__(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics]:
+    """Returns the next state, and what is logged of this step."""
+    ...
+
+
+def make_train_step(setup: Setup) -> TrainStep:
   """Returns the jitted update, which donates the state it is given.
 
   The loss is the mean over all targets of the global batch, whatever the mesh
