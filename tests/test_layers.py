@@ -108,6 +108,12 @@ def test_a_layer_does_not_keep_the_router() -> None:
     make()(tokens(3), router=router)
 
 
+def test_a_router_adds_the_logits_of_a_layer_that_hands_them_on() -> None:
+  _, aux = make()(tokens(3))
+  with pytest.raises(TypeError, match='the state has none'):
+    make(keys={'router.residual': 0.5})(tokens(3), aux.state)
+
+
 def test_a_cartesian_layer_has_its_residuals_within() -> None:
   """`a = x + MoE_A(norm(x))`, `y = a + MoE_B(norm(a))`."""
   layer, x = make(layers.CartesianMoE), tokens(5)

@@ -6,7 +6,13 @@ from typing import NamedTuple, Protocol
 import jax
 from flax import nnx
 
-from moe_jax.experts.layer import Aux, Layer, Norm
+from moe_jax.experts.layer import (
+  Aux,
+  Layer,
+  Norm,
+  PostNormChain,
+  PreNormChain,
+)
 from moe_jax.model.attention import Attention, AttentionState, BlockContext
 from moe_jax.routing.router import Context, RouterState
 
@@ -26,6 +32,11 @@ class Carry(NamedTuple):
 class Block(Protocol):
   """A layer of the decoder: attention and a feed-forward."""
 
+  @property
+  def chain(self) -> PreNormChain | PostNormChain:
+    """The feed-forwards, each with the norms around it."""
+    ...
+
   def __call__(
     self, carry: Carry, context: BlockContext, attention_state: AttentionState
   ) -> tuple[Carry, Aux | None, AttentionState]:
@@ -42,7 +53,9 @@ class PreNormBlock(nnx.Module):
   The chain of feed-forwards, `PreNormChain`, has its own norms and residuals.
   """
 
-  def __init__(self, norm: Norm, attention: Attention, chain: Layer) -> None:
+  def __init__(
+    self, norm: Norm, attention: Attention, chain: PreNormChain
+  ) -> None:
     self.norm = norm
     self.attention = attention
     self.chain = chain
@@ -68,7 +81,11 @@ class PostNormBlock(nnx.Module):
   """
 
   def __init__(
-    self, norm: Norm, attention: Attention, chain: Layer, outer_norm: Norm
+    self,
+    norm: Norm,
+    attention: Attention,
+    chain: PostNormChain,
+    outer_norm: Norm,
   ) -> None:
     self.norm = norm
     self.attention = attention
