@@ -11,22 +11,32 @@ from moe_jax.data import sources, vocabulary
 
 
 class Tokenizer(Protocol):
-  """What the pipeline asks of a tokenizer.
+  """What the pipeline asks of a tokenizer."""
 
-  Attributes:
-    name: names the files that depend on it, so two tokenizers that encode
-      differently have different names.
-    vocab_size: every id is in [0, vocab_size).
-    eos_id: the id that stands between documents; where it is also the end of a
-      line, `encode` makes it too.
-    fingerprint: tells its table of ids from others of that name; None if there
-      is one table only.
-  """
+  @property
+  def name(self) -> str:
+    """Names the files that depend on it.
 
-  name: str
-  vocab_size: int
-  eos_id: int
-  fingerprint: str | None
+    Two tokenizers that encode differently have different names.
+    """
+
+  @property
+  def vocab_size(self) -> int:
+    """Every id is in [0, vocab_size)."""
+
+  @property
+  def eos_id(self) -> int:
+    """The id that stands between documents.
+
+    Where it is also the end of a line, `encode` makes it too.
+    """
+
+  @property
+  def fingerprint(self) -> str | None:
+    """Tells its table of ids from others of that name.
+
+    It is None if there is one table only.
+    """
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, int32 [tokens]."""
@@ -73,13 +83,12 @@ def build(data: ConfigDict) -> Tokenizer:
     UserError: there is none of that name, or it has to read the data set and
       cannot.
   """
-  known = _FIXED | _OF_DATA
-  kind = known[errors.choose('data.tokenizer', data.tokenizer, known)]
-  if data.tokenizer in _FIXED:
-    return kind()
+  name = errors.choose('data.tokenizer', data.tokenizer, NAMES)
+  if name in _FIXED:
+    return _FIXED[name]()
   splits = sources.open_splits(data)
   folder = splits[0].folder
-  return vocabulary.load_or_make(kind, folder, data.text_key, splits)
+  return vocabulary.load_or_make(_OF_DATA[name], folder, data.text_key, splits)
 
 
 def vocab_size(data: ConfigDict, declared: int) -> int:

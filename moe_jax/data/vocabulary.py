@@ -54,6 +54,14 @@ class VocabularyTokenizer:
     """The tokens of a text once each, in order of appearance."""
     raise NotImplementedError
 
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of `text`, int32; UserError if one is missing."""
+    raise NotImplementedError
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`."""
+    raise NotImplementedError
+
 
 class WordTokenizer(VocabularyTokenizer):
   """One token per word, words being what white space separates."""
