@@ -1,11 +1,11 @@
 """CartesianMoE (Su et al., NAACL 2025, arXiv 2410.16077).
 
-  python train.py --config=configs/cartesian_moe.py:large --workdir=DIR
-  python train.py --config=configs/cartesian_moe.py:base,dense --workdir=DIR
+  moe_jax train --config=cartesian_moe:large --workdir=DIR
+  moe_jax train --config=cartesian_moe:base,dense --workdir=DIR
 
 MoE stands in every second layer, from the first. A preset without a variant is
 the paper's method: two sub-layers of 16 half-width experts, top-2 in each, and
-a shared expert in each. A row below is `configs/cartesian_moe.py:` and `base`
+a shared expert in each. A row below is `cartesian_moe:` and `base`
 or `large` with its variant; published are the perplexity on Pile's validation
 split after 100B tokens and millions of parameters, total / active, which these
 sizes reproduce (sizes without an active count are ours, made to be equal):
@@ -27,8 +27,7 @@ Routing robustness (Table 4), large with each token's best expert disabled in
 every (sub-)layer: `,smoe_share` 7568.85, `,smoe_top3` 847.46, `,fine_grained`
 3095.44, `,top_p` 84.42, (none) 27.72:
 
-  python eval.py --config=configs/cartesian_moe.py:large --workdir=DIR \\
-    --config.eval.disable_top=1
+  moe_jax eval --workdir=DIR --config.eval.disable_top=1
 
 Ours, not the paper's:
   three_factors   three sub-layers of third-width experts, equal parameters
@@ -37,7 +36,7 @@ Ours, not the paper's:
 With `large` three_factors makes the experts 4104 wide instead of 4096, 0.2 %
 more: 4096 is not divisible by three.
 
-The paper gives sizes only. Left at the defaults of `configs/base.py`: the
+The paper gives sizes only. Left at the defaults of the schema: the
 optimizer and its schedule, the batch, the sequence length, the number of steps
 and the weight of the balance loss. Its corpus, Pile, and the LLaMA tokenizer
 are selected with --config.data.name and --config.data.tokenizer; the vocabulary
@@ -88,7 +87,7 @@ def _sizes(
   num_heads: int,
   ffn_width: int,
 ) -> None:
-  """What the presets share, with what they do not."""
+  """Sets what the presets share, and the sizes in which they differ."""
   config.model.num_layers = num_layers
   config.model.hidden_size = hidden_size
   config.model.num_heads = num_heads
@@ -110,7 +109,7 @@ def smoe_top3(config: ConfigDict) -> None:
 
   So 16 experts have the parameters of 17. Dense layers keep their width, which
   the released code could not say: it has one intermediate_size for both. So
-  `moe_jax.interop.hf export` refuses this variant where there are dense layers.
+  `moe_jax convert export` refuses this variant where there are dense layers.
   """
   config.moe.factors = 1
   config.moe.top_k = 3

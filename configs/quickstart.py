@@ -1,13 +1,13 @@
 """A small Cartesian MoE with the recurrent router: minutes on two CPU cores.
 
-  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+  moe_jax train --config=quickstart --workdir=runs/quickstart
 
 It trains on the source code of Python's standard library, which needs no
 download. Variants leave parts of the method out, at equal expert parameters:
 
-  configs/quickstart.py:linear      conventional MoE layers, linear router
-  configs/quickstart.py:rmoe        conventional MoE layers, recurrent router
-  configs/quickstart.py:cartesian   Cartesian product layers, linear router
+  quickstart:linear      conventional MoE layers, linear router
+  quickstart:rmoe        conventional MoE layers, recurrent router
+  quickstart:cartesian   Cartesian product layers, linear router
 """
 
 from ml_collections import ConfigDict
@@ -46,18 +46,18 @@ def get_config(names: str = '') -> ConfigDict:
 
 
 def linear(config: ConfigDict) -> None:
-  """Neither."""
+  """Conventional MoE layers with a linear router: neither."""
   config.moe.factors = 1
   config.router.recurrent = 'none'
 
 
 def rmoe(config: ConfigDict) -> None:
-  """Recurrent router only."""
+  """Conventional MoE layers with the recurrent router."""
   config.moe.factors = 1
 
 
 def cartesian(config: ConfigDict) -> None:
-  """Cartesian product layers only."""
+  """Cartesian product layers with a linear router."""
   config.router.recurrent = 'none'
 
 

@@ -1,6 +1,6 @@
 """RMoE: Layerwise Recurrent Router (Qiu et al., ICLR 2025, arXiv 2408.06793).
 
-  python train.py --config=configs/rmoe.py:PRESET[,VARIANT,...] --workdir=DIR
+  moe_jax train --config=rmoe:PRESET[,VARIANT,...] --workdir=DIR
 
 Presets, each the paper's own method: one GRU of state size 128 for all layers
   enwik8_small, enwik8_medium, wikitext103_medium   16 experts, top-2
@@ -12,8 +12,8 @@ Variants are carried out in order, the later one wins: `xmoe8` is XMoE with 8
 dimensions and no recurrence; `xmoe8,xmoe_gru` puts the recurrence back, so it
 is XMoE(8) on the GRU's state; `np,r0.5,detach_r` are three changes at once.
 
-Published results, Table 1 of the paper. A row is `configs/rmoe.py:` and what
-its first column says after `enwik8_medium` or `wikitext103_medium`; the
+Published results, Table 1 of the paper. A row is `rmoe:` and what its
+first column says after `enwik8_medium` or `wikitext103_medium`; the
 numbers are validation / test, and millions of parameters of enwik8_medium:
 
                 enwik8 (bits/char.)  WikiText-103 (perplexity)  parameters
@@ -37,7 +37,7 @@ enwik8_small has 15.32 (smoe), 15.61 (none) and 15.73 (smoe_mlp) million.
 RMoE costs 1.3 % more time and 3.2 % more memory than SMoE in enwik8_medium,
 0.4 % and 1.4 % in pretrain_0.9b.
 
-`python -m moe_jax.plan` counts these sizes to every digit, with the 205 symbols
+`moe_jax plan` counts these sizes to every digit, with the 205 symbols
 of the enwik8 tokenizer (204 and <eos>). The published counts are called
 non-embedding but hold the embeddings. They also hold parameters that the
 released code makes and never reads, `model.idle_parameters`: see `_idle`.
@@ -56,7 +56,7 @@ pretrain_0.9b: the paper's sizes come to 822M parameters without embeddings and
 1069M in all, where it says 664M and 910M. The experts, the projectors, the GRU
 and the routers alone come to 665M, and with the two embeddings to 912M: the
 published counts look as if they left attention out. Not given and left at the
-defaults of `configs/base.py`: `train.steps` (shorter than the warm-up: set it,
+defaults of the schema: `train.steps` (shorter than the warm-up: set it,
 and the learning rate decays until then), epsilons and the number of key/value
 heads (all 20). The paper's corpus is not public: `data.name` stays what it was,
 so give your own with --config.data.name, and a tokenizer of at most 96,512
@@ -175,7 +175,7 @@ def sft(config: ConfigDict) -> None:
 def _span_decoder(
   config: ConfigDict, layers: int, hidden_size: int, span: int
 ) -> None:
-  """The decoder of the CompeteSMoE code base."""
+  """Sets the decoder of the CompeteSMoE code base."""
   config.model.num_layers = layers
   config.model.hidden_size = hidden_size
   config.model.num_heads = 8
@@ -200,8 +200,8 @@ def _span_decoder(
   config.router.weights = 'chosen'
   config.router.recurrent = 'gru'
   config.router.state_size = 128
-  # 0.01 of N sum_n c_n/(T K) p_n/(T K), with c_n slots and summed probabilities
-  # p_n: the code divides both by the number of slots. Our loss, N sum_n c_n/T
+  # 0.01 of N sum_n c_n/(T K) p_n/(T K), with c_n assignments and summed probabilities
+  # p_n: the code divides both by the number of assignments. Our loss, N sum_n c_n/T
   # p_n/T, is K^2 times that.
   config.loss.balance_weight = 0.01 / config.moe.top_k**2
 
@@ -212,7 +212,7 @@ _TEXTS = {'enwik8': ('enwik8', 205), 'wikitext103': ('words', 267_735)}
 
 
 def _recipe(config: ConfigDict, text: str, warmup: int, steps: int) -> None:
-  """How that code base trains and evaluates."""
+  """Sets how that code base trains and evaluates."""
   config.data.name = text
   config.data.tokenizer, config.model.vocab_size = _TEXTS[text]
   config.optimizer.warmup_steps = warmup
@@ -236,7 +236,7 @@ def _recipe(config: ConfigDict, text: str, warmup: int, steps: int) -> None:
 
 
 def _idle(config: ConfigDict) -> int:
-  """Parameters a layer that the small models' code makes and never reads.
+  """Returns the parameters per layer that the small models never read.
 
   Every block has one LayerNorm more than it applies, 2 h parameters. XMoE's
   and HyperMoE's gates inherit a linear one, h N + N, which they leave alone.
@@ -263,7 +263,7 @@ def detach_residual(config: ConfigDict) -> None:
 
 
 def _router(score: str, **values: int) -> presets.Change:
-  """A router of the paper's Table 1: that score, without recurrence."""
+  """Returns a router of the paper's Table 1: that gate, without recurrence."""
   return presets.sets(
     {'router.score': score, 'router.recurrent': 'none'}
     | {f'router.{name}': value for name, value in values.items()}

@@ -81,20 +81,20 @@ def exit_with(run: Callable[[], None]) -> NoReturn:
 
 
 def _unread() -> bool:
-  """Whether the reader of stdout has gone, as `head` does."""
+  """Returns whether the reader of stdout has gone, as `head` does."""
   poll = select.poll()
   poll.register(sys.stdout.fileno(), 0)  # for errors alone
   return bool(poll.poll(0))
 
 
 def define_process_flags(values: flags.FlagValues) -> None:
-  """The flags of programs that several processes run together.
+  """Defines the flags of programs that several processes run together.
 
   Their names and meanings are those of `parallel.launch.initialize`.
   """
   for name, about in (
-    ('num_processes', 'of this run, on all hosts'),
-    ('process_id', 'of this process, from 0 on'),
+    ('num_processes', 'the processes of this run, on all hosts'),
+    ('process_id', 'the number of this process, from 0 on'),
   ):
     flags.DEFINE_integer(name, None, about, flag_values=values)
   flags.DEFINE_string(

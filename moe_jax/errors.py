@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """`; did you mean 'x'?` for the known name closest to `name`, else ''."""
+  """Returns `; did you mean 'x'?` for the nearest known name, or ''."""
   matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
   return f"; did you mean '{matches[0]}'?" if matches else ''
 
@@ -22,9 +22,9 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
   """Returns `name` if it is one of `known`.
 
   Args:
-    kind: what is being chosen, normally the config key, for the message.
-    name: the name given.
-    known: the names there are.
+    kind: What is being chosen, normally the config key, for the message.
+    name: The name that was given.
+    known: The names that there are.
 
   Raises:
     UserError: `name` is not among them; the message lists them.

@@ -46,8 +46,8 @@ _QUIET = {
 def configure_malloc() -> bool:
   """Sets glibc's malloc for runs on CPUs; returns whether it did.
 
-  To be called before jax is imported, by programs only: the settings hold for
-  the whole process. Environment `MOE_JAX_TUNE_MALLOC=0` switches it off.
+  Programs call it, before they import jax: the settings hold for the whole
+  process. Environment `MOE_JAX_TUNE_MALLOC=0` switches it off.
   """
   if os.environ.get(SWITCH) == '0' or not _runs_on_cpu():
     return False
@@ -61,8 +61,8 @@ def configure_malloc() -> bool:
 def trim_malloc() -> None:
   """Returns to the system what the process has freed, which is used no more.
 
-  For after a compilation, which frees as much memory as a model may need. The
-  next step takes its temporaries anew. Without glibc nothing happens.
+  It is called after a compilation, which frees as much memory as a model may
+  need. The next step takes its temporaries anew. Without glibc nothing happens.
   """
   with contextlib.suppress(AttributeError, TypeError, OSError):
     ctypes.CDLL(None).malloc_trim(0)
@@ -71,7 +71,7 @@ def trim_malloc() -> None:
 def silence_libtpu() -> None:
   """Sets libtpu's environment where there are no TPUs.
 
-  To be called before jax is imported; variables that are set stay as they are.
+  It is called before jax is imported; variables that are set stay as they are.
   """
   if any(glob.glob(pattern) for pattern in TPUS):
     return
@@ -80,7 +80,7 @@ def silence_libtpu() -> None:
 
 
 def _runs_on_cpu() -> bool:
-  """Guesses, without importing jax, that it will choose the CPU."""
+  """Returns whether jax, which is not imported yet, will choose the CPU."""
   platforms = os.environ.get('JAX_PLATFORMS')
   if platforms:
     return platforms.split(',')[0].strip() == 'cpu'

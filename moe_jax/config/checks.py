@@ -29,7 +29,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     num_devices: The devices of all hosts together.
 
   Raises:
-    UserError: names the keys, their values and what would be right.
+    UserError: The message has the keys, their values and what would be right.
   """
   for name, key in KEYS.items():
     key.check(name, get(config, name))
@@ -145,7 +145,7 @@ def _check_profile(config: ConfigDict) -> None:
 
 
 def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
-  """What the mesh splits, it splits evenly."""
+  """Refuses a mesh that would split sizes unevenly."""
   tensor, kinds = mesh['tensor'], layer_kinds(config)
   _check_divides(config, 'model.hidden_size', mesh['fsdp'], 'mesh.fsdp')
   _check_divides(config, 'model.num_heads', tensor, 'mesh.tensor')
@@ -165,7 +165,7 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
 
 
 def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
-  """Experts lie on the expert axis, the same number on every device."""
+  """Refuses an expert axis on which devices had unequal numbers of experts."""
   moe, expert = config.moe, mesh['expert']
   if moe.dispatch == 'capacity' and moe.exchange == 'ragged':
     raise UserError(
@@ -191,7 +191,7 @@ def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:
 
 
 def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:
-  """Every device holds as many sequences as every other."""
+  """Refuses batches of which devices had unequal numbers of sequences."""
   names = [f'mesh.{axis}' for axis in BATCH_AXES]
   sizes = [mesh[axis] for axis in BATCH_AXES]
   key = 'eval.batch_size' if config.eval.batch_size else 'train.batch_size'

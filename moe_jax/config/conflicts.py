@@ -12,12 +12,12 @@ _BIASED = ('linear', 'mlp', 'hyper')  # scores
 
 
 class Rule(NamedTuple):
-  """A conflict.
+  """A conflict between keys.
 
   Attributes:
-    broken: whether a config has it.
-    keys: those that contradict each other, with their values in the message.
-    why: what is wrong, and what would be right.
+    broken: Tells whether a config has the conflict.
+    keys: The keys that contradict each other; the message has their values.
+    why: Says what is wrong, and what would be right.
   """
 
   broken: Callable[[ConfigDict], bool]
@@ -152,7 +152,7 @@ def check_dense(config: ConfigDict) -> None:
   """Refuses settings of routers in a model without experts.
 
   Raises:
-    UserError: names the key and what would be right.
+    UserError: The message has the key and what would be right.
   """
   for key, value in _DENSE.items():
     if get(config, key) != value:
@@ -166,16 +166,18 @@ def check(config: ConfigDict, sub_layers: int) -> None:
   """Refuses the first conflict.
 
   Args:
-    config: of a model with experts, every key in its range.
-    sub_layers: MoE sub-layers in all of its layers.
+    config: The config of a model with experts, every key in its range.
+    sub_layers: The number of MoE sub-layers in all of its layers.
 
   Raises:
-    UserError: names the keys, their values and what would be right.
+    UserError: The message has the keys, their values and what would be right.
   """
   for rule in RULES:
     if rule.broken(config):
-      said = ' and '.join(f'{key} = {get(config, key)!r}' for key in rule.keys)
-      raise UserError(f'{said} contradict each other: {rule.why}')
+      values = ' and '.join(
+        f'{key} = {get(config, key)!r}' for key in rule.keys
+      )
+      raise UserError(f'{values} contradict each other: {rule.why}')
   _check_residual(config, sub_layers)
   _check_choice(config)
 
@@ -192,7 +194,7 @@ def _check_residual(config: ConfigDict, sub_layers: int) -> None:
 
 
 def _check_choice(config: ConfigDict) -> None:
-  """Enough experts are left to choose from."""
+  """Refuses settings that leave a token too few experts to choose from."""
   moe, router, disabled = config.moe, config.router, config.eval.disable_top
   wanted = moe.top_k if router.selection == 'top_k' else 1
   left = moe.num_experts * router.top_groups // router.groups

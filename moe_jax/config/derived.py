@@ -20,7 +20,7 @@ def get(config: ConfigDict, key: str) -> Any:
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  """Returns dotted keys: {'a': {'b': 1}} becomes {'a.b': 1}."""
   flat: dict[str, Any] = {}
   for name, value in config.items():
     if isinstance(value, Mapping):
@@ -31,17 +31,17 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mesh_shape(config: ConfigDict, num_devices: int) -> dict[str, int]:
-  """Devices along every mesh axis, an axis of -1 having taken what is left.
+  """Returns the devices along every mesh axis; -1 has taken what is left.
 
   Raises:
-    UserError: the axes do not multiply to `num_devices`.
+    UserError: The axes do not multiply to `num_devices`.
   """
   sizes = {axis: config.mesh[axis] for axis in MESH_AXES}
   return fill(sizes, 'mesh', num_devices, 'devices')
 
 
 def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
-  """'moe' or 'dense' for every layer, from the first."""
+  """Returns 'moe' or 'dense' for every layer, from the first."""
   moe = config.moe
 
   def kind(layer: int) -> str:
@@ -53,13 +53,13 @@ def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
 
 
 def head_dim(config: ConfigDict) -> int:
-  """The size of one attention head."""
+  """Returns the size of one attention head."""
   model = config.model
   return model.head_dim or model.hidden_size // model.num_heads
 
 
 def decay_end(config: ConfigDict) -> int:
-  """The step at which the learning rate has come down to its last value.
+  """Returns the step at which the learning rate reaches its last value.
 
   At least one step follows the warm-up, so a short trial of a long recipe
   runs: it ends while the learning rate still rises.
@@ -70,10 +70,10 @@ def decay_end(config: ConfigDict) -> int:
 
 
 def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
-  """V: `model.vocab_size`, or what the tokenizer needs.
+  """Returns V: `model.vocab_size`, or what the tokenizer needs.
 
   Raises:
-    UserError: the tokenizer has ids that the model would not.
+    UserError: The tokenizer has ids that the model would not have.
   """
   size = config.model.vocab_size or of_tokenizer
   if size < of_tokenizer:
@@ -93,23 +93,23 @@ def profiled_steps(profile: str) -> range:
 
 
 def eval_batch_size(config: ConfigDict) -> int:
-  """Sequences in a batch of an evaluation, over all devices."""
+  """Returns the sequences in a batch of an evaluation, over all devices."""
   return config.eval.batch_size or config.train.batch_size
 
 
 def fill(
   sizes: dict[str, int], section: str, total: int, of: str
 ) -> dict[str, int]:
-  """`sizes` of axes, one of -1 having taken what the others leave of `total`.
+  """Returns `sizes`, one of -1 having taken what the others leave of `total`.
 
   Args:
-    sizes: by axis, as the config has them.
-    section: of the config.
-    total: what they have to multiply to ...
-    of: ... the name of these things.
+    sizes: The size of each axis, as the config has them.
+    section: The section of the config that has the axes.
+    total: The number that the sizes have to multiply to.
+    of: The name of the things that are counted.
 
   Raises:
-    UserError: they do not.
+    UserError: The sizes do not multiply to `total`.
   """
   for axis, size in sizes.items():
     if size < 1 and size != -1:
@@ -139,11 +139,11 @@ def fill(
 
 
 def _product(section: str, axes: dict[str, int]) -> str:
-  """`mesh.data x mesh.fsdp = 2 x 4 = 8`."""
+  """Returns `mesh.data x mesh.fsdp = 2 x 4 = 8`."""
   names = [f'{section}.{axis}' for axis in axes]
   return f'{written_out(names, axes.values())} = {math.prod(axes.values())}'
 
 
 def written_out(names: Iterable[str], sizes: Iterable[int]) -> str:
-  """`a x b = 2 x 4`."""
+  """Returns `a x b = 2 x 4`."""
   return f'{" x ".join(names)} = {" x ".join(map(str, sizes))}'

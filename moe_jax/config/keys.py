@@ -118,7 +118,7 @@ class Key(NamedTuple):
     return _LARGEST if isinstance(self.default, int) else math.inf
 
   def _is_too_large(self, value: Value) -> bool:
-    """Whether the value breaks the bound that goes without saying."""
+    """Returns whether the value breaks the bound that goes without saying."""
     unsaid = self.high is None and self.below is None
     return unsaid and isinstance(self.default, int) and int(value) > _LARGEST
 

@@ -131,12 +131,12 @@ def _extensions_in(record: str) -> list[str]:
 
 
 def known_keys() -> list[str]:
-  """Every key there is, dotted."""
+  """Returns every key there is, dotted."""
   return list(schema.KEYS)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-  """The message for a dotted key that is not `known`."""
+  """Returns the message for a dotted key that is not `known`."""
   inside = [name for name in known if name.startswith(f'{key}.')]
   if inside:
     return f"config key '{key}' is a section; name a key, as '{inside[0]}'"
@@ -156,7 +156,7 @@ def _last(key: str) -> str:
 
 
 def _similar(path: str) -> str:
-  """The hint for a misspelt path: a file of nearly that name beside it."""
+  """Returns the hint for a misspelt path: a file or preset of a like name."""
   folder = os.path.dirname(path)
   if not os.path.isdir(folder or '.'):
     return ''
@@ -166,7 +166,7 @@ def _similar(path: str) -> str:
 
 
 def _call(path: str, module: ModuleType, names: list[str]) -> ConfigDict:
-  """`module.get_config(*names)`."""
+  """Returns `module.get_config(*names)`."""
   get_config = getattr(module, 'get_config', None)
   if not callable(get_config):
     raise UserError(f'{path} has no function get_config')
@@ -179,7 +179,7 @@ def _call(path: str, module: ModuleType, names: list[str]) -> ConfigDict:
 
 
 def _blame(path: str, error: Exception) -> str:
-  """`FILE:LINE: what is wrong`, a misspelt key with the nearest real one."""
+  """Returns `FILE:LINE: what is wrong`, with the nearest to a misspelt key."""
   if isinstance(error, SyntaxError):
     return f'{error.filename}:{error.lineno}: {error.msg}'
   file = os.path.abspath(path)
@@ -195,7 +195,7 @@ def _blame(path: str, error: Exception) -> str:
 
 
 def _nearest(name: str) -> str:
-  """The hint for a key of which only the last name, or a section, is known."""
+  """Returns the hint for the last name of a key, or that of a section."""
   keys: dict[str, list[str]] = {}
   for key in known_keys():
     keys.setdefault(_last(key), []).append(key)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from moe_jax.config.derived import decay_end, flatten
 from moe_jax.config.schema import KEYS, get_config
 
-# Of a key that exists no longer, its section says whether it was the model's.
+# The section of a key that exists no longer says whether it was the model's.
 _MODEL = ('model', 'moe', 'router')
 # Of a workdir: its config, and the record of what ran.
 CONFIG_FILE, RECORD_FILE = 'config.json', 'run.json'
@@ -18,7 +18,7 @@ _ABSENT = 'absent'
 
 
 def to_json(config: ConfigDict) -> str:
-  """Readable JSON; `from_json` gives back an equal config."""
+  """Returns readable JSON, of which `from_json` makes an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
@@ -29,7 +29,7 @@ def from_json(text: str) -> ConfigDict:
   added with a default that does what was done without it.
 
   Args:
-    text: of a config.
+    text: The JSON of a config.
 
   Raises:
     ValueError: `text` is not a JSON object.
@@ -43,15 +43,15 @@ def from_json(text: str) -> ConfigDict:
 def changed_meaning(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> list[str]:
-  """Keys by which going on with `new` would be another run than `old`.
+  """Returns the keys by which a run of `old` cannot go on with `new`.
 
   A key that only one side has counts as changed: `from_json` knows the younger
   ones, so it is one that no longer exists. Of `train.steps` and
   `optimizer.decay_steps` only the end of the decay counts that they come to.
 
   Args:
-    old: the config the run was made with, a dictionary of sections.
-    new: the config to go on with.
+    old: The config that the run was made with, a dictionary of sections.
+    new: The config to go on with.
   """
   changed = [key for key in _differing(old, new) if not _may_change(key)]
   if _decay_end(old) is not None and _decay_end(old) == _decay_end(new):
@@ -60,7 +60,7 @@ def changed_meaning(
 
 
 def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Keys by which `new` describes another model than `old`, to evaluate it.
+  """Returns the keys by which `new` is another model to evaluate than `old`.
 
   Of `loss.bias_rate` it counts whether it is 0: the bias is a parameter.
   """
@@ -68,7 +68,7 @@ def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   # These have the ids of the data set that the model was trained on.
   if new['data']['tokenizer'] in ('enwik8', 'words'):
     also.add('data.name')
-  if has_choice_bias(old) != has_choice_bias(new):
+  if has_expert_bias(old) != has_expert_bias(new):
     also.add('loss.bias_rate')
   return [
     key
@@ -77,15 +77,15 @@ def changed_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def has_choice_bias(config: Mapping[str, Any]) -> bool:
-  """Whether the model has biases that balance the choice of experts."""
+def has_expert_bias(config: Mapping[str, Any]) -> bool:
+  """Returns whether the model has biases that balance the choice of experts."""
   return flatten(config).get('loss.bias_rate', 0) > 0
 
 
 def describe(
   keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> str:
-  """`a.b was 1, now 2; ...`, with the remedy where a key has its own."""
+  """Returns `a.b was 1, now 2; ...`, with the remedy of a key that has one."""
   before, after = flatten(old), flatten(new)
   parts = [
     f'{key} was {before.get(key, _ABSENT)!r}, now {after.get(key, _ABSENT)!r}'
@@ -101,7 +101,7 @@ def describe(
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-  """`given`, with `defaults` for the keys it lacks, in sections too."""
+  """Returns `given`, with `defaults` for the keys that it lacks."""
   filled = defaults | given
   for name, default in defaults.items():
     if isinstance(default, dict) and isinstance(filled[name], dict):
@@ -119,7 +119,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _decay_end(config: Mapping[str, Any]) -> int | None:
-  """Where the decay ends; None where a key it depends on is missing."""
+  """Returns where the decay ends; None where a key for it is missing."""
   if all(key in flatten(config) for key in _DECAY):
     return decay_end(ConfigDict(config))
   return None

@@ -63,7 +63,7 @@ def params(setup: Setup) -> dict[str, Any] | None:
 def _with_its_biases(config: ConfigDict, origin: str) -> ConfigDict:
   """Returns the config, without expert biases if `origin` has none."""
   saved = run_dir.config_of(origin, _REMEDY)
-  if saved_config.has_choice_bias(saved):
+  if saved_config.has_expert_bias(saved):
     return config
   unbiased = config.copy_and_resolve_references()
   unbiased.loss.bias_rate = 0.0
