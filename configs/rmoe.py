@@ -200,9 +200,9 @@ def _span_decoder(
   config.router.weights = 'chosen'
   config.router.recurrent = 'gru'
   config.router.state_size = 128
-  # 0.01 of N sum_n c_n/(T K) p_n/(T K), with c_n assignments and summed probabilities
-  # p_n: the code divides both by the number of assignments. Our loss, N sum_n c_n/T
-  # p_n/T, is K^2 times that.
+  # 0.01 of N sum_n c_n/(T K) p_n/(T K), with c_n assignments and summed
+  # probabilities p_n: the code divides both by the number of assignments. Our
+  # loss, N sum_n c_n/T p_n/T, is K^2 times that.
   config.loss.balance_weight = 0.01 / config.moe.top_k**2
 
 
