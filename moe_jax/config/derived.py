@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -17,6 +18,16 @@ BATCH_AXES = ('data', 'fsdp', 'expert')
 def get(config: ConfigDict, key: str) -> Any:
   """Returns the value of a dotted key."""
   return functools.reduce(lambda part, name: part[name], key.split('.'), config)
+
+
+def is_read(config: ConfigDict, name: str) -> bool:
+  """Returns whether other keys leave a meaning to the key of that name."""
+  only = KEYS[name].only
+  if not only:
+    return True
+  other, sign, values = only.split(' ', 2)
+  is_one_of_them = str(get(config, other)) in values.split(', ')
+  return is_read(config, other) and is_one_of_them == (sign == '=')
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def table() -> str:
 
 def _told(name: str, key: Key) -> str:
   """Returns what a key is, in some lines."""
-  about = f'{key.meaning} ({key.wanted()})'
+  about = f'{key.meaning}{_only(key)} ({key.wanted()})'
   resume = ' May change on resume.' if key.resume else ''
   lines = textwrap.wrap(
     about + resume,
@@ -74,15 +74,20 @@ def _told(name: str, key: Key) -> str:
   return '\n'.join([f'  --config.{name}={key.default}', *lines])
 
 
+def _only(key: Key) -> str:
+  """Returns with which values of another key a key has a meaning."""
+  return f' Only with {key.only}.' if key.only else ''
+
+
 def _rows(section: str) -> str:
   """Returns the table of the keys right in a section."""
   rows = ['| key | default | | what it means | values |', '|-|-|-|-|-|']
   for name, key in KEYS.items():
     if name.rpartition('.')[0] == section:
       marks = ' '.join('r' * key.resume + 'f' * key.function)
+      about = f'{key.meaning}{_only(key)}'
       rows.append(
-        f'| `{name}` | `{key.default!r}` | {marks} | {key.meaning} |'
-        f' {key.wanted()} |'
+        f'| `{name}` | `{key.default!r}` | {marks} | {about} | {key.wanted()} |'
       )
   return '\n'.join(rows)
 

@@ -33,6 +33,9 @@ class Key(NamedTuple):
     function: Whether the value is part of the function that a model computes
       from its parameters, whatever it is trained on and computed with.
     path: Whether the value is a path of the user's, in which ~ is expanded.
+    only: The only values of another key with which this one is read, such as
+      'model.norm = rms', 'router.score = mlp, hyper' or 'router.score != hash';
+      always if empty.
   """
 
   default: Value
@@ -46,6 +49,7 @@ class Key(NamedTuple):
   resume: bool = False
   function: bool = False
   path: bool = False
+  only: str = ''
 
   def names(self) -> tuple[str, ...]:
     """Returns the names that the value may be, those of users included."""

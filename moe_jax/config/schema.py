@@ -92,7 +92,11 @@ KEYS = {
     0, "The number of token ids; 0 takes the tokenizer's.", function=True
   ),
   'model.rope_theta': Key(
-    10_000.0, 'The base of rotary positions.', above=0, function=True
+    10_000.0,
+    'The base of rotary positions.',
+    above=0,
+    function=True,
+    only='model.positions = rotary',
   ),
   'model.norm': Key(
     'rms',
@@ -118,14 +122,16 @@ KEYS = {
   ),
   'model.attention': Key(
     'auto',
-    'How attention with rotary positions is computed.',
+    'How attention is computed.',
     ('auto', ATTENTIONS),
     resume=True,
+    only='model.positions = rotary',
   ),
   'model.span': Key(
     0,
-    'With `model.positions` = span: how many tokens a token sees before it.',
+    'The tokens that a token sees before it.',
     function=True,
+    only='model.positions = span',
   ),
   'model.activation': Key(
     'swiglu',
@@ -184,7 +190,13 @@ KEYS = {
     high=64,
     function=True,
   ),
-  'moe.top_k': Key(2, 'Experts that a token chooses.', low=1, function=True),
+  'moe.top_k': Key(
+    2,
+    'Experts that a token chooses.',
+    low=1,
+    function=True,
+    only='router.selection = top_k',
+  ),
   'moe.expert_width': Key(
     512,
     'The width of a whole expert; factors share it equally.',
@@ -209,21 +221,22 @@ KEYS = {
   ),
   'moe.capacity_factor': Key(
     1.25,
-    'With `moe.dispatch` = capacity: the room of an expert over the balanced'
-    ' share.',
+    'The room of an expert over the balanced share.',
     above=0,
+    only='moe.dispatch = capacity',
   ),
   'moe.priority': Key(
     'position',
-    'With `moe.dispatch` = capacity: who is kept, earlier tokens or those of a'
-    ' larger weight.',
+    'Who is kept, earlier tokens or those of a larger weight.',
     ('position', 'probability'),
+    only='moe.dispatch = capacity',
   ),
   'moe.grouped_matmul': Key(
     'auto',
-    'How dropless experts are computed.',
+    'How experts are computed.',
     ('auto', GROUPED_MATMULS),
     resume=True,
+    only='moe.dispatch = dropless',
   ),
   'moe.exchange': Key(
     'auto',
@@ -234,10 +247,11 @@ KEYS = {
   ),
   'moe.buffer_factor': Key(
     2.0,
-    'Dropless all_to_all and ragged: the room over the balanced share; what'
-    ' finds none is counted and takes a slower way.',
+    'The exchanges all_to_all and ragged: the room over the balanced share;'
+    ' what finds none is counted and takes a slower way.',
     above=0,
     resume=True,
+    only='moe.dispatch = dropless',
   ),
   'moe.bias': Key(
     False,
@@ -255,6 +269,7 @@ KEYS = {
     low=1,
     high=1024,
     function=True,
+    only='moe.shared.width != 0',
   ),
   'moe.shared.mixing': Key(
     'sum',
@@ -262,16 +277,19 @@ KEYS = {
     ' weights, or with a learned coefficient per token.',
     ('sum', 'fixed', 'coefficient'),
     function=True,
+    only='moe.shared.width != 0',
   ),
   'moe.shared.routed_weight': Key(
     0.5,
-    'With `moe.shared.mixing` = fixed: the weight of the routed experts.',
+    'The weight of the routed experts.',
     function=True,
+    only='moe.shared.mixing = fixed',
   ),
   'moe.shared.shared_weight': Key(
     0.5,
-    'With `moe.shared.mixing` = fixed: the weight of the shared expert.',
+    'The weight of the shared expert.',
     function=True,
+    only='moe.shared.mixing = fixed',
   ),
   'router.score': Key(
     'linear',
@@ -281,29 +299,44 @@ KEYS = {
   ),
   'router.bias': Key(
     False,
-    'Whether the gates linear, mlp and hyper have a bias.',
+    'Whether the gate has a bias.',
     function=True,
+    only='router.score = linear, mlp, hyper',
   ),
   'router.mlp_width': Key(
-    256, 'The width of the gates mlp and hyper.', low=1, function=True
+    256,
+    'The width of the hidden layer of the gate.',
+    low=1,
+    function=True,
+    only='router.score = mlp, hyper',
   ),
   'router.reduced_size': Key(
-    16, 'The dimensions of the gate xmoe.', low=1, function=True
+    16,
+    'The dimensions that the gate compares in.',
+    low=1,
+    function=True,
+    only='router.score = xmoe',
   ),
   'router.recurrent': Key(
     'none',
     'The recurrent cell that all layers share.',
     (CELLS,),
     function=True,
+    only='router.score != hash',
   ),
   'router.state_size': Key(
-    128, "The size of the cell's state.", low=1, function=True
+    128,
+    "The size of the cell's state.",
+    low=1,
+    function=True,
+    only='router.recurrent != none',
   ),
   'router.projector': Key(
     'layerwise',
     "Whether each layer projects its input to the cell's, or one for all does.",
     ('layerwise', 'shared'),
     function=True,
+    only='router.recurrent != none',
   ),
   'router.passing': Key(
     'state',
@@ -311,12 +344,15 @@ KEYS = {
     ' (detached), or nothing.',
     ('state', 'detached', 'none'),
     function=True,
+    only='router.recurrent != none',
   ),
   'router.residual': Key(
     0.0, "The weight of the previous MoE layer's logits.", function=True
   ),
   'router.residual_detached': Key(
-    False, 'Whether these come without their gradient.'
+    False,
+    'Whether these come without their gradient.',
+    only='router.residual != 0.0',
   ),
   'router.jitter': Key(
     0.0, "Training multiplies the router's inputs by 1 +- this.", below=1
@@ -330,9 +366,10 @@ KEYS = {
   ),
   'router.top_p': Key(
     0.4,
-    'With `router.selection` = top_p: the probability to be exceeded.',
+    'The probability to be exceeded.',
     below=1,
     function=True,
+    only='router.selection = top_p',
   ),
   'router.weights': Key(
     'softmax',
@@ -378,9 +415,9 @@ KEYS = {
   ),
   'optimizer.stable_fraction': Key(
     0.8,
-    'With `optimizer.schedule` = wsd: the share of the steps after the warm-up'
-    ' that stay at the peak.',
+    'The share of the steps after the warm-up that stay at the peak.',
     high=1,
+    only='optimizer.schedule = wsd',
   ),
   'optimizer.warmup_steps': Key(
     50, 'Steps in which the learning rate rises to its peak.'
@@ -395,7 +432,10 @@ KEYS = {
     0.95, 'AdamW and Lion: the decay of the second moment.', below=1
   ),
   'optimizer.momentum': Key(
-    0.95, 'Muon: the decay of the momentum of matrices.', below=1
+    0.95,
+    'The decay of the momentum of matrices.',
+    below=1,
+    only='optimizer.name = muon',
   ),
   'optimizer.epsilon': Key(
     1e-8, 'What is added to the root of the second moment.', above=0

@@ -96,34 +96,11 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
 
 def _unread(config: ConfigDict, kinds: tuple[str, ...]) -> list[str]:
   """Returns the keys that are idle for what other keys say."""
-  moe, router = config.moe, config.router
-  of_shared = [f'moe.shared.{key}' for key in CANONICAL['moe']['shared']]
-  of_moe = config_lib.flatten(
-    {'moe': CANONICAL['moe'], 'router': CANONICAL['router']}
-  )
-  rules = {
-    'model.ffn_width': 'dense' not in kinds,
-    'model.rope_theta': config.model.positions != 'rotary',
-    'model.span': config.model.positions != 'span',
-    'moe.top_k': router.selection != 'top_k',
-    'moe.shared.routed_weight': moe.shared.mixing != 'fixed',
-    'moe.shared.shared_weight': moe.shared.mixing != 'fixed',
-    'router.top_p': router.selection != 'top_p',
-    'router.bias': router.score not in ('linear', 'mlp', 'hyper'),
-    'router.mlp_width': router.score not in ('mlp', 'hyper'),
-    'router.reduced_size': router.score != 'xmoe',
-    'router.state_size': router.recurrent == 'none',
-    'router.projector': router.recurrent == 'none',
-    'router.passing': router.recurrent == 'none',
-    'router.groups': router.groups == router.top_groups,
-    'router.top_groups': router.groups == router.top_groups,
-  }
-  unread = [key for key, idle in rules.items() if idle] + _FREE
-  if not moe.shared.width:
-    unread += of_shared
-  if router.score == 'hash':  # reads token ids alone
-    unread += ['router.recurrent', 'router.state_size', 'router.projector']
-    unread += ['router.passing']
+  unread = [key for key in _COMPARED if not config_lib.is_read(config, key)]
+  if 'dense' not in kinds:
+    unread.append('model.ffn_width')
   if 'moe' not in kinds:
-    unread += list(of_moe)
-  return unread
+    unread += [key for key in _COMPARED if not key.startswith('model.')]
+  if config.router.groups == config.router.top_groups:
+    unread += ['router.groups', 'router.top_groups']
+  return unread + _FREE

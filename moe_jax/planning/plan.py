@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 from moe_jax.model import build, implementations, sizes
 from moe_jax.parallel import mesh as mesh_lib
@@ -149,12 +150,15 @@ def _exchange(
 
 def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
   """Returns how experts are chosen: what has a meaning for this router."""
-  router = config.router
   if not routed:
     return {'score': 'none', 'recurrent': 'none'}
-  chosen = {'score': router.score, 'recurrent': router.recurrent}
-  if router.recurrent != 'none':
-    chosen |= {'projector': router.projector, 'passing': router.passing}
+  router = config.router
+  chosen = {
+    name.removeprefix('router.'): str(config_lib.get(config, name))
+    for name, key in KEYS.items()
+    if name.startswith('router.')
+    if key.choices and config_lib.is_read(config, name)
+  }
   if router.residual:
     chosen['residual'] = str(router.residual)
   limit = {
@@ -162,5 +166,4 @@ def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
     'top_p': f'top_p {router.top_p} of {config.moe.num_experts}',
   }
   chosen['selection'] = limit[router.selection]
-  chosen['weights'] = router.weights
   return chosen
