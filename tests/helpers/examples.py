@@ -1,9 +1,13 @@
 """The files in examples/, as a user's own: imported by path."""
 
+import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from moe_jax import registry
 
 FOLDER = Path(__file__).parents[2] / 'examples'
 
@@ -17,3 +21,17 @@ def routers() -> ModuleType:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@contextlib.contextmanager
+def registered_here() -> Iterator[None]:
+  """Forgets afterwards what is registered meanwhile."""
+  registries = [
+    each
+    for each in vars(registry).values()
+    if isinstance(each, registry.Registry)
+  ]
+  before = [(dict(each._entries), dict(each._files)) for each in registries]
+  yield
+  for each, (entries, files) in zip(registries, before, strict=True):
+    each._entries, each._files = entries, files

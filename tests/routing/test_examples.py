@@ -27,6 +27,12 @@ IDS_T = np.random.default_rng(3).integers(0, V, T)
 KEY = jax.random.key(7)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def own_names() -> Any:
+  with examples.registered_here():
+    yield
+
+
 @pytest.fixture(autouse=True)
 def float64() -> Any:
   with jax.enable_x64(True):
