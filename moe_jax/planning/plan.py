@@ -165,5 +165,5 @@ def _router(config: ConfigDict, routed: bool) -> dict[str, str]:
     'top_k': f'top_k {config.moe.top_k} of {config.moe.num_experts}',
     'top_p': f'top_p {router.top_p} of {config.moe.num_experts}',
   }
-  chosen['selection'] = limit[router.selection]
+  chosen['selection'] = limit.get(router.selection, router.selection)
   return chosen
