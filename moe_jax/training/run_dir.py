@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -96,12 +96,24 @@ class RunDir:
       record: What ran, as JSON can hold it; see `moe_jax.training.record`.
 
     Raises:
-      UserError: Another process does not see the directory.
+      UserError: The directory cannot be written, or another process does not
+        see it.
     """
-    if multihost.is_main_process():
-      os.makedirs(self.checkpoints, exist_ok=True)
+    multihost.fail_together(self._make)
     _check_shared(self.path)
+    multihost.fail_together(lambda: self._write(record))
+
+  def _make(self) -> None:
+    """Makes the directory and the folder of checkpoints."""
     if multihost.is_main_process():
+      with _writing(self.path):
+        os.makedirs(self.checkpoints, exist_ok=True)
+
+  def _write(self, record: Mapping[str, Any] | None) -> None:
+    """Writes config.json and run.json."""
+    if not multihost.is_main_process():
+      return
+    with _writing(self.path):
       replace(config_path(self.path), saved_config.to_json(self.config))
       if record is not None:
         text = json.dumps(record, indent=2) + '\n'
@@ -226,9 +238,15 @@ def _check_writable(workdir: str) -> None:
   above = os.path.abspath(workdir)
   while not os.path.lexists(above):
     above = os.path.dirname(above)
+  with _writing(workdir), tempfile.TemporaryFile(dir=above):
+    pass
+
+
+@contextlib.contextmanager
+def _writing(workdir: str) -> Iterator[None]:
+  """Reports what the file system refuses in one line."""
   try:
-    with tempfile.TemporaryFile(dir=above):
-      pass
+    yield
   except OSError as error:
     raise UserError(
       f'workdir {workdir} is not writable: {error.strerror};'

@@ -296,6 +296,14 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     RunDir.new_or_resumed(str(broken), make())
 
 
+def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+  (tmp_path / 'checkpoints').write_text('')
+  run = RunDir.new_or_resumed(str(tmp_path), make())
+  with pytest.raises(UserError, match='is not writable: File exists'):
+    run.claim()
+  assert not (tmp_path / 'config.json').exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
 def test_a_read_only_workdir(tmp_path: Path) -> None:
   tmp_path.chmod(0o500)
