@@ -57,7 +57,7 @@ ROOMS = {
   'parallel.launch': Room('errors', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
-    'errors', 'tensorflow_datasets grain numpy etils ml_collections'
+    'errors registry', 'tensorflow_datasets grain numpy etils ml_collections'
   ),
   'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
   'interop': Room(

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
@@ -133,6 +133,52 @@ class TextFolder(FolderBuilder):
       )
     key = _fingerprint(folder, names, times=True)
     super().__init__(folder=folder, names=names, key=key, **kwargs)
+
+
+class GivenTexts(
+  tfds.core.GeneratorBasedBuilder,
+  skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
+):
+  """Documents `text` that a program gives, of whatever splits it has."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def __init__(
+    self, documents: Mapping[str, Iterable[str]], *, key: str, **kwargs: object
+  ) -> None:
+    """Describes the data set; the documents are read when it is prepared.
+
+    Args:
+      documents: The texts of every split.
+      key: Tells this content from any other; it is part of the prepared data's
+        path, and what is there already is not read again.
+      **kwargs: The options of a TFDS builder: data_dir, file_format.
+    """
+    self._documents = documents
+    config = tfds.core.BuilderConfig(name=re.sub(r'[^\w.-]', '_', key))
+    super().__init__(config=config, **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+    )
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    del dl_manager
+    return {
+      split: self._generate_examples(texts)
+      for split, texts in self._documents.items()
+    }
+
+  def _generate_examples(
+    self, texts: Iterable[str]
+  ) -> Iterator[tuple[int, dict[str, str]]]:
+    for i, text in enumerate(texts):
+      yield i, {'text': text}
 
 
 def _files(folder: pathlib.Path, skip: tuple[str, ...] = ()) -> Iterator[str]:

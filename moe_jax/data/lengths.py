@@ -35,8 +35,10 @@ def _measure(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   measured = np.zeros((len(documents), 2), np.int64)
   for i in range(len(documents)):
     text = documents[i]
+    ids = tokenizer.encode(text)
+    _check_ids(ids, tokenizer)
     num_bytes = len(text.encode(errors='surrogateescape'))
-    measured[i] = len(tokenizer.encode(text)), num_bytes
+    measured[i] = len(ids), num_bytes
   if not measured.any():
     raise errors.UserError(
       f'split {documents.split!r} of {documents.full_name} holds no text:'
@@ -45,9 +47,21 @@ def _measure(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   return measured
 
 
+def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
+  """Refuses ids that the model would not have, and that would wrap around."""
+  if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+    raise errors.UserError(
+      f'data.tokenizer = {tokenizer.name!r} makes ids from {ids.min()} to'
+      f' {ids.max()}, and says that it has {tokenizer.vocab_size}: 0 to'
+      f' {tokenizer.vocab_size - 1}; mend one of them'
+    )
+
+
 def _path(documents: Documents, tokenizer: Tokenizer) -> epath.Path:
   """Returns the file of this split, feature and tokenizer."""
-  parts = (documents.split, documents.text_key, tokenizer.name)
+  parts = [documents.split, documents.text_key, tokenizer.name]
+  if tokenizer.fingerprint is not None:
+    parts.append(tokenizer.fingerprint[:16])
   name = '-'.join(urllib.parse.quote(part, safe='') for part in parts)
   return documents.folder / f'lengths-{name}.npy'
 

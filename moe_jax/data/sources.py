@@ -3,6 +3,13 @@
 `python_stdlib` and `text_folder` (`folders.py`), `enwik8` and `wikitext103`
 (`texts.py`) are ours; any other name is TFDS's own. TensorFlow is not imported
 for any of this.
+
+A user's own is a function of `config.data` and of the options of a TFDS builder
+that returns one, registered in a config file:
+
+  @DATA_SOURCES.register('mine')
+  def mine(data, **options):
+    return GivenTexts({'train': [...]}, key='mine-1', **options)
 """
 
 import contextlib
@@ -21,6 +28,16 @@ from ml_collections import ConfigDict
 
 from moe_jax import errors
 from moe_jax.data import folders, texts
+from moe_jax.data.folders import GivenTexts
+from moe_jax.registry import DATA_SOURCES
+
+__all__ = [
+  'DATA_SOURCES',
+  'Documents',
+  'GivenTexts',
+  'open_documents',
+  'open_splits',
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,17 +46,18 @@ _LOG = logging.getLogger(__name__)
 _TEXT_AREAS = ('text', 'summarization', 'question_answering', 'translate')
 
 
-# The data sets made here; `tfds.builder` would rewrite their errors.
-_OWN = {
-  'python_stdlib': lambda data, **kwargs: folders.PythonStdlib(**kwargs),
-  'text_folder': lambda data, **kwargs: folders.TextFolder(
-    path=data.path, **kwargs
-  ),
-  'enwik8': lambda data, **kwargs: texts.Enwik8(path=data.path, **kwargs),
-  'wikitext103': lambda data, **kwargs: texts.Wikitext103(
-    path=data.path, **kwargs
-  ),
-}
+DATA_SOURCES.register('python_stdlib')(
+  lambda data, **options: folders.PythonStdlib(**options)
+)
+DATA_SOURCES.register('text_folder')(
+  lambda data, **options: folders.TextFolder(path=data.path, **options)
+)
+DATA_SOURCES.register('enwik8')(
+  lambda data, **options: texts.Enwik8(path=data.path, **options)
+)
+DATA_SOURCES.register('wikitext103')(
+  lambda data, **options: texts.Wikitext103(path=data.path, **options)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +156,8 @@ def _prepared(data: ConfigDict) -> tfds.core.DatasetBuilder:
 
 def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
   """Returns the builder that the config names; UserError if there is none."""
-  make = _OWN.get(data.name, _registered)
+  own = data.name in DATA_SOURCES
+  make = DATA_SOURCES[data.name] if own else _registered
   where = os.path.expanduser(data.dir) or None
   try:
     return make(data, data_dir=where, file_format='array_record')
@@ -160,8 +179,9 @@ def _registered(
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     raise errors.UserError(
-      f'{where} is not known{errors.nearest(data.name, [*_OWN, *known])}'
-      f' ({", ".join(_OWN)}, or one of {len(known)} TFDS data sets)'
+      f'{where} is not known'
+      f'{errors.nearest(data.name, [*DATA_SOURCES, *known])}'
+      f' ({", ".join(DATA_SOURCES)}, or one of {len(known)} TFDS data sets)'
     ) from error
   except (ValueError, ImportError) as error:
     raise _one_line(f'{where} cannot be opened', error) from error
@@ -198,7 +218,7 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
         return
     except ValueError as error:
       raise _one_line(where, error) from error
-  elif builder.name not in _OWN or base not in folders.SPLITS:
+  elif builder.name not in DATA_SOURCES or base not in folders.SPLITS:
     raise errors.UserError(
       f'{where} is not known{errors.nearest(base, known)} ({listed})'
     )

@@ -1,4 +1,12 @@
-"""Text to token ids and back."""
+"""Text to token ids and back.
+
+A user's own tokenizer is a class that is made of `config.data`, registered in a
+config file:
+
+  @TOKENIZERS.register('mine')
+  class Mine:
+    def __init__(self, data): ...
+"""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -6,8 +14,8 @@ from typing import Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax import errors
 from moe_jax.data import sources, vocabulary
+from moe_jax.registry import TOKENIZERS
 
 
 class Tokenizer(Protocol):
@@ -64,43 +72,58 @@ class ByteTokenizer:
     return kept.decode(errors='replace')
 
 
-# Those that know their ids, and those that ask the data.
-_FIXED = {ByteTokenizer.name: ByteTokenizer}
-_OF_DATA = {
-  kind.name: kind
-  for kind in (vocabulary.EnwikTokenizer, vocabulary.WordTokenizer)
-}
-NAMES = (*_FIXED, *_OF_DATA)
+@TOKENIZERS.register('bytes')
+def _bytes(data: ConfigDict) -> Tokenizer:
+  del data
+  return ByteTokenizer()
+
+
+@TOKENIZERS.register('enwik8')
+def _enwik8(data: ConfigDict) -> Tokenizer:
+  return _of_data(vocabulary.EnwikTokenizer, data)
+
+
+@TOKENIZERS.register('words')
+def _words(data: ConfigDict) -> Tokenizer:
+  return _of_data(vocabulary.WordTokenizer, data)
+
+
+# Those that have to read the data set to know their ids.
+_READ_DATA = ('enwik8', 'words')
 
 
 def build(data: ConfigDict) -> Tokenizer:
   """Returns the tokenizer of a config.
 
   Args:
-    data: the keys `config.data`.
+    data: The section `config.data`.
 
   Raises:
-    UserError: there is none of that name, or it has to read the data set and
+    UserError: There is none of that name, or it has to read the data set and
       cannot.
   """
-  name = errors.choose('data.tokenizer', data.tokenizer, NAMES)
-  if name in _FIXED:
-    return _FIXED[name]()
-  splits = sources.open_splits(data)
-  folder = splits[0].folder
-  return vocabulary.load_or_make(_OF_DATA[name], folder, data.text_key, splits)
+  return TOKENIZERS[data.tokenizer](data)
 
 
 def vocab_size(data: ConfigDict, declared: int) -> int:
-  """The number of ids; reads no data set if it is `declared`.
+  """Returns the number of ids; reads no data set if it is `declared`.
 
   Args:
-    data: the keys `config.data`.
+    data: The section `config.data`.
     declared: `model.vocab_size`, 0 if it is the tokenizer's.
 
   Raises:
-    UserError: as `build`.
+    UserError: As `build`.
   """
-  if declared and data.tokenizer in _OF_DATA:
+  if declared and data.tokenizer in _READ_DATA:
     return declared
   return build(data).vocab_size
+
+
+def _of_data(
+  kind: type[vocabulary.VocabularyTokenizer], data: ConfigDict
+) -> Tokenizer:
+  """Returns the tokenizer whose vocabulary is that of the data set."""
+  splits = sources.open_splits(data)
+  folder = splits[0].folder
+  return vocabulary.load_or_make(kind, folder, data.text_key, splits)

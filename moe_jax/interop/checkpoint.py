@@ -206,7 +206,7 @@ def check_tokenizer(name: str) -> None:
   Raises:
     UserError: The message lists the tokenizers.
   """
-  choose('--tokenizer', name, tokenizers.NAMES)
+  choose('--tokenizer', name, tokenizers.TOKENIZERS)
 
 
 def other_ids(config: ConfigDict) -> str:
