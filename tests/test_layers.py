@@ -176,6 +176,7 @@ class Stack(nnx.Module):
     return nnx.merge(graphdef, jax.tree.map(lambda a: a[place], params))
 
 
+@pytest.mark.slow
 def test_layers_are_stacked_and_scanned() -> None:
   model, x = Stack(nnx.Rngs(params=0)), tokens(2, 3)
   scanned = nnx.jit(lambda model, x: model(x))(model, x)
@@ -183,6 +184,7 @@ def test_layers_are_stacked_and_scanned() -> None:
   np.testing.assert_allclose(scanned[1], model.loop(x)[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_by_nnx_and_by_jax_agree() -> None:
   model, x = Stack(nnx.Rngs(params=0)), tokens(2, 3)
 

@@ -25,6 +25,7 @@ from tests.helpers import tiny
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_train_step_reports_a_step_that_trains() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   row = train_step.measure(config, steps=3, warmup=1)

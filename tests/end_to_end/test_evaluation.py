@@ -133,6 +133,7 @@ def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
     assert row == {'split': 'validation'} | result
 
 
+@pytest.mark.slow
 def test_training_marks_evaluations_without_the_best_experts(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from moe_jax.training import loop
 from tests.helpers import runs
 
 
+@pytest.mark.slow
 def test_a_run_there_and_back_is_evaluated_alike(
   make_config: Callable[..., ConfigDict],
   tmp_path: Path,

@@ -116,6 +116,7 @@ def test_twenty_and_twenty_steps_are_forty(
   assert_same_run(config, halfway, straight)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(
   config: ConfigDict, straight: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_refuses_before_the_workdir_is_claimed(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_goes_on_without_the_run_it_started_from(
   config: ConfigDict, tmp_path: Path
 ) -> None:

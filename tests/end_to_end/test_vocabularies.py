@@ -138,6 +138,7 @@ def test_a_start_makes_its_tokenizer_once(
   assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_upcycling_keeps_the_dictionary(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_what_is_not_exact_differs(dense_loss: float) -> None:
   assert 1e-4 < difference < 1
 
 
+@pytest.mark.slow
 def test_experts_hold_parts_of_the_network_and_learn() -> None:
   config = target(CARTESIAN)
   params = upcycled(config)

@@ -228,7 +228,13 @@ class Naive(CausalAttention):
     return jnp.einsum('BHLK,BKHA->BLHA', weights_BHLL, value_BLHA)
 
 
-@pytest.mark.parametrize('axes', [{}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize(
+  'axes',
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {'data': 2, 'fsdp': 2, 'tensor': 2},
+  ],
+)
 def test_an_own_attention_keeps_the_contract_and_trains(
   axes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

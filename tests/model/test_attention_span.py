@@ -140,6 +140,7 @@ def test_gradients_equal_differences_of_the_oracle() -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_memory_of_the_next_segment() -> None:
   graphdef, params = tiny.decoder(tiny.config(**SPAN))
   ids = jnp.asarray(random_ids())
@@ -173,6 +174,7 @@ def test_segments_with_memory_equal_one_long_segment(name: str) -> None:
   )
 
 
+@pytest.mark.slow
 def test_causality() -> None:
   graphdef, params = tiny.decoder(
     tiny.config(**VARIANTS['recurrent cartesian'])

@@ -82,7 +82,7 @@ SIZES = {
 }
 
 
-FAST = ['residual detached', 'sigmoid in groups, lstm']
+FAST = ['sigmoid in groups, lstm']
 
 
 @pytest.mark.parametrize('name', fast_only(FAST, CASES))

@@ -129,6 +129,7 @@ def test_a_span_costs_memory_and_operations() -> None:
   assert made['flops_per_token'] == 6 * weights
 
 
+@pytest.mark.slow
 def test_a_tpu_is_not_the_device_that_is_here() -> None:
   """Its dtype, attention and chunks of the loss; of two devices' weights."""
   config = tiny.config(
@@ -152,6 +153,7 @@ def test_a_tpu_is_not_the_device_that_is_here() -> None:
   assert blocks['activations'] > parts['activations']
 
 
+@pytest.mark.slow
 def test_memory_grows_with_what_a_device_holds() -> None:
   def of(
     axes: dict[str, int] | None = None, **overrides: object

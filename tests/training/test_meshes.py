@@ -99,7 +99,9 @@ def test_parameters_and_moments_are_split() -> None:
   assert shard.shape == (2, 8 // 2, 32 // 2, 2, 12 // 2)
 
 
-@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+@pytest.mark.parametrize(
+  'platform', ['tpu', pytest.param('cuda', marks=pytest.mark.slow)]
+)
 def test_train_step_lowers_for_accelerators(platform: str) -> None:
   """What lowers on CPU alone cannot land."""
   config = tiny.config(

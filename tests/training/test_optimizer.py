@@ -1,5 +1,6 @@
 """Optimizers and schedules: formulas, eight devices and one, a user's own."""
 
+import functools
 from typing import Any
 
 import jax
@@ -48,25 +49,31 @@ def random(tree: Any, seed: int) -> Any:
   )
 
 
-def updates(made: Setup, steps: int) -> tuple[list[Any], Any]:
-  """The updates of some steps, and the optimizer's state after them."""
+def updates(made: Setup) -> tuple[list[Any], Any]:
+  """The updates of two steps, and the optimizer's state after them."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, made.abstract)
   of_params, of_state = shardings['params'], shardings['opt_state']
   params = jax.device_put(random(made.abstract['params'], 0), of_params)
   state = jax.jit(made.tx.init, out_shardings=of_state)(params)
   update = jax.jit(made.tx.update, out_shardings=(of_params, of_state))
   found = []
-  for step in range(steps):
+  for step in range(2):
     grads = jax.device_put(random(params, 1 + step), of_params)
     new, state = update(grads, state, params)
     found.append(jax.tree.map(np.asarray, new))
   return found, state
 
 
+@functools.cache
+def updates_of(name: str) -> tuple[list[Any], Any]:
+  """The same of an optimizer of the library on one device."""
+  return updates(made_with(name))
+
+
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_eight_devices_update_like_one(name: str) -> None:
-  alone, _ = updates(made_with(name), 2)
-  split, state = updates(made_with(name, **EVERY_AXIS), 2)
+  alone, _ = updates_of(name)
+  split, state = updates(made_with(name, **EVERY_AXIS))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     alone,
@@ -96,7 +103,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 def one(name: str, path: str) -> tuple[np.ndarray, ...]:
   """A parameter, its two gradients and its two updates, float64."""
   made = made_with(name)
-  found, _ = updates(made, 2)
+  found, _ = updates_of(name)
 
   def leaf(tree: Any) -> np.ndarray:
     [value] = [
@@ -169,8 +176,8 @@ def test_muon_moves_every_matrix_as_far_in_all_directions(
 
 
 def test_muon_leaves_embedding_and_router_to_adamw() -> None:
-  [muon], _ = updates(made_with('muon'), 1)
-  [adamw], _ = updates(made_with('adamw'), 1)
+  (muon, _), _ = updates_of('muon')
+  (adamw, _), _ = updates_of('adamw')
   theirs = by_name(adamw)
   for key, update in by_name(muon).items():
     same = np.allclose(update, theirs[key], rtol=1e-5, atol=1e-8)
@@ -239,7 +246,7 @@ def test_a_users_own_optimizer_and_schedule(
     }
   )
   made = setup(config)
-  (first, second), _ = updates(made, 2)
+  (first, second), _ = updates(made)
   for step, found in enumerate((first, second)):
     grads = random(made.abstract['params'], 1 + step)
     jax.tree.map(

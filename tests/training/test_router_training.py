@@ -69,9 +69,8 @@ def test_what_is_fixed_is_never_trained_and_has_no_moments() -> None:
   assert not any('fixed_' in name for name in names)
 
 
-@pytest.mark.parametrize(
-  'micro_batches', [pytest.param(1, marks=pytest.mark.slow), 2]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('micro_batches', [1, 2])
 def test_the_choice_bias_steps_against_the_global_counts(
   micro_batches: int,
 ) -> None:
@@ -125,6 +124,7 @@ def test_global_balance_is_that_of_one_batch_whatever_the_micro_batches() -> (
   )
 
 
+@pytest.mark.slow
 def test_jitter_is_drawn_anew_each_step_and_never_in_evaluation() -> None:
   still = tiny.config(**{'optimizer.learning_rate': 1e-12})
   noisy = tiny.config(
@@ -145,6 +145,7 @@ def evaluated(made: Setup) -> Any:
   return to_numpy(make_eval_step(made)(params, batch(made.config)))
 
 
+@pytest.mark.slow
 def test_disabled_experts_are_chosen_by_no_token_in_evaluation() -> None:
   """The k best of the rest, as though the best had never been there."""
   disabled = setup(tiny.config(**{'moe.top_k': 1, 'eval.disable_top': 1}))

@@ -143,6 +143,7 @@ def test_micro_batches_keep_their_rows_memory() -> None:
   )
 
 
+@pytest.mark.slow
 def test_it_lowers_for_accelerators() -> None:
   config = tiny.config(**SPAN, **{'model.dtype': 'bfloat16'})
   config.data.seq_len = 300  # blocks of queries
@@ -157,6 +158,7 @@ def test_it_lowers_for_accelerators() -> None:
   assert exported.platforms == ('tpu',)
 
 
+@pytest.mark.slow
 def test_a_fresh_row_forgets() -> None:
   """Step 2 with a memory only in row 3, which is fresh, is one without."""
   config = tiny.config(**SPAN, **STILL)
