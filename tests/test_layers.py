@@ -61,7 +61,15 @@ def params_of(module: nnx.Module) -> Any:
   return f64(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
-@pytest.mark.parametrize('leading', [(), (5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize(
+  'leading',
+  [
+    (),
+    pytest.param((5,), marks=pytest.mark.slow),
+    pytest.param((2, 5), marks=pytest.mark.slow),
+    (2, 3, 5),
+  ],
+)
 def test_a_layer_takes_any_leading_axes(leading: tuple[int, ...]) -> None:
   moe, x = make(), tokens(*leading)
   y, aux = moe(x)

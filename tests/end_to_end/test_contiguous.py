@@ -57,6 +57,7 @@ def workdir(
   return folder
 
 
+@pytest.mark.slow
 def test_resuming_inside_an_epoch_changes_nothing(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_resuming_inside_an_epoch_changes_nothing(
   )
 
 
+@pytest.mark.slow
 def test_evaluation_carries_its_memory(
   config: ConfigDict, workdir: Path
 ) -> None:
@@ -101,12 +103,14 @@ def test_evaluation_carries_its_memory(
   assert result['bits_per_byte'] == pytest.approx(bits, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
   result = runs.evaluate(config, workdir)
   (logged,) = runs.rows(workdir, 'validation')
   assert logged == {'split': 'validation'} | result
 
 
+@pytest.mark.slow
 def test_another_data_set_has_other_ids(
   config: ConfigDict, workdir: Path
 ) -> None:
@@ -116,6 +120,7 @@ def test_another_data_set_has_other_ids(
     runs.evaluate(other, workdir)
 
 
+@pytest.mark.slow
 def test_plan_counts_the_memory(config: ConfigDict) -> None:
   parts = plan.make(config, 1)['memory_parts_per_device']
   assert parts['segments'] == 1 * 8 * 20 * 32 * 4

@@ -149,6 +149,7 @@ def test_training_marks_evaluations_without_the_best_experts(
   assert row['disabled_top'] == 1
 
 
+@pytest.mark.slow
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
   params = runs.restore(config, workdir, STEPS)['params']

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import examples, marks, runs
+from tests.helpers import examples, runs
 
 TINY = {
   'mesh.data': 2,
@@ -33,10 +33,8 @@ def own_names() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize(
-  'variant',
-  marks.fast_only(['noisy_top_k'], ['noisy_top_k', 'mask', 'null_experts']),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['noisy_top_k', 'mask', 'null_experts'])
 def test_own_routers_train_resume_and_evaluate(
   variant: str, texts: Path, tmp_path: Path
 ) -> None:

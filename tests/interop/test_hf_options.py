@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from moe_jax.errors import UserError
 from moe_jax.interop import formats, hf
+from tests.helpers.marks import fast_only
 from tests.helpers.released import random_params, save
 
 # The tensors of an option, as the released code names them: those of the
@@ -104,7 +105,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize('option', OPTIONS)
+FAST = [
+  'linear router',
+  'dense layers first',
+  'grouped-query attention',
+  'dense',
+]
+
+
+@pytest.mark.parametrize('option', fast_only(FAST, OPTIONS))
 def test_options(option: str, copy: Callable[..., Path]) -> None:
   name, changes, gone, come = OPTIONS[option]
   folder = copy(name, **changes)

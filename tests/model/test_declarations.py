@@ -52,6 +52,7 @@ SHIPPED = [
   for file, module in FILES.items()
   for names in ('', *getattr(module, 'PRESETS', ()), *module.VARIANTS)
 ]
+FAST = [('quickstart', ''), ('rmoe', 'enwik8_small'), ('cartesian_moe', '')]
 # What no shipped model has.
 MORE: dict[str, dict[str, Any]] = {
   'a bias on the choice': {'loss.bias_rate': 0.1, 'router.bias': True},
@@ -126,7 +127,13 @@ def check(config: ConfigDict) -> None:
     assert declared.counted == (keys[-1] != 'fixed_table_VN')
 
 
-@pytest.mark.parametrize(('file', 'names'), SHIPPED)
+@pytest.mark.parametrize(
+  ('file', 'names'),
+  [
+    pytest.param(*each, marks=[] if each in FAST else [pytest.mark.slow])
+    for each in SHIPPED
+  ],
+)
 def test_shipped_models_declare_what_their_names_say(
   file: str, names: str
 ) -> None:

@@ -186,6 +186,7 @@ def test_evaluation_draws_nothing_and_hands_on_its_memory() -> None:
   assert float(other['nll']) != float(alone['nll'])
 
 
+@pytest.mark.slow
 def test_every_step_has_masks_of_its_own() -> None:
   config = tiny.config(**SPAN, **STILL)
   made, train_step = trainer(config)
