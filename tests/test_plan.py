@@ -62,6 +62,8 @@ def test_strategy_is_resolved() -> None:
     'recurrent': 'none',
     'selection': 'top_k 2 of 8',
     'weights': 'softmax',
+    'attention': 'blocks',
+    'grouped_matmul': 'blocks',
     'platform': 'cpu',
     'dtype': 'float32',
     'remat': 'none',
@@ -79,6 +81,10 @@ def test_table_names_everything() -> None:
   text = plan.table(plan.make(tiny.config(), 1))
   rows = {line.split()[0] for line in text.splitlines()}
   assert {'parameters', 'active', 'compute', 'memory', 'layers'} <= rows
+  # What `auto` came to.
+  assert {'attention   blocks', 'matmul      blocks of experts'} <= {
+    *text.splitlines()
+  }
   assert '2 x (moe)' in text and 'MiB per device' in text
   assert 'idle' not in rows
   config = tiny.config(

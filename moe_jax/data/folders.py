@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import tensorflow_datasets as tfds
 
 from moe_jax import errors
+from moe_jax.data.progress import counted
 
 SPLITS = ('train', 'validation', 'test')  # 90, 5 and 5 of 100 names
 _NOT_LIBRARY = ('site-packages', 'dist-packages')
@@ -74,7 +75,7 @@ class FolderBuilder(
   def _generate_examples(
     self, names: list[str]
   ) -> Iterator[tuple[bytes, dict]]:
-    for name in names:
+    for name in counted(self.info.full_name, names):
       text = (self._folder / name).read_bytes()
       if self._accepts(text):
         # Bytes, because a file name need not be valid UTF-8 either.

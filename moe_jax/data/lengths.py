@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from moe_jax import errors
+from moe_jax.data.progress import counted
 from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
 
@@ -33,7 +34,8 @@ def document_lengths(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
 def _measure(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   """Reads every document once."""
   measured = np.zeros((len(documents), 2), np.int64)
-  for i in range(len(documents)):
+  what = f'the lengths of {documents.full_name}, split {documents.split}'
+  for i in counted(what, range(len(documents))):
     text = documents[i]
     ids = tokenizer.encode(text)
     _check_ids(ids, tokenizer)

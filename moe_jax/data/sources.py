@@ -19,6 +19,7 @@ import io
 import logging
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -38,8 +39,6 @@ __all__ = [
   'open_documents',
   'open_splits',
 ]
-
-_LOG = logging.getLogger(__name__)
 
 # Where TFDS keeps the builders of text; it stops registering at the first area
 # whose own dependencies are missing, which may come before these.
@@ -189,7 +188,9 @@ def _registered(
 
 def _prepare(builder: tfds.core.DatasetBuilder, data: ConfigDict) -> None:
   """Downloads and writes the data set, or finds that another process has."""
-  _LOG.info('Preparing %s in %s', builder.info.full_name, builder.data_path)
+  if builder.name not in DATA_SOURCES:
+    name, folder = builder.info.full_name, builder.data_path
+    print(f'downloading {name} to {folder}', file=sys.stderr)
   try:
     builder.download_and_prepare(file_format='array_record')
   except (OSError, ImportError, AssertionError) as error:

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from moe_jax import errors
+from moe_jax.data.progress import counted
 
 EOS = '<eos>'
 
@@ -148,7 +149,7 @@ def load_or_make(
   except (OSError, ValueError):
     found: dict[str, None] = {}
     for documents in splits:
-      for i in range(len(documents)):
+      for i in counted(f'the vocabulary of {kind.name}', range(len(documents))):
         found |= dict.fromkeys(kind.distinct(documents[i]))
     _save(path, list(found))
     return kind(list(found))

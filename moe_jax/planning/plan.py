@@ -122,6 +122,8 @@ def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
   first, period = build.repetition(kinds, config.moe.every)
   routed = 'moe' in kinds
   split = routed and mesh[mesh_lib.EXPERT] > 1
+  device = setup.mesh.devices.flat[0]
+  runs = implementations.resolved(setup.config, mesh, device)
   return {
     'layers': {
       'prefix': list(kinds[:first]),
@@ -132,7 +134,9 @@ def _strategy(setup: state.Setup, mesh: dict[str, int]) -> dict[str, Any]:
     'dispatch': config.moe.dispatch if routed else 'none',
     **_exchange(config, mesh, split),
     **_router(config, routed),
-    'platform': setup.mesh.devices.flat[0].platform,
+    'attention': runs['attention'],
+    'grouped_matmul': runs.get('grouped_matmul', 'none'),
+    'platform': device.platform,
     'dtype': config.model.dtype,
     'remat': config.model.remat,
   }

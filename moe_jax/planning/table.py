@@ -52,11 +52,15 @@ def table(plan: dict[str, Any]) -> str:
     'router': ', '.join(
       f'{name} {strategy[name]}' for name in _ROUTER if name in strategy
     ),
+    'attention': strategy['attention'],
+    'matmul': f'{strategy["grouped_matmul"]} of experts',
     'dtype': f'{strategy["dtype"]} on {strategy["platform"]}',
     'remat': strategy['remat'],
   }
   if not parameters['idle']:
     del rows['  idle']
+  if strategy['grouped_matmul'] == 'none':
+    del rows['matmul']
   if 'exchange_bytes' not in strategy:
     del rows['  exchange']
   if 'compiled' in plan:
