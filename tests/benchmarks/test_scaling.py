@@ -50,6 +50,7 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
   return made | changes
 
 
+@pytest.mark.slow
 def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   scaling_results.keep(row('a', 4, compile_cpu_seconds=1.0), tmp_path)
   scaling_results.keep(row('a', 16), tmp_path)

@@ -144,7 +144,7 @@ def dense_loss() -> float:
   return float(loss(*dense()))
 
 
-QUICK = ('copies, recurrent', 'Cartesian, shared')
+QUICK = ('Cartesian, shared',)
 
 
 @pytest.mark.parametrize('name', fast_only(QUICK, EXACT))

@@ -97,6 +97,7 @@ def test_two_segments_equal_the_oracle(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_gradients_equal_differences_of_the_oracle() -> None:
   """Of every parameter, along a random direction, with a memory."""
   config = tiny.config(**VARIANTS['recurrent cartesian'])

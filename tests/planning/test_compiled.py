@@ -126,13 +126,9 @@ def test_tpu_programs_of_all_kinds(
   assert all(each['axes'] for each in told['collectives'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'topology, ragged',
-  [
-    pytest.param('v5e:4x4', True, marks=pytest.mark.slow),
-    ('v5e:4x8', False),
-    pytest.param('v6e:4x8', True, marks=pytest.mark.slow),
-  ],
+  'topology, ragged', [('v5e:4x4', True), ('v5e:4x8', False), ('v6e:4x8', True)]
 )
 def test_ragged_exchanges_where_they_compile(
   topology: str, ragged: bool

@@ -45,9 +45,8 @@ def test_eight_devices_train_like_one(model: str) -> None:
   assert alone[-1] < alone[0]
 
 
-@pytest.mark.parametrize(
-  'factors', [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('factors', [1, 2])
 def test_every_axis_at_once_trains_like_one_device(factors: int) -> None:
   model = BOUNDED | {'moe.factors': factors}
   compare(model, {'every axis': EVERY_AXIS}, steps=5)

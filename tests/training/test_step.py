@@ -12,6 +12,7 @@ from tests.helpers import oracle, tiny
 from tests.helpers.steps import batch, init, setup, to_numpy, trainer
 
 
+@pytest.mark.slow
 def test_losses_equal_the_oracle() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   made, train_step = trainer(config)
