@@ -73,6 +73,12 @@ def test_metrics_are_what_other_programs_expect(
     for name in ('max_load', 'idle_experts', 'router_entropy'):
       assert len(row[name]) == config.model.num_layers
     assert row['dropped_share'] == [0.0] * config.model.num_layers
+    counts = np.array(row['expert_counts'])
+    assignments = config.train.batch_size * config.data.seq_len
+    assignments *= config.moe.top_k
+    assert (counts.sum(-1) == assignments).all()
+    busiest = counts.max((1, 2)) * config.moe.num_experts / assignments
+    assert row['max_load'] == pytest.approx(busiest)
   # Of 257 ids, with small weights: log 257 = 5.55 before the first steps, which
   # take off more or less of it with the library of this Python.
   assert 4 < train[0]['loss'] < 6
