@@ -477,8 +477,8 @@ KEYS = {
   ),
   'data.name': Key(
     'python_stdlib',
-    'The data set: python_stdlib, text_folder, enwik8, wikitext103, or any text'
-    ' data set of TensorFlow Datasets.',
+    'The data set: python_stdlib, python_docs, text_folder, enwik8,'
+    ' wikitext103, or any text data set of TensorFlow Datasets.',
   ),
   'data.dir': Key(
     '',

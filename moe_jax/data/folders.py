@@ -5,6 +5,7 @@ stays in its split when other files come and go. The prepared data is keyed by
 what was read: a change in the folder makes new data, never stale data.
 """
 
+import ast
 import hashlib
 import os
 import pathlib
@@ -12,6 +13,7 @@ import platform
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
@@ -21,6 +23,8 @@ from moe_jax.data.progress import counted
 
 SPLITS = ('train', 'validation', 'test')  # 90, 5 and 5 of 100 names
 _NOT_LIBRARY = ('site-packages', 'dist-packages')
+_TOPICS = 'pydoc_data/topics.py'
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def split_of(name: str) -> str:
@@ -76,16 +80,19 @@ class FolderBuilder(
     self, names: list[str]
   ) -> Iterator[tuple[bytes, dict]]:
     for name in counted(self.info.full_name, names):
-      text = (self._folder / name).read_bytes()
-      if self._accepts(text):
+      text = self._document(name, (self._folder / name).read_bytes())
+      if text:
         # Bytes, because a file name need not be valid UTF-8 either.
         key = os.fsencode(name)
         yield key, {'text': text, 'name': key}
 
-  def _accepts(self, text: bytes) -> bool:
-    """True: text that is not UTF-8 is named to its owner when it is read."""
-    del text
-    return True
+  def _document(self, name: str, content: bytes) -> bytes:
+    """Returns the text of a file; b'' leaves it out.
+
+    Text that is not UTF-8 is named to its owner when it is read.
+    """
+    del name
+    return content
 
 
 class PythonStdlib(FolderBuilder):
@@ -97,7 +104,7 @@ class PythonStdlib(FolderBuilder):
     names = [n for n in _files(folder, _NOT_LIBRARY) if n.endswith('.py')]
     if not names:
       raise errors.UserError(
-        f"data.name = 'python_stdlib': {folder} holds no .py files;"
+        f'data.name = {self.name!r}: {folder} holds no .py files;'
         ' use a Python installed with its library, or another data set'
       )
     # No times: the files of one release differ in nothing else between hosts.
@@ -106,13 +113,33 @@ class PythonStdlib(FolderBuilder):
     key = f'{python}-{stamp}'
     super().__init__(folder=folder, names=names, key=key, **kwargs)
 
-  def _accepts(self, text: bytes) -> bool:
+  def _document(self, name: str, content: bytes) -> bytes:
     """Leaves out the few test files that are meant not to be UTF-8."""
+    del name
     try:
-      text.decode()
+      content.decode()
     except UnicodeDecodeError:
-      return False
-    return True
+      return b''
+    return content
+
+
+class PythonDocs(PythonStdlib):
+  """The English of the running Python's library: docstrings and help topics.
+
+  A document is what a source file says in its docstrings, in their order, or
+  the texts of `pydoc`'s topics, which are parts of the language's reference.
+  """
+
+  def _document(self, name: str, content: bytes) -> bytes:
+    try:
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SyntaxWarning)
+        warnings.simplefilter('ignore', DeprecationWarning)
+        module = ast.parse(content)
+    except (SyntaxError, ValueError):
+      return b''  # one of the tests' files that are meant to be wrong
+    texts = _topics(module) if name == _TOPICS else _docstrings(module)
+    return '\n\n'.join(texts).encode(errors='ignore')
 
 
 class TextFolder(FolderBuilder):
@@ -192,6 +219,25 @@ def _files(folder: pathlib.Path, skip: tuple[str, ...] = ()) -> Iterator[str]:
       path = pathlib.Path(parent, file)
       if path.is_file() and path.stat().st_size:
         yield path.relative_to(folder).as_posix()
+
+
+def _docstrings(module: ast.Module) -> Iterator[str]:
+  """Yields the docstrings of a module, its classes and functions, in order."""
+  waiting: list[ast.AST] = [module]
+  while waiting:
+    node = waiting.pop()
+    if isinstance(node, _DOCUMENTED):
+      text = ast.get_docstring(node)
+      if text:
+        yield text
+    waiting += reversed(list(ast.iter_child_nodes(node)))
+
+
+def _topics(module: ast.Module) -> Iterator[str]:
+  """Yields the texts of the dict that `pydoc_data.topics` is."""
+  for node in ast.walk(module):
+    if isinstance(node, ast.Dict):
+      yield from (ast.literal_eval(value) for value in node.values)
 
 
 def _raise(error: OSError) -> None:

@@ -1,8 +1,8 @@
 """Documents by the name of their data set, read at random from ArrayRecord.
 
-`python_stdlib` and `text_folder` (`folders.py`), `enwik8` and `wikitext103`
-(`texts.py`) are ours; any other name is TFDS's own. TensorFlow is not imported
-for any of this.
+`python_stdlib`, `python_docs` and `text_folder` (`folders.py`), `enwik8` and
+`wikitext103` (`texts.py`) are ours; any other name is TFDS's own. TensorFlow is
+not imported for any of this.
 
 A user's own is a function of `config.data` and of the options of a TFDS builder
 that returns one, registered in a config file:
@@ -47,6 +47,9 @@ _TEXT_AREAS = ('text', 'summarization', 'question_answering', 'translate')
 
 DATA_SOURCES.register('python_stdlib')(
   lambda data, **options: folders.PythonStdlib(**options)
+)
+DATA_SOURCES.register('python_docs')(
+  lambda data, **options: folders.PythonDocs(**options)
 )
 DATA_SOURCES.register('text_folder')(
   lambda data, **options: folders.TextFolder(path=data.path, **options)

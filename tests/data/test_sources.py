@@ -273,6 +273,57 @@ def test_stdlib_without_tests_or_utf8(
   assert sorted(_texts(data, 'all')) == ['a', 'b']
 
 
+_DOCUMENTED = b'''"""Of a module."""
+
+x = """no"""
+
+
+class A:
+  """Of a class:
+
+    more.
+
+  End.
+  """
+
+  def f(self):
+    """Of a \\d method: \xc3\xa9."""
+    return "no"
+
+  async def g(self):
+    """Of a coroutine."""
+
+
+def last():
+  """Of a function."""
+'''
+
+
+def test_docs_are_the_english_of_the_library(
+  tmp_path: pathlib.Path,
+  data_config: DataConfig,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  texts = {
+    'a.py': _DOCUMENTED,
+    'none.py': b'x = 1',
+    'bad.py': b'x = (',
+    'pydoc_data/topics.py': b"""topics = {'if': 'The "if"', 'in': 'in it'}""",
+  }
+  library = tmp_path / 'python3'
+  for name, text in texts.items():
+    (library / name).parent.mkdir(parents=True, exist_ok=True)
+    (library / name).write_bytes(text)
+  monkeypatch.setattr(folders.sysconfig, 'get_path', lambda _: str(library))
+  of_a = (
+    'Of a module.\n\nOf a class:\n\n  more.\n\nEnd.\n\nOf a \\d method: \xe9.'
+    '\n\nOf a coroutine.\n\nOf a function.'
+  )
+  topics = 'The "if"\n\nin it'
+  data = data_config(name='python_docs')
+  assert sorted(_texts(data, 'all')) == sorted([of_a, topics])
+
+
 def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
   sources.open_documents(stdlib, 'train')
   code = (
