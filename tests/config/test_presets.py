@@ -265,6 +265,8 @@ def test_variants_apply_in_order_after_the_preset() -> None:
     ('cartesian_moe:dense,large', ["preset 'large' must come first"]),
     ('quickstart:lstm', ["variant 'lstm'", 'linear, rmoe, cartesian']),
     ('rmoe:smo', ["did you mean 'smoe'?"]),
+    ('rmoe:np,moe.topk=2', ["no config key 'moe.topk'", "'moe.top_k'"]),
+    ('quickstart:moe.top_k=two', ['moe.top_k', "'two'", 'a whole number']),
   ],
 )
 def test_unknown_names_are_refused(name: str, fragments: list[str]) -> None:
@@ -272,6 +274,15 @@ def test_unknown_names_are_refused(name: str, fragments: list[str]) -> None:
     load(name)
   for fragment in fragments:
     assert fragment in str(error.value)
+
+
+def test_a_variant_may_be_an_assignment() -> None:
+  config = load('cartesian_moe:large,router.score=xmoe,moe.top_k=1,dense')
+  assert config.router.score == 'xmoe'
+  assert config.moe.top_k == 1
+  assert config.moe.num_experts == 0  # the variant behind it
+  # Without a preset's name the first one is meant.
+  assert load('rmoe:moe.top_k=1').model == load('rmoe').model
 
 
 def test_empty_names_mean_the_default() -> None:
