@@ -354,6 +354,17 @@ KEYS = {
     'Whether these come without their gradient.',
     only='router.residual != 0.0',
   ),
+  'router.gate_std': Key(
+    0.0,
+    "The standard deviation that a gate's weights start with; 0 is"
+    ' `model.init_std`.',
+  ),
+  'router.projector_std': Key(
+    0.0,
+    "The standard deviation that a projector's weights start with; 0 is"
+    ' `model.init_std`.',
+    only='router.recurrent != none',
+  ),
   'router.jitter': Key(
     0.0, "Training multiplies the router's inputs by 1 +- this.", below=1
   ),
@@ -445,6 +456,11 @@ KEYS = {
   ),
   'optimizer.clip_norm': Key(
     1.0, "The most that the gradient's global norm may be; 0 never clips."
+  ),
+  'optimizer.router_rate': Key(
+    1.0,
+    'What the learning rate is multiplied by for routers and their cell.',
+    above=0,
   ),
   'optimizer.freeze': Key(
     'none',

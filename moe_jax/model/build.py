@@ -333,7 +333,7 @@ def make_router(
     reduced_size=keys.reduced_size,
     bias=keys.bias,
     salt=place,
-    init_std=config.model.init_std,
+    init_std=keys.gate_std or config.model.init_std,
   )
   return Router(
     features,
@@ -372,7 +372,7 @@ def _features(config: ConfigDict, rngs: nnx.Rngs) -> tuple[Features, int]:
     project = recurrent.Projector(
       hidden_size,
       router.state_size,
-      init_std=config.model.init_std,
+      init_std=router.projector_std or config.model.init_std,
       rngs=rngs,
     )
   features = recurrent.RecurrentFeatures(project, router.passing)

@@ -65,6 +65,13 @@ def make(config: ConfigDict, declarations: Any) -> optax.GradientTransformation:
   optimizer = config.optimizer
   make_trained: MakeOptimizer = OPTIMIZERS[optimizer.name]
   trained = make_trained(config, schedule(config), declarations)
+  if optimizer.router_rate != 1:
+    trained = optax.chain(
+      trained,
+      optax.masked(
+        optax.scale(optimizer.router_rate), of_routers(declarations)
+      ),
+    )
   if optimizer.clip_norm:
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
     trained = optax.chain(clip, trained)
@@ -203,6 +210,13 @@ def trained_norm(grads: Any, declarations: Any, freeze: str) -> jax.Array:
 def decayed(declarations: Any) -> Any:
   """Returns a tree of bools: which parameters weight decay applies to."""
   return jax.tree.map(lambda declared: declared.decay, declarations)
+
+
+def of_routers(declarations: Any) -> Any:
+  """Returns a tree of bools: what belongs to routers or to their cell."""
+  return jax.tree.map(
+    lambda declared: declared.part in (ROUTER, CELL), declarations
+  )
 
 
 def _matrix(

@@ -204,6 +204,25 @@ def closed_form(name: str, step: int, warmup: int) -> float:
   }[name]
 
 
+def test_routers_and_their_cell_have_a_rate_of_their_own() -> None:
+  keys = {'router.recurrent': 'gru', 'optimizer.clip_norm': 0.0}
+  usual = setup(tiny.config(**keys))
+  slower = setup(tiny.config(**keys, **{'optimizer.router_rate': 0.25}))
+  params = random(usual.abstract['params'], 0)
+  grads = random(params, 1)
+  both = []
+  for made in (usual, slower):
+    new, _ = made.tx.update(grads, made.tx.init(params), params)
+    both.append(parameter.flatten(new))
+  declarations = parameter.flatten(usual.declarations)
+  parts = set()
+  for path, declared in declarations.items():
+    rate = 0.25 if declared.part in (parameter.ROUTER, parameter.CELL) else 1
+    np.testing.assert_allclose(both[1][path], rate * both[0][path], rtol=1e-6)
+    parts.add(declared.part)
+  assert parts == {parameter.MODEL, parameter.ROUTER, parameter.CELL}
+
+
 @pytest.mark.parametrize('warmup', [0, WARMUP])
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_schedules_are_their_closed_forms(name: str, warmup: int) -> None:
