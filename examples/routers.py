@@ -106,7 +106,7 @@ class NullExperts(Select):
   def __init__(self, options: SelectOptions):
     self.num_true = options.num_experts
     options = options._replace(num_experts=self.num_true + self.num_null)
-    super().__init__(options, TopK(options.top_k))
+    super().__init__(options, TopK(options.top_k, options.masked))
 
   def weigh(
     self, scores_TN: jax.Array, logarithms_TN: jax.Array, picked: Picked

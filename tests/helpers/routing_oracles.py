@@ -20,6 +20,11 @@ Weights = Mapping[str, Any]
 State = tuple[Array, ...]
 
 
+def memoryless(u_X: Array, state: State, weights: Weights) -> State:
+  """No recurrence: the input itself is read."""
+  return (u_X,)
+
+
 def gru(u_X: Array, state: State, weights: Weights) -> State:
   """RMoE eq. 2-3, gate by gate, with PyTorch's two biases."""
   (h_R,) = state
@@ -60,6 +65,7 @@ def recall(h_R: Array, weights: Weights, gate: int, gates: int = 3) -> Array:
 
 
 CELLS: dict[str, Callable[[Array, State, Weights], State]] = {
+  'none': memoryless,
   'gru': gru,
   'rnn': rnn,
   'lstm': lstm,

@@ -1,4 +1,4 @@
-"""The shared cells against float64 numpy, over several layers."""
+"""Every cell against float64 numpy, over several layers, and its contract."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.routing.cells import GRUCell, LSTMCell, Memoryless, RNNCell
+from moe_jax.routing.cells import CELLS
 from tests.helpers import gradients
 from tests.helpers import routing_oracles as oracles
 
-CELLS = {'gru': GRUCell, 'rnn': RNNCell, 'lstm': LSTMCell}
+RECURRENT = [name for name in CELLS if name != 'none']
 
 
 def make(name: str) -> tuple[nnx.GraphDef, Any]:
@@ -68,7 +68,7 @@ def test_tokens_do_not_meet(name: str) -> None:
     np.testing.assert_allclose(alone[0], together[t], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', CELLS)
+@pytest.mark.parametrize('name', RECURRENT)
 @pytest.mark.parametrize('size', [1e4, -1e4])
 def test_huge_inputs_saturate(name: str, size: float) -> None:
   graphdef, params = make(name)
@@ -85,9 +85,32 @@ def test_huge_inputs_saturate(name: str, size: float) -> None:
   assert np.isfinite(found).all()
 
 
-def test_the_state_starts_at_zero() -> None:
-  for name in CELLS:
-    graphdef, params = make(name)
-    start = nnx.merge(graphdef, params).start(5)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(start))
-  assert not jax.tree.leaves(Memoryless(4, 3, rngs=nnx.Rngs(0)).start(5))
+@pytest.mark.parametrize('name', CELLS)
+def test_a_layer_hands_on_what_it_was_given(name: str) -> None:
+  """Shapes, dtypes and structure stay, as the scan over layers needs them."""
+  graphdef, params = make(name)
+  params = jax.tree.map(jnp.float32, params)
+  u_TX = jnp.float32(inputs()[0])
+
+  def step(params: Any, u_TX: jax.Array, state: Any) -> tuple[Any, Any]:
+    return nnx.merge(graphdef, params)(u_TX, state)
+
+  start = nnx.merge(graphdef, params).start(5)
+  h_TR, state = step(params, u_TX, start)
+  assert h_TR.dtype == jnp.float32
+  assert h_TR.shape == (5, 4 if name == 'none' else 3)
+  assert jax.tree.structure(state) == jax.tree.structure(start)
+  assert len(jax.tree.leaves(start)) == {'none': 0, 'lstm': 2}.get(name, 1)
+  for before, after in zip(
+    jax.tree.leaves(start), jax.tree.leaves(state), strict=True
+  ):
+    assert before.dtype == after.dtype == jnp.float32
+    assert before.shape == after.shape == (5, 3)
+    assert not before.any()  # h_0 = c_0 = 0
+
+  # In everything that the cell reads, from a state that is not zero.
+  found = jax.grad(
+    lambda *tree: (step(*tree)[0] ** 2).sum(), argnums=(0, 1, 2)
+  )(params, u_TX, state)
+  for leaf in jax.tree.leaves(found):
+    assert np.isfinite(leaf).all() and leaf.any()
