@@ -40,7 +40,7 @@ install: $(INSTALLED) ## the environment in .venv, with all that is needed
 quickstart: $(INSTALLED) ## train a small model, evaluate it, draw its curves
 	$(RUN) train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(RUN) eval.py --config=configs/quickstart.py --workdir=$(WORKDIR)
-	$(RUN) -m moe_jax.analysis.plots $(WORKDIR)
+	$(RUN) -m moe_jax plots $(WORKDIR)
 	@printf '\nThe run is in %s:\n' $(WORKDIR)
 	@printf '  %-16s %s\n' \
 	  metrics.jsonl 'every logged step and evaluation' \

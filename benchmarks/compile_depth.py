@@ -20,7 +20,7 @@ GOAL = 1.3
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean('json', False, 'print one JSON line', flag_values=values)
   flags.DEFINE_integer('repeats', 3, 'per depth', flag_values=values)
 

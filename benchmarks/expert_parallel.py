@@ -24,7 +24,7 @@ ROUTINGS = ('balanced', 'skewed')
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean('json', False, 'print JSON lines', flag_values=values)
   flags.DEFINE_integer(
     'devices', 8, 'that a CPU stands in for', flag_values=values

@@ -17,7 +17,7 @@ from moe_jax.errors import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean('json', False, 'print one JSON line', flag_values=values)
   flags.DEFINE_integer('steps', 10, 'of each, measured', flag_values=values)
   flags.DEFINE_integer('warmup', 3, 'of each before them', flag_values=values)

@@ -38,7 +38,7 @@ _BESIDE = ('json', 'topologies', 'label', 'results')
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean('json', False, 'print JSON lines', flag_values=values)
   flags.DEFINE_list(
     'topologies', list(TOPOLOGIES), 'see moe_jax.plan', flag_values=values

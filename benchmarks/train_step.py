@@ -15,7 +15,7 @@ from moe_jax import cli
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """The flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_boolean('json', False, 'print one JSON line', flag_values=values)
   flags.DEFINE_integer('steps', 10, 'that are measured', flag_values=values)
   flags.DEFINE_integer('warmup', 3, 'steps before them', flag_values=values)

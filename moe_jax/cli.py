@@ -1,4 +1,4 @@
-"""The command line that train.py, eval.py and the other programs share.
+"""The command line that training, evaluation and other programs share.
 
 A user's mistake becomes one line on stderr and exit status 2; a programming
 error keeps its traceback. Nothing here imports jax: the allocator has to be
@@ -30,24 +30,26 @@ def main(
   run: Callable[..., None],
   define_flags: DefineFlags | None = None,
   workdir: bool = True,
+  about: str = '',
 ) -> NoReturn:
   """Parses the command line, calls `run` and exits.
 
   Args:
     run: What the program does. It is called with the config, then every other
       flag by its name: `workdir` and those of `define_flags`. It imports jax
-      itself, when called. The docstring of its module is the program's help.
+      itself, when called.
     define_flags: Defines the flags that only this program has.
     workdir: Whether the program works in --workdir, which it then requires.
       Without, --workdir is only asked for its config where --config is missing.
+    about: The program's help; if empty, the docstring of the module of `run`.
   """
 
   def parse_and_run() -> None:
     # Before a config of the user's, which may import jax.
     runtime.configure_malloc()
     runtime.silence_libtpu()
-    about = sys.modules[run.__module__].__doc__ or ''
-    config, values = parse(sys.argv, define_flags, workdir, about)
+    told = about or sys.modules[run.__module__].__doc__ or ''
+    config, values = parse(sys.argv, define_flags, workdir, told)
     run(config, **values)
 
   exit_with(parse_and_run)

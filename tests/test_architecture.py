@@ -88,7 +88,6 @@ ROOMS = {
   'interop.cli': Room(
     'cli errors interop interop.convert runtime', 'absl ml_collections'
   ),
-  'interop.hf': Room('interop interop.cli'),
   # The library's doors.
   'layers': Room(
     'config parameter routing experts model', 'jax flax ml_collections'
@@ -97,7 +96,6 @@ ROOMS = {
     f'{_MODEL} data interop interop.checkpoint model',
     'jax flax ml_collections numpy',
   ),
-  'interop.upcycle.__main__': Room('interop.cli'),
   'analysis': Room('errors', 'matplotlib numpy'),
   # Text in, numbers out.
   'planning.hlo': Room(),

@@ -321,6 +321,8 @@ def moe_jax(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     (['presets', 'rmeo'], 2, "did you mean 'rmoe'?"),
     (['train', '--help=moe'], 0, '--config.moe.top_k=2'),
     (['plan', '--help'], 0, '--topology'),
+    (['convert', '--help'], 0, 'moe_jax convert verify WORKDIR'),
+    (['convert', 'upcycle', '--help'], 0, 'as a trained dense one'),
   ],
 )
 def test_the_command_answers_without_jax(

@@ -1,7 +1,4 @@
-"""The command line of interop: import, export, verify and upcycle.
-
-It is `moe_jax convert`, and `python -m moe_jax.interop.hf`.
-"""
+"""The command line of `moe_jax convert`: import, export, verify, upcycle."""
 
 import argparse
 import sys
@@ -20,16 +17,24 @@ _UPCYCLE = 'upcycle'
 _ABOUT = """\
 Released PyTorch checkpoints of RMoE and CartesianMoE, Mixtral's and Llama's:
 
-  PROGRAM import CHECKPOINT WORKDIR
-  PROGRAM export WORKDIR CHECKPOINT --format=mixtral
-  PROGRAM verify WORKDIR CHECKPOINT
-  PROGRAM upcycle --dense=DIR --config=FILE --workdir=DIR
+  moe_jax convert import CHECKPOINT WORKDIR
+  moe_jax convert export WORKDIR CHECKPOINT --format=mixtral
+  moe_jax convert verify WORKDIR CHECKPOINT
+  moe_jax convert upcycle --dense=DIR --config=FILE --workdir=DIR
+"""
+_ABOUT_UPCYCLE = """\
+Begins a Mixture-of-Experts model as a trained dense one.
+
+  moe_jax convert upcycle --dense=DIR --config=FILE --workdir=DIR
+
+--dense is the workdir of a dense run, or the folder of a Llama in safetensors.
+The workdir gets a checkpoint of step 0, from which `moe_jax train` goes on. The
+command says whether the start is exactly the dense model, and by how much the
+logits differ.
 """
 
 
-def main(
-  argv: Sequence[str] | None = None, program: str = 'moe_jax convert'
-) -> NoReturn:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
   """Parses the command line, runs the command and exits.
 
   A user's mistake becomes one line on stderr and exit status 2.
@@ -37,31 +42,26 @@ def main(
   Args:
     argv: The arguments after the name of the program; None for those of this
       process.
-    program: The name of the program, for its help.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   if arguments[:1] == [_UPCYCLE]:
-    upcycle(arguments[1:])
+    _upcycle(arguments[1:])
   try:
-    _run(vars(_parser(program).parse_args(arguments)))
+    _run(vars(_parser().parse_args(arguments)))
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
   sys.exit(0)
 
 
-def upcycle(argv: Sequence[str]) -> NoReturn:
-  """Parses the command line of `upcycle`, runs it and exits.
-
-  Args:
-    argv: The arguments after the name of the command.
-  """
+def _upcycle(argv: Sequence[str]) -> NoReturn:
+  """Parses the command line of `upcycle`, runs it and exits."""
   sys.argv[1:] = argv
-  cli.main(_upcycle, _define_upcycle_flags)
+  cli.main(_run_upcycle, _define_upcycle_flags, about=_ABOUT_UPCYCLE)
 
 
 def _define_upcycle_flags(values: flags.FlagValues) -> None:
-  """Defines the flags that train.py does not have."""
+  """Defines the flags that training does not have."""
   flags.DEFINE_string(
     'dense',
     '',
@@ -70,7 +70,7 @@ def _define_upcycle_flags(values: flags.FlagValues) -> None:
   )
 
 
-def _upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
+def _run_upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
   """Writes a checkpoint of step 0 into `workdir`."""
   # jax must not be imported before the command line has set the allocator.
   from moe_jax.interop import convert
@@ -98,11 +98,11 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(f'{message}; --help says more')
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
   """Returns the parser of all commands but `upcycle`, which has a config."""
   parser = _Parser(
-    program,
-    description=_ABOUT.replace('PROGRAM', program),
+    'moe_jax convert',
+    description=_ABOUT,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )

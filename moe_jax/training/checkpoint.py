@@ -145,7 +145,9 @@ class Checkpointer:
       path = os.path.join(self._run.path, 'checkpoints', str(step))
       before = [other for other in self.steps() if other < step]
       instead = f'go on from step {before[-1]}' if before else 'begin anew'
-      others = f', and eval.py takes --step={before[-1]}' if before else ''
+      others = (
+        f', and `moe_jax eval` takes --step={before[-1]}' if before else ''
+      )
       reason = ' '.join(str(error).split())[:200]
       raise UserError(
         f'checkpoint {path} is damaged ({type(error).__name__}: {reason});'

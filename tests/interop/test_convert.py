@@ -21,10 +21,10 @@ from tests.helpers.released import RELEASED, random_params, save
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: Any, program: str = 'hf') -> tuple[int, str, str]:
-  """Exit status, stdout and stderr."""
+def run(*arguments: Any) -> tuple[int, str, str]:
+  """Exit status, stdout and stderr of `moe_jax convert`."""
   done = subprocess.run(
-    [sys.executable, '-m', f'moe_jax.interop.{program}', *map(str, arguments)],
+    [sys.executable, '-m', 'moe_jax', 'convert', *map(str, arguments)],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -32,9 +32,9 @@ def run(*arguments: Any, program: str = 'hf') -> tuple[int, str, str]:
   return done.returncode, done.stdout, done.stderr
 
 
-def errors(*arguments: Any, program: str = 'hf') -> str:
+def errors(*arguments: Any) -> str:
   """What a failing command says: one line, with exit status 2."""
-  status, out, err = run(*arguments, program=program)
+  status, out, err = run(*arguments)
   lines = [line for line in err.splitlines() if line.startswith('error: ')]
   assert (status, out, len(lines)) == (2, '', 1), err
   assert 'Traceback' not in err
@@ -187,6 +187,7 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
     'rope_theta'.split()
   ]
   status, said, err = run(
+    'upcycle',
     f'--dense={tmp_path}',
     f'--config={path}',
     f'--workdir={tmp_path / "w"}',
@@ -196,7 +197,6 @@ def test_upcycling_a_llama(tmp_path: Path) -> None:
     '--config.moe.factors=1',
     '--config.moe.shared.width=0',
     *flags,
-    program='upcycle',
   )
   assert status == 0, err
   assert 'starts as exactly the model' in said

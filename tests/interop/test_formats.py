@@ -31,7 +31,7 @@ TWO = LINEAR | {
     ({'config.json': {'a': 1}}, 'model_type = null is not a released'),
     (
       {'config.json': tiny.config().to_dict()},
-      'of a workdir of moe_jax, .*hf export',
+      'of a workdir of moe_jax, .*moe_jax convert export',
     ),
     (
       {'config.json': {'model_type': 'llama'}, 'pytorch_model.bin': {}},

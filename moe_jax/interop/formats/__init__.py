@@ -119,7 +119,7 @@ def _refuse_other_configs(path: Path, values: dict[str, Any]) -> None:
   if {'model', 'moe', 'router'} <= values.keys():
     raise UserError(
       f'{path} is of a workdir of moe_jax, not of a released checkpoint;'
-      ' python -m moe_jax.interop.hf export makes one of it'
+      ' moe_jax convert export makes one of it'
     )
   folder = path.parent
   pickles = [file.name for kind in _PICKLES for file in folder.glob(kind)]
@@ -139,7 +139,7 @@ def _article(name: str) -> str:
 def _why_not(name: str) -> str:
   if name == 'llama':
     return (
-      'which has no experts; python -m moe_jax.interop.upcycle makes an MoE of'
-      f' it ({_SUPPORTED})'
+      'which has no experts; moe_jax convert upcycle makes an MoE of it'
+      f' ({_SUPPORTED})'
     )
   return 'which will not do here: a dense model is needed'
