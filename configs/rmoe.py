@@ -66,7 +66,7 @@ tokens.
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax.config import presets
+from moe_jax.config import presets, schema
 
 
 def get_config(names: str = '') -> ConfigDict:
@@ -153,8 +153,8 @@ def pretrain_15b(config: ConfigDict) -> None:
 def sft(config: ConfigDict) -> None:
   """Fine-tuning on Alpaca's 52,002 examples: 3 epochs in batches of 128.
 
-  Give the model that it starts on, --config.train.init_from=WORKDIR, or it
-  starts from scratch; and the examples, --config.data.name.
+  Give the model that it starts on, --config.train.init_from=WORKDIR, without
+  which it does not train; and the examples, --config.data.name.
 
   1218 steps are these epochs with one example in a row. Here examples are
   joined into rows of `data.seq_len` tokens, of which there are fewer: a run
@@ -169,6 +169,7 @@ def sft(config: ConfigDict) -> None:
   config.optimizer.weight_decay = 0.0
   config.train.batch_size = 128
   config.train.steps = 1218
+  config.train.init_from = schema.REQUIRED
   config.data.seq_len = 512
 
 

@@ -25,6 +25,9 @@ from moe_jax.registry import (
   SELECTIONS,
 )
 
+# The `train.init_from` of presets that fine-tune: which model, a user says.
+REQUIRED = '?'
+
 # What the sections are about; `Key`s without a section come first.
 SECTIONS = {
   'mesh': 'Devices along each axis; one axis may be -1, which is what is left.',

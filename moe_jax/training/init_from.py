@@ -7,6 +7,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.config import saved as saved_config
+from moe_jax.config.schema import REQUIRED
 from moe_jax.errors import UserError
 from moe_jax.parameter import BIAS_UPDATED
 from moe_jax.training import run_dir
@@ -30,11 +31,18 @@ def params(setup: Setup) -> dict[str, Any] | None:
     run.
 
   Raises:
-    UserError: That is no run, one without checkpoints or of another model.
+    UserError: That is no run, one without checkpoints or of another model; or
+      the preset asks for one, and none is given.
   """
   origin = setup.config.train.init_from
   if not origin:
     return None
+  if origin == REQUIRED:
+    raise UserError(
+      'train.init_from is not given, and this config trains a model further:'
+      ' add --config.train.init_from=WORKDIR, the run whose newest parameters'
+      " are the start, or --config.train.init_from='' to start anew"
+    )
   try:
     config = _with_its_biases(setup.config, origin)
     wanted = traverse_util.flatten_dict(setup.abstract['params'])

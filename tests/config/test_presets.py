@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import cartesian_moe, quickstart, rmoe
 from moe_jax import config as config_lib
-from moe_jax.config import loading, presets
+from moe_jax.config import loading, presets, schema
 from moe_jax.data import sources, tokenizers
 from moe_jax.errors import UserError
 from tests.helpers import published
@@ -222,6 +222,7 @@ def test_sft_is_three_epochs() -> None:
   assert config.train.steps == 3 * (52_002 // config.train.batch_size)
   assert config.optimizer.warmup_steps == round(0.03 * config.train.steps)
   assert config.optimizer.freeze == 'router'
+  assert config.train.init_from == schema.REQUIRED
   pretrain = rmoe.get_config('pretrain_0.9b')
   assert config.moe == pretrain.moe and config.router == pretrain.router
 

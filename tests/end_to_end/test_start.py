@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import rmoe
 from moe_jax.errors import UserError
 from moe_jax.training import loop
 from moe_jax.training.state import Setup
@@ -42,6 +43,10 @@ def changed(config: ConfigDict, **values: object) -> ConfigDict:
     (
       {'train__init_from': '/nowhere'},
       ['train.init_from: workdir /nowhere holds no run', 'name another'],
+    ),
+    (
+      {'train__init_from': rmoe.get_config('sft').train.init_from},
+      ['train.init_from is not given', 'add --config.train.init_from=WORKDIR'],
     ),
     (
       {'data__order': 'contiguous', 'data__seq_len': 9999},
