@@ -5,6 +5,7 @@ It is a path of a mounted file system; on several hosts, of one they share.
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import tempfile
@@ -48,11 +49,13 @@ class RunDir:
         keys that may change on resume.
 
     Raises:
-      UserError: The directory belongs to another run, or is not writable.
+      UserError: The directory belongs to another run, is not writable, or has
+        a path that checkpoints cannot be written to.
     """
 
     def check() -> None:
       refuse_url(path)
+      _refuse_pattern(path)
       saved = _saved_config(path)
       if saved is not None:
         new = config.to_dict()
@@ -151,6 +154,21 @@ def refuse_url(workdir: str) -> None:
   if '://' in workdir:
     raise UserError(
       f'workdir {workdir} is a URL; mount the bucket and give its path'
+    )
+
+
+def _refuse_pattern(workdir: str) -> None:
+  """Raises a UserError if the path, made absolute, could be a glob pattern.
+
+  Orbax finds by glob what the processes wrote, to merge it: in `a[1]` nothing
+  is found, which makes the checkpoint worthless without an error, and `a*` also
+  finds what belongs to other runs.
+  """
+  path = os.path.abspath(workdir)
+  if glob.escape(path) != path:
+    raise UserError(
+      f'workdir {path} has one of the characters * ? [ in its path, with which'
+      ' no checkpoint can be written; choose another --workdir'
     )
 
 

@@ -285,10 +285,14 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     (str(file / 'inside'), 'Not a directory'),
     ('/proc/moe_jax/run', 'not writable'),  # not even for root
     ('gs://bucket/run', 'is a URL'),
+    (str(tmp_path / 'a[1]' / 'run'), 'choose another --workdir'),
+    (str(tmp_path / 'a*'), 'choose another --workdir'),
+    (str(tmp_path / 'a?'), 'choose another --workdir'),
   ):
     with pytest.raises(UserError, match=fragment) as error:
       RunDir.new_or_resumed(path, make())
     assert path in str(error.value)
+  assert os.listdir(tmp_path) == ['file']
   broken = tmp_path / 'broken'
   broken.mkdir()
   (broken / 'config.json').write_text('{"seed"')
@@ -302,6 +306,18 @@ def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
   with pytest.raises(UserError, match='is not writable: File exists'):
     run.claim()
   assert not (tmp_path / 'config.json').exists()
+
+
+def test_a_run_that_was_moved_to_such_a_path_is_still_read(
+  tmp_path: Path,
+) -> None:
+  """Only writing looks for files by a pattern."""
+  state = make_state(1)
+  with runs.claimed(make(), tmp_path / 'run') as store:
+    store.save(1, state)
+  moved = (tmp_path / 'run').rename(tmp_path / 'a[1]')
+  with runs.opened(make(), moved) as store:
+    assert store.restore(abstract(state))['step'] == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
