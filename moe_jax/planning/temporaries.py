@@ -21,7 +21,7 @@ from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.layer import MoELayer
 from moe_jax.model import attention_blocks, implementations, loss
 from moe_jax.model.attention_span import BLOCK
-from moe_jax.model.build import compute_dtype, repetition
+from moe_jax.model.build import compute_dtype, make_select, repetition
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 
@@ -200,6 +200,7 @@ def _dispatch(config: ConfigDict, devices: int, mesh: jax.sharding.Mesh) -> int:
   one device of their kind.
   """
   dtype = compute_dtype(config, mesh)
+  num_logits = nnx.eval_shape(lambda: make_select(config, 0)).num_logits
 
   def residuals(rows: int) -> list[_Shape]:
     def run(x_TD: jax.Array, logits_TN: jax.Array) -> Any:
@@ -207,17 +208,18 @@ def _dispatch(config: ConfigDict, devices: int, mesh: jax.sharding.Mesh) -> int:
       move = layer.dispatch
       if devices > 1:
         move = _across(config, devices, dtype, mesh.devices.flat[0])
-      graphdef, bank = nnx.split(layer.experts)
+      graphdef, params = nnx.split(layer.experts)
 
-      def dispatch(x_TD: jax.Array, logits_TN: jax.Array, bank: Any) -> Any:
-        routing = layer.select(logits_TN)
-        return move(x_TD, routing, nnx.merge(graphdef, bank)).y_TD
+      def dispatch(x_TD: jax.Array, logits_TN: jax.Array, params: Any) -> Any:
+        experts = nnx.merge(graphdef, params)
+        routing = layer.select(logits_TN).among(experts.num_experts)
+        return move(x_TD, routing, experts).y_TD
 
-      return jax.vjp(dispatch, x_TD, logits_TN, bank)[1]
+      return jax.vjp(dispatch, x_TD, logits_TN, params)[1]
 
     tokens = rows * config.data.seq_len * devices
     x_TD = _Shape((tokens, config.model.hidden_size), dtype)
-    logits_TN = _Shape((tokens, config.moe.num_experts), jnp.float32)
+    logits_TN = _Shape((tokens, num_logits), jnp.float32)
     return jax.tree.leaves(jax.eval_shape(run, x_TD, logits_TN))
 
   return _growth(residuals, dtype)[0] // devices

@@ -8,9 +8,10 @@ from moe_jax.errors import UserError
 from moe_jax.model import loss
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import plan, temporaries, topologies
+from moe_jax.registry import SELECTIONS
 from moe_jax.training import state
 from moe_jax.training.step import make_train_step
-from tests.helpers import tiny
+from tests.helpers import examples, registries, tiny
 
 BYTES = 257  # V of the byte tokenizer
 SPAN = {
@@ -57,6 +58,11 @@ LARGER = {
       {},
       marks=pytest.mark.slow,
     ),
+    pytest.param(
+      {'router.selection': 'null_experts', 'moe.top_k': 4},
+      {},
+      marks=pytest.mark.slow,
+    ),
     pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
     *(
       pytest.param(
@@ -75,12 +81,17 @@ LARGER = {
   ],
 )
 def test_memory_of_a_step_is_what_the_compiler_says(
-  overrides: dict[str, object], axes: dict[str, int]
+  overrides: dict[str, object],
+  axes: dict[str, int],
+  monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """Within a fifth: the compiler shares and copies buffers as it likes.
 
   The one that comes with jax 0.12 needs less for the same than that of 0.10.
   """
+  with examples.registered_here():
+    own = examples.routers().NullExperts
+  registries.replace(monkeypatch, SELECTIONS, 'null_experts', own)
   config = tiny.config(**(LARGER | overrides))
   shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   config.mesh.update(shape)
