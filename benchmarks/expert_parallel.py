@@ -65,7 +65,7 @@ def measure(
     forward pass as the plan has it, `rare_bytes` more in both where something
     overflows, `temp_bytes` that one device's program needs beside arguments and
     results, `seconds` of forward and backward (the median), `overflowed` and
-    `dropped` slots of all `slots`, and where it ran. `emulated`: whether the
+    `dropped` of all `assignments`, and where it ran. `emulated`: whether the
     platform lacks the collective, and everything travels in its stead.
 
   Raises:
@@ -97,7 +97,7 @@ def measure(
     | programs[name].costs
     | {
       'seconds': float(np.median(seconds[name, routing][warmup:])),
-      'slots': layer.assignments,
+      'assignments': layer.assignments,
       'emulated': name == 'ragged' and place['platform'] == 'cpu',
       'steps': steps,
     }

@@ -18,7 +18,7 @@ below and its picture, `scaling.png`:
 """
 _ABOUT = """
 The batch grows with the chips. Memory is what the program needs; bytes are sent
-by all chips together, where every slot finds room in the buffers of its
+by all chips together, where every assignment finds room in the buffers of its
 exchange; fusions are the computation without kernels and copies, as the
 compiler expects it.
 

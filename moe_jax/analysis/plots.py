@@ -30,7 +30,7 @@ _SHARE = 15  # smooth curves are means over a 15th of the points
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-  """Losses of the runs, and beside them how evenly experts are used.
+  """Draws the losses of runs, and beside them how evenly experts are used.
 
   Of one run every MoE layer is drawn, of several each run's least balanced.
   """
@@ -46,7 +46,7 @@ def draw(runs: Sequence[Run]) -> Figure:
       _draw_layers(
         dropped, runs, [100 * run.dropped_PW for run in runs], legend=False
       )
-      dropped.set(xlabel='step', ylabel='dropped slots, %')
+      dropped.set(xlabel='step', ylabel='dropped assignments, %')
       dropped.set_ylim(bottom=0)
     else:
       load = right.subplots()
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def smooth(values_P: np.ndarray) -> np.ndarray:
-  """Centred means over a 15th of the points, over fewer at the ends."""
+  """Returns centred means over a 15th of the points, over fewer at the ends."""
   width = 2 * (len(values_P) // _SHARE // 2) + 1
   kernel = np.ones(width)
   sums = np.convolve(values_P, kernel)
@@ -149,7 +149,7 @@ def _draw_layers(
   values: Sequence[np.ndarray],
   legend: bool,
 ) -> None:
-  """A line per layer of one run, or per run the highest of its layers."""
+  """Draws a line per layer of one run, or per run the highest of its layers."""
   if len(runs) > 1:
     for run, values_PW, colour in zip(
       runs, values, _cycle(len(runs)), strict=True

@@ -15,13 +15,13 @@ class Run:
   """What metrics.jsonl says of one run; P points and W MoE layers.
 
   Attributes:
-    name: of the run's directory.
-    steps_P: steps at which training was logged.
-    loss_P: its loss, nats per token.
-    max_load_PW: rows of the busiest expert over the balanced share; W is 0
+    name: The name of the run's directory.
+    steps_P: The steps at which training was logged.
+    loss_P: The loss there, nats per token.
+    max_load_PW: The rows of the busiest expert over the balanced share; W is 0
       for a dense model.
-    dropped_PW: share of the slots that found no room.
-    evaluations: rows of every evaluation by its split, in order of steps.
+    dropped_PW: The share of the assignments that found no room.
+    evaluations: The rows of every evaluation by its split, in order of steps.
   """
 
   name: str
@@ -36,7 +36,7 @@ def read(workdir: str) -> Run:
   """Reads DIR/metrics.jsonl.
 
   Raises:
-    UserError: there is none, or it holds no step of training, or something
+    UserError: There is none, or it holds no step of training, or something
       else than metrics.
   """
   path = os.path.join(workdir, 'metrics.jsonl')
@@ -67,7 +67,7 @@ def read(workdir: str) -> Run:
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
-  """The objects of a metrics.jsonl; a last line cut short is left out."""
+  """Returns the objects of a metrics.jsonl, without a last line cut short."""
   try:
     with open(path, encoding='utf-8') as file:
       lines = file.read().splitlines()

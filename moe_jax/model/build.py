@@ -250,8 +250,8 @@ def make_moe_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
   config, moe, model = parts.config, parts.config.moe, parts.config.model
 
   def sub_layer(place: int) -> MoELayer:
-    _, bank = FEED_FORWARDS[model.activation]
-    experts = bank(
+    _, make_experts = FEED_FORWARDS[model.activation]
+    experts = make_experts(
       moe.num_experts,
       model.hidden_size,
       moe.expert_width // moe.factors,

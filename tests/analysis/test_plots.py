@@ -85,7 +85,9 @@ def test_one_run_shows_its_layers(tmp_path: Path) -> None:
 
 
 def test_dropped_slots_have_a_panel_where_there_are_any(tmp_path: Path) -> None:
-  assert 'dropped slots, %' in texts([make_run(tmp_path / 'a', dropped=0.1)])
+  assert 'dropped assignments, %' in texts(
+    [make_run(tmp_path / 'a', dropped=0.1)]
+  )
 
 
 def test_a_legend_names_six_layers_of_many(tmp_path: Path) -> None:

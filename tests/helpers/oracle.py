@@ -116,7 +116,7 @@ class Sequence:
     y_LD = np.zeros_like(u_LD)
     for at, token in enumerate(tokens):
       for n, weight in zip(token.experts, token.weights, strict=True):
-        expert = {name: bank[n] for name, bank in layer['experts'].items()}
+        expert = {name: leaf[n] for name, leaf in layer['experts'].items()}
         y_LD[at] += weight * feed_forward(u_LD[at], expert)
     probabilities_LN = np.stack([token.probabilities_N for token in tokens])
     self.routed.append((probabilities_LN, [token.experts for token in tokens]))
@@ -145,7 +145,7 @@ def choice_bias(layer: Any) -> Array:
 
 
 def feed_forward(x: Array, weights: Any) -> Array:
-  """One network, of a bank or not: by the names of its weights."""
+  """One network, an expert or not: by the names of its weights."""
   part = {name.rpartition('_')[0]: f64(w) for name, w in weights.items()}
   if 'gate_up' in part:
     gate_up = np.tensordot(x, part['gate_up'], 1)

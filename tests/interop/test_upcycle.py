@@ -193,8 +193,8 @@ def test_experts_hold_parts_of_the_network_and_learn() -> None:
   first, second = (
     gradient['periods']['blocks'][0]['chain']['sub_layers'][s] for s in (0, 1)
   )
-  for bank in (first['experts'], {'down': second['experts']['down_NFD']}):
-    for leaf in bank.values():
+  for experts in (first['experts'], {'down': second['experts']['down_NFD']}):
+    for leaf in experts.values():
       assert np.abs(leaf).max() > 0
   assert np.abs(first['router']['score']['weight_XN']).max() > 0
 

@@ -85,8 +85,8 @@ def test_no_weights_are_kept_but_as_they_are_stored(
   )
   eight, sixteen = (elements(kept(config, axes, rows)) for rows in (8, 16))
   fixed = eight - (sixteen - eight)
-  bank = 2 * 8 * 512 * 32  # of the smaller kind of experts
-  assert fixed < bank / 4
+  experts = 2 * 8 * 512 * 32  # of the smaller kind of experts
+  assert fixed < experts / 4
 
 
 def test_of_a_layer_only_what_products_need_is_kept() -> None:

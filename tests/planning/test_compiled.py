@@ -89,13 +89,13 @@ def test_gradients_along_fsdp_are_scattered(
   for each in told['collectives']:
     if 'fsdp' in each['axes'] and each['kind'] in sent:
       sent[each['kind']] += each['total_bytes']
-  embedding, bank = 2048 * 512, 8 // 4 * 3 * 512 * 256
+  embedding, experts = 2048 * 512, 8 // 4 * 3 * 512 * 256
   bytes_ = jnp.dtype(dtype).itemsize
-  scattered = bytes_ * (embedding + bank) + 4 * embedding
+  scattered = bytes_ * (embedding + experts) + 4 * embedding
   # A compiler may scatter what it sums of its own accord, too.
   assert sent['reduce-scatter'] >= 1 / 2 * scattered
   parameters = plan.make(config, 8)['parameters']['total']
-  others = parameters - 2 * embedding - 4 * bank
+  others = parameters - 2 * embedding - 4 * experts
   # Around all eight devices at most, and some metrics.
   assert sent['all-reduce'] <= 2 * 7 / 8 * 4 * others + 4096
 
@@ -271,8 +271,10 @@ def test_large_tiles_compile_for_v5e() -> None:
     for shape in (*shapes, ((16,), 'int32'))
   ]
 
-  def loss(rows_MD: jax.Array, bank_NDF: jax.Array, sizes_N: jax.Array) -> Any:
-    return jax.lax.ragged_dot(rows_MD, bank_NDF, sizes_N).sum()
+  def loss(
+    rows_MD: jax.Array, weight_NDF: jax.Array, sizes_N: jax.Array
+  ) -> Any:
+    return jax.lax.ragged_dot(rows_MD, weight_NDF, sizes_N).sum()
 
   step = jax.grad(loss, (0, 1))
   options = mesh_lib.compiler_options(mesh)

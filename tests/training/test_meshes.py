@@ -93,8 +93,8 @@ def test_parameters_and_moments_are_split() -> None:
   assert (
     expected.items() <= specs(optax.tree.get(state['opt_state'], 'mu')).items()
   )
-  bank = state['params']['periods']['blocks'][0]['chain']['sub_layers'][0]
-  shard = bank['experts']['gate_up_ND2F'].addressable_shards[0].data
+  layer = state['params']['periods']['blocks'][0]['chain']['sub_layers'][0]
+  shard = layer['experts']['gate_up_ND2F'].addressable_shards[0].data
   assert shard.shape == (2, 8 // 2, 32 // 2, 2, 12 // 2)
 
 
