@@ -48,10 +48,11 @@ class FolderBuilder(
     """Describes the data set; nothing is read yet.
 
     Args:
-      folder: the root of the names.
-      names: relative posix names of non-empty files.
-      key: tells this content from any other; part of the prepared data's path.
-      **kwargs: of the TFDS builder: data_dir, file_format.
+      folder: The root of the names.
+      names: The relative posix names of non-empty files.
+      key: Tells this content from any other; it is part of the prepared data's
+        path.
+      **kwargs: The options of a TFDS builder: data_dir, file_format.
     """
     self._folder = folder
     self._names = names
@@ -241,7 +242,7 @@ def _topics(module: ast.Module) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-  """`os.walk` would pass over a folder that it cannot list."""
+  """Raises the error of a folder, which `os.walk` would pass over."""
   raise error
 
 

@@ -21,7 +21,7 @@ def document_lengths(documents: Documents, tokenizer: Tokenizer) -> np.ndarray:
   prepared data set, for the next run and for other processes.
 
   Raises:
-    UserError: a document is not UTF-8, or all of them are empty.
+    UserError: A document is not UTF-8, or all of them are empty.
   """
   path = _path(documents, tokenizer)
   found = _load(path, len(documents))

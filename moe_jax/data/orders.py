@@ -32,12 +32,12 @@ class ContiguousRows:
     """Cuts the stream; what does not fill the rows is left out.
 
     Args:
-      sequences: the split.
-      num_rows: of a batch, over all processes.
-      seed: of the offsets.
+      sequences: The split.
+      num_rows: The rows of a batch, over all processes.
+      seed: The seed of the offsets.
 
     Raises:
-      UserError: the rows are shorter than a segment.
+      UserError: The rows are shorter than a segment.
     """
     self._sequences = sequences
     self._seed = seed
@@ -62,7 +62,7 @@ class ContiguousRows:
     return sequence | {'segment_start': np.array(nth == 0)}
 
   def _locate(self, step: int) -> tuple[int, int]:
-    """The number of a step in its epoch, and the epoch's offset."""
+    """Returns the number of a step in its epoch, and the epoch's offset."""
     with self._lock:
       while self._first_steps[-1] <= step:
         self._add_epoch()

@@ -34,16 +34,16 @@ def train_batches(
   threads that read ahead.
 
   Args:
-    sequences: the split.
-    batch_size: sequences per step, over all processes.
-    rows: the rows of the global batch that this process holds, in its order.
-    seed: of the order; only its lowest 32 bits count.
-    start: the first step to read, 0 or the number of steps done.
-    threads: that read ahead; 0 reads when a batch is asked for.
-    order: a key of `ORDERS`.
+    sequences: The split.
+    batch_size: The sequences of a step, over all processes.
+    rows: The rows of the global batch that this process holds, in its order.
+    seed: The seed of the order; only its lowest 32 bits count.
+    start: The first step to read, 0 or the number of steps done.
+    threads: The threads that read ahead; 0 reads when a batch is asked for.
+    order: A key of `ORDERS`.
 
   Raises:
-    UserError: the split is too small for that order.
+    UserError: The split is too small for that order.
   """
   rows = [int(row) for row in rows]
   sequence = ORDERS[order](sequences, batch_size, seed % 2**32)
@@ -75,8 +75,8 @@ def eval_batches(
 
   Every token is a target once, and every process yields the same number of
   batches; what a batch lacks is filled up with padding, whose mask is False.
-  Arguments as in `train_batches`. Where training is contiguous so is this: a
-  row goes on in the next batch where it stopped in this one.
+  The arguments are those of `train_batches`. Where training is contiguous so is
+  this: a row goes on in the next batch where it stopped in this one.
   """
   if order == 'contiguous':
     whole = EvaluationRows(sequences, batch_size)

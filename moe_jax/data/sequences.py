@@ -33,9 +33,9 @@ class TokenSequences:
 
   Attributes:
     seq_len: L.
-    num_tokens: targets in all sequences.
-    num_stream_tokens: in the stream; one more.
-    num_bytes: UTF-8 bytes of the text, without what separates documents.
+    num_tokens: The targets in all sequences.
+    num_stream_tokens: The tokens of the stream; one more.
+    num_bytes: The UTF-8 bytes of the text, without what separates documents.
   """
 
   def __init__(
@@ -58,12 +58,12 @@ class TokenSequences:
 
   @classmethod
   def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
-    """The sequences of a split of the data set that a config names.
+    """Returns the sequences of a split of the data set that a config names.
 
     Args:
-      data: the keys `config.data`.
-      split: as in `sources.open_documents`, which says what is raised.
-      tokenizer: that of the config.
+      data: The section `config.data`.
+      split: As in `sources.open_documents`, which says what is raised.
+      tokenizer: That of the config.
     """
     return cls(sources.open_documents(data, split), tokenizer, data.seq_len)
 
@@ -84,9 +84,9 @@ class TokenSequences:
     """Returns a sequence that begins anywhere in the stream.
 
     Args:
-      begin: number of the first input.
-      count: of targets; fewer at the end of the stream. The rest of L is
-        padding.
+      begin: The number of the first input.
+      count: The number of targets; fewer at the end of the stream. The rest of
+        L is padding.
     """
     count = max(0, min(count, self.num_tokens - begin))
     token_ids, targets = np.zeros((2, self.seq_len), np.int32)

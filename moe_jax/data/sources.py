@@ -67,12 +67,12 @@ class Documents:
   """The texts of one split, by number; safe to read from several threads.
 
   Attributes:
-    records: the split's examples, each a dict with `text_key` as bytes.
-    full_name: data set, config and version.
-    split: the split, in TFDS's notation.
-    text_key: the feature that holds the text.
-    folder: where the prepared data set lies.
-    single_document: whether the documents are pieces of one text, with nothing
+    records: The split's examples, each a dict with `text_key` as bytes.
+    full_name: The data set, its config and version.
+    split: The split, in TFDS's notation.
+    text_key: The feature that holds the text.
+    folder: Where the prepared data set lies.
+    single_document: Whether the documents are pieces of one text, with nothing
       in between. Where its split begins or ends inside a character, the bytes
       of that are escaped: `encode(errors='surrogateescape')` gives them back.
   """
@@ -110,11 +110,11 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
   the first to finish is kept and the others use it.
 
   Args:
-    data: the keys `config.data`: name, dir, path, text_key.
-    split: a split in TFDS's notation: 'train', 'train[:10%]', 'train+test'.
+    data: The section `config.data`: name, dir, path, text_key.
+    split: A split in TFDS's notation: 'train', 'train[:10%]', 'train+test'.
 
   Raises:
-    UserError: the data set, split or text feature is not known, is empty, or
+    UserError: The data set, split or text feature is not known, is empty, or
       could not be prepared.
   """
   with _quiet():
@@ -137,7 +137,7 @@ def open_splits(data: ConfigDict) -> list[Documents]:
   """Returns every split of a data set: train, validation, test, then others.
 
   Raises:
-    UserError: as `open_documents`.
+    UserError: As `open_documents`.
   """
   with _quiet():
     names = list(_prepared(data).info.splits)

@@ -30,7 +30,7 @@ class SingleDocument(
   """Pieces `text` of a text in a zip file, in order.
 
   Attributes:
-    URL: of the zip file.
+    URL: Where the zip file is.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -40,11 +40,11 @@ class SingleDocument(
     """Describes the data set.
 
     Args:
-      path: of the zip file if it is here already, else ''.
-      **kwargs: of the TFDS builder: data_dir, file_format.
+      path: The path of the zip file if it is here already, else ''.
+      **kwargs: The options of a TFDS builder: data_dir, file_format.
 
     Raises:
-      UserError: there is no such zip file.
+      UserError: There is no such zip file.
     """
     self._path = os.path.expanduser(path)
     key = self._contents() if path else 'download'
@@ -73,11 +73,11 @@ class SingleDocument(
         yield number, {'text': piece}
 
   def _lines(self, archive: zipfile.ZipFile, split: str) -> Iterable[bytes]:
-    """The lines of a split, each with its end."""
+    """Returns the lines of a split, each with its end."""
     raise NotImplementedError
 
   def _member(self, archive: zipfile.ZipFile, ending: str) -> str:
-    """The name of the file in the archive that ends so."""
+    """Returns the name of the file in the archive that ends so."""
     names = [name for name in archive.namelist() if name.endswith(ending)]
     if len(names) != 1:
       raise errors.UserError(
@@ -87,7 +87,7 @@ class SingleDocument(
     return names[0]
 
   def _contents(self) -> str:
-    """Tells this zip file from any other, wherever it lies."""
+    """Returns what tells this zip file from any other, wherever it lies."""
     try:
       with zipfile.ZipFile(self._path) as archive:
         members = sorted(

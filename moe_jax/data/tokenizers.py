@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
   @property
   def vocab_size(self) -> int:
-    """Every id is in [0, vocab_size)."""
+    """The number of ids: every id is in [0, vocab_size)."""
 
   @property
   def eos_id(self) -> int:

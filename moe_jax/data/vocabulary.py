@@ -36,7 +36,7 @@ class VocabularyTokenizer:
   """Ids by order of appearance; see the module.
 
   Attributes:
-    name: see `tokenizers.Tokenizer`, as for all others.
+    name: As in `tokenizers.Tokenizer`, which has all others.
   """
 
   name: ClassVar[str]
@@ -52,7 +52,7 @@ class VocabularyTokenizer:
 
   @staticmethod
   def distinct(text: str) -> Iterable[str]:
-    """The tokens of a text once each, in order of appearance."""
+    """Returns the tokens of a text once each, in order of appearance."""
     raise NotImplementedError
 
   def encode(self, text: str) -> np.ndarray:
@@ -77,7 +77,7 @@ class WordTokenizer(VocabularyTokenizer):
     """Returns the ids of the words and ends of lines, int32.
 
     Raises:
-      UserError: a word is not in the vocabulary.
+      UserError: A word is not in the vocabulary.
     """
     try:
       return np.array([self.index[word] for word in _words(text)], np.int32)
@@ -111,7 +111,7 @@ class EnwikTokenizer(VocabularyTokenizer):
     """Returns an id for each byte, int32.
 
     Raises:
-      UserError: a byte is not in the vocabulary.
+      UserError: A byte is not in the vocabulary.
     """
     values = _bytes(text)
     ids = self._ids[values]
@@ -131,16 +131,17 @@ def load_or_make(
   text_key: str,
   splits: Iterable[Texts],
 ) -> VocabularyTokenizer:
-  """The tokenizer of a data set.
+  """Returns the tokenizer of a data set.
 
   The first call reads all splits and leaves the vocabulary beside the prepared
   data, for the next run and for other processes.
 
   Args:
-    kind: of the tokenizer.
-    folder: of the prepared data.
-    text_key: the feature of the texts; another one has its own vocabulary.
-    splits: in the order in which tokens get their ids; read only if needed.
+    kind: The class of the tokenizer.
+    folder: The folder of the prepared data.
+    text_key: The feature of the texts; another one has its own vocabulary.
+    splits: The splits in the order in which tokens get their ids; they are read
+      only if needed.
   """
   feature = urllib.parse.quote(text_key, safe='')
   path = folder / f'dictionary-{feature}-{kind.name}.json'

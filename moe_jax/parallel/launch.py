@@ -72,7 +72,7 @@ def initialize(
 ) -> None:
   """Joins the other processes of this run, if there are any.
 
-  To be called before jax touches a device.
+  It is called before jax touches a device.
 
   Args:
     coordinator: HOST:PORT of process 0. None means that the cluster says it, or
@@ -86,7 +86,7 @@ def initialize(
       does, SIGTERM is only remembered.
 
   Raises:
-    UserError: the arguments do not go together, or the others cannot be found.
+    UserError: The arguments do not go together, or the others cannot be found.
   """
   jax.config.update('jax_enable_preemption_service', preemption)
   launched = launched_process()
@@ -237,7 +237,7 @@ def launched_process() -> LaunchedProcess | None:
 
 
 def is_pod() -> bool:
-  """Whether this is a pod of an indexed Kubernetes job that jax can read."""
+  """Returns whether jax can read the indexed Kubernetes job of this pod."""
   if _KUBERNETES not in os.environ:
     return False
   if importlib.util.find_spec('kubernetes'):
@@ -252,7 +252,7 @@ def is_pod() -> bool:
 
 
 def is_tpu() -> bool:
-  """Whether jax has found TPUs, and may be asked for their other hosts."""
+  """Returns whether jax has found TPUs, and can find their other hosts."""
   # On a TPU's host jax sets this when it is imported.
   # jax makes the attribute at run time.
   platforms = jax.config.jax_platforms or ''  # type: ignore[attr-defined]

@@ -66,12 +66,12 @@ class Rows:
 
 
 def is_single_process() -> bool:
-  """Whether this is the run's only process."""
+  """Returns whether this is the run's only process."""
   return jax.process_count() == 1
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that writes and prints."""
+  """Returns whether this process is the one that writes and prints."""
   return jax.process_index() == 0
 
 

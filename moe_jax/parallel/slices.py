@@ -22,15 +22,15 @@ from moe_jax.errors import UserError
 def slice_shape(
   config: ConfigDict, shape: dict[str, int], devices: Sequence[jax.Device]
 ) -> dict[str, int]:
-  """Slices along every mesh axis, an axis of -1 having taken what is left.
+  """Returns the slices along every mesh axis; -1 has taken what is left.
 
   Args:
-    config: has the section `mesh.dcn`.
-    shape: devices along every axis, as `config.mesh_shape` returns them.
-    devices: of the mesh.
+    config: A config; reads `mesh.dcn`.
+    shape: The devices along every axis, as `config.mesh_shape` returns them.
+    devices: The devices of the mesh.
 
   Raises:
-    UserError: the axes do not multiply to the number of slices, or one does
+    UserError: The axes do not multiply to the number of slices, or one does
       not divide the devices along it.
   """
   asked = {axis: config.mesh.dcn[axis] for axis in shape}
@@ -54,15 +54,15 @@ def arrange(
   dcn: dict[str, int],
   devices: Sequence[jax.Device],
 ) -> np.ndarray:
-  """The devices as an array of `shape`, near ones along the later axes.
+  """Returns the devices as an array, near ones along the later axes.
 
   Args:
-    shape: devices along every axis, from the one that sends least.
-    dcn: slices along every axis, as `slice_shape` returns them.
-    devices: as many as `shape` holds; on CPU in the order they fill it.
+    shape: The devices along every axis, from the one that sends least.
+    dcn: The slices along every axis, as `slice_shape` returns them.
+    devices: As many as `shape` holds; on CPU in the order they fill it.
 
   Raises:
-    UserError: the slices differ in size, or their torus has no such parts.
+    UserError: The slices differ in size, or their torus has no such parts.
   """
   inside = [shape[axis] // dcn[axis] for axis in shape]
   count = math.prod(dcn.values())
@@ -94,7 +94,7 @@ def arrange(
 
 
 def _attribute(devices: Sequence[jax.Device], asked: int) -> str:
-  """The name of the attribute of a device that tells slices apart.
+  """Returns the name of the attribute of a device that tells slices apart.
 
   Hosts without a faster network between some of them report one slice; asked
   for several, their processes are taken for the slices.

@@ -23,10 +23,10 @@ class _Peak(NamedTuple):
   """Dense matmuls of one jax device, 10^12 operations a second.
 
   Attributes:
-    kind: pattern of `jax.Device.device_kind`.
-    bfloat16: operands of 16 bits.
-    float32: as JAX multiplies float32 by default: on NVIDIA's GPUs in TF32; 0
-      where no figure is published.
+    kind: The pattern of `jax.Device.device_kind`.
+    bfloat16: The rate with operands of 16 bits.
+    float32: The rate as JAX multiplies float32 by default: on NVIDIA's GPUs in
+      TF32; 0 where no figure is published.
   """
 
   kind: str
@@ -51,11 +51,11 @@ _PEAKS = (
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
-  """Operations a second that one device can do; None where nobody says.
+  """Returns the operations a second of a device; None where nobody says.
 
   Args:
-    device_kind: of a jax device.
-    dtype: of the arithmetic.
+    device_kind: The `device_kind` of a jax device.
+    dtype: The dtype of the arithmetic.
   """
   for known in _PEAKS:
     if re.fullmatch(known.kind, device_kind):
@@ -66,16 +66,16 @@ def peak(device_kind: str, dtype: str) -> float | None:
 def utilisation(
   flops_per_second: float, devices: list[jax.Device], dtype: str
 ) -> dict[str, float]:
-  """What a model's operations come to, per device.
+  """Returns what a model's operations come to, per device.
 
   Args:
-    flops_per_second: of all devices, counted as `model.sizes` does: what the
-      model asks for, not what is computed again or in vain.
-    devices: that share them, all of a kind.
-    dtype: of the arithmetic.
+    flops_per_second: The rate of all devices, counted as `model.sizes` does:
+      what the model asks for, not what is computed again or in vain.
+    devices: The devices that share them, all of a kind.
+    dtype: The dtype of the arithmetic.
 
   Returns:
-    `tflops_per_second` of a device; and where its peak is known `mfu`, the
+    The `tflops_per_second` of a device; and where its peak is known `mfu`, the
     share of it (model FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
   """
   each = flops_per_second / len(devices)

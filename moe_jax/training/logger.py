@@ -83,7 +83,7 @@ class Logger:
     """Writes what was noted, if anything; waits for that step to end.
 
     Raises:
-      UserError: the loss is not finite.
+      UserError: The loss is not finite.
     """
     if self._noted is None:
       return
@@ -144,9 +144,9 @@ class Logger:
     )
 
   def _tokens_per_second(self, step: int) -> float:
-    """Since the last reading, pauses left out.
+    """Returns the rate since the last reading, pauses left out.
 
-    For the first step, which nothing was read before, compilation included.
+    For the first step, before which nothing was read, it includes compilation.
     """
     if step == self._start + 1:
       return self._tokens_per_step / self._first_seconds
@@ -170,10 +170,10 @@ class MetricsWriter:
     """Opens the files and takes back what a resumed run will write again.
 
     Args:
-      workdir: the run's directory, which exists.
-      resume_step: the step of the checkpoint gone on from; what was written
-        of later steps is dropped. None: a new start; everything is dropped.
-      active: False writes nothing: for every process but one.
+      workdir: The run's directory, which exists.
+      resume_step: The step of the checkpoint gone on from; what was written
+        of later steps is dropped. None is a new start; everything is dropped.
+      active: Whether anything is written, as it is by one process alone.
 
     Raises:
       UserError: metrics.jsonl has a line that is not JSON, not being the last.
@@ -202,9 +202,9 @@ class MetricsWriter:
     """Writes one line; a scalar also to TensorBoard, as `split/name`.
 
     Args:
-      step: steps done.
+      step: The number of steps done.
       split: 'train', or the name of an evaluation.
-      values: numbers, or arrays of them, such as one per layer; on the
+      values: Numbers, or arrays of them, such as one per layer; on the
         device or not.
     """
     if not self._active:

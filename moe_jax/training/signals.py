@@ -23,7 +23,7 @@ class SignalHandler:
   has passed. It costs no communication while there is no signal.
 
   Attributes:
-    signal: the number of the signal that stops the run, None before.
+    signal: The number of the signal that stops the run, None before.
   """
 
   def __init__(self) -> None:
@@ -42,9 +42,9 @@ class SignalHandler:
     self._restore()
 
   def stops(self, step: int) -> bool:
-    """Whether to stop after this step; of all processes alike.
+    """Returns whether to stop after this step; of all processes alike.
 
-    To be asked once after every step.
+    It is asked once after every step.
     """
     if self._alone:
       return self.signal is not None

@@ -118,7 +118,7 @@ def from_config(config: ConfigDict) -> Setup:
   """Returns the setup of a config on all devices there are.
 
   Raises:
-    UserError: Anything wrong with the config.
+    UserError: Anything is wrong with the config.
   """
   config_lib.validate(config, jax.device_count())
   mesh = mesh_lib.from_config(config, jax.devices())

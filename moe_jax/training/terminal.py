@@ -12,7 +12,7 @@ def progress_line(
   seconds_left: float,
   mfu: float | None = None,
 ) -> str:
-  """`step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`.
+  """Returns `step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`.
 
   Before the time left stands `38.1% MFU`, where that is known.
   """
@@ -26,7 +26,7 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-  """`1d02h`, `3h05m`, `1m20s` or `7s`; `?` if it cannot be told."""
+  """Returns `1d02h`, `3h05m`, `1m20s` or `7s`; `?` if it cannot be told."""
   if not math.isfinite(seconds):
     return '?'
   whole = round(seconds)
@@ -92,7 +92,7 @@ def number(value: float) -> str:
 
 
 def _short(number: float) -> str:
-  """Three digits or so: 950, 45.2k, 1.34M."""
+  """Returns three digits or so: 950, 45.2k, 1.34M."""
   for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if number >= unit:
       return f'{number / unit:.3g}{name}'
