@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from moe_jax.config.derived import get
+from moe_jax.config.derived import get, is_read
+from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
-
-_BIASED = ('linear', 'mlp', 'hyper')  # scores
 
 
 class Rule(NamedTuple):
@@ -25,6 +24,16 @@ class Rule(NamedTuple):
   why: str
 
 
+def _unread(key: str) -> Rule:
+  """Returns the rule that a key keeps its default where nothing reads it."""
+  default, only = KEYS[key].default, KEYS[key].only
+  return Rule(
+    lambda c: get(c, key) != default and not is_read(c, key),
+    (key, only.split()[0]),
+    f'{key} is read only with {only}: set {default!r}',
+  )
+
+
 def _recurrent(config: ConfigDict) -> bool:
   return config.router.recurrent != 'none'
 
@@ -34,11 +43,13 @@ def _static(config: ConfigDict) -> bool:
 
 
 RULES = (
-  Rule(
-    lambda c: c.router.score == 'hash' and _recurrent(c),
-    ('router.score', 'router.recurrent'),
-    "a hash reads no features, so nothing is recurrent: set 'none'",
-  ),
+  # These say what a router does, so where unread they are mistakes; a width or
+  # a size may be left from another router.
+  _unread('router.recurrent'),
+  _unread('router.bias'),
+  _unread('router.passing'),
+  _unread('router.projector'),
+  _unread('router.residual_detached'),
   Rule(
     lambda c: c.router.score == 'hash' and c.router.jitter > 0,
     ('router.score', 'router.jitter'),
@@ -59,26 +70,6 @@ RULES = (
     lambda c: c.router.score == 'hash' and c.optimizer.freeze != 'none',
     ('router.score', 'optimizer.freeze'),
     "a hash is never trained, so there is no router to freeze: set 'none'",
-  ),
-  Rule(
-    lambda c: c.router.bias and c.router.score not in _BIASED,
-    ('router.bias', 'router.score'),
-    'only the scores linear, mlp and hyper have a bias: set False',
-  ),
-  Rule(
-    lambda c: c.router.passing != 'state' and not _recurrent(c),
-    ('router.passing', 'router.recurrent'),
-    "a router without memory passes nothing on: set 'state', or a cell",
-  ),
-  Rule(
-    lambda c: c.router.projector != 'layerwise' and not _recurrent(c),
-    ('router.projector', 'router.recurrent'),
-    "a router without memory projects nothing: set 'layerwise', or a cell",
-  ),
-  Rule(
-    lambda c: c.router.residual_detached and not c.router.residual,
-    ('router.residual_detached', 'router.residual'),
-    'there are no residual scores to detach: set a weight above 0',
   ),
   Rule(
     lambda c: c.router.selection == 'top_p' and c.moe.dispatch == 'capacity',

@@ -12,14 +12,14 @@ from tests.helpers import tiny
 # What breaks each rule, in the order of `conflicts.RULES`.
 BROKEN = (
   {'router.score': 'hash', 'router.recurrent': 'gru'},
-  {'router.score': 'hash', 'router.jitter': 0.1},
-  {'router.score': 'hash', 'router.residual': 0.5},
-  {'router.score': 'hash', 'loss.z_weight': 0.1},
-  {'router.score': 'hash', 'optimizer.freeze': 'router'},
   {'router.bias': True, 'router.score': 'cosine'},
   {'router.passing': 'detached'},
   {'router.projector': 'shared'},
   {'router.residual_detached': True},
+  {'router.score': 'hash', 'router.jitter': 0.1},
+  {'router.score': 'hash', 'router.residual': 0.5},
+  {'router.score': 'hash', 'loss.z_weight': 0.1},
+  {'router.score': 'hash', 'optimizer.freeze': 'router'},
   {'router.selection': 'top_p', 'moe.dispatch': 'capacity'},
   {'router.selection': 'top_p', 'router.weights': 'sigmoid'},
   {'router.weights': 'chosen', 'moe.renormalize': False},
