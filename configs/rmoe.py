@@ -48,9 +48,10 @@ PyTorch has it, a constant learning rate after the warm-up, no clipping, no
 weight decay, float32. Where we differ from that code: it draws linear layers
 from +-1/sqrt(inputs), embeddings and position keys from a normal distribution
 of standard deviation 1 and experts, by an accident of their shape, from
-+-1/inputs; here one `model.init_std` serves all matrices, that of the linear
-layers. In it the balance loss of the plain gate is switched off unless the gate
-is told otherwise; we follow the paper, which has weight 0.01.
++-1/inputs; here one `model.init_std` serves all matrices, that of linear layers
+that read a hidden state, and `router.gate_std` gates that read a recurrent one.
+In it the balance loss of the plain gate is switched off unless the gate is told
+otherwise; we follow the paper, which has weight 0.01.
 
 pretrain_0.9b: the paper's sizes come to 822M parameters without embeddings and
 1069M in all, where it says 664M and 910M. The experts, the projectors, the GRU
@@ -75,6 +76,8 @@ def get_config(names: str = '') -> ConfigDict:
   # Of these scores alone does the code of the small models have a bias.
   biased = config.router.score in ('linear', 'mlp', 'hyper')
   config.router.bias = config.router.bias and biased
+  if config.router.recurrent != 'none' and not config.router.gate_std:
+    config.router.gate_std = _gate_std(config)
   config.model.idle_parameters = _idle(config)
   return config
 
@@ -234,6 +237,13 @@ def _recipe(config: ConfigDict, text: str, warmup: int, steps: int) -> None:
   config.eval.every = 1000
   config.eval.batches = 100
   config.eval.batch_size = 8
+
+
+def _gate_std(config: ConfigDict) -> float:
+  """Returns what the papers' gates on a recurrent state start with."""
+  if config.model.positions != 'span':
+    return config.model.init_std
+  return (3 * config.router.state_size) ** -0.5  # a linear layer's, as above
 
 
 def _idle(config: ConfigDict) -> int:

@@ -359,8 +359,10 @@ KEYS = {
   ),
   'router.gate_std': Key(
     0.0,
-    "The standard deviation that a gate's weights start with; 0 is"
-    ' `model.init_std`.',
+    'The standard deviation that the weights start with by which a gate'
+    ' multiplies its features; 0 is `model.init_std`, and for a recurrent'
+    ' state, whose entries are smaller, so much more that logits start as far'
+    ' apart.',
   ),
   'router.projector_std': Key(
     0.0,

@@ -49,6 +49,10 @@ from moe_jax.routing.selection import (
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
+# The root mean square of a recurrent state's entries before training, roughly:
+# 0.15 to 0.3 with a GRU.
+_STATE_RMS = 0.25
+
 # The classes of the dense and shared feed-forward, and of the routed experts.
 FEED_FORWARDS: dict[
   str,
@@ -333,7 +337,8 @@ def make_router(
     reduced_size=keys.reduced_size,
     bias=keys.bias,
     salt=place,
-    init_std=keys.gate_std or config.model.init_std,
+    init_std=config.model.init_std,
+    feature_std=keys.gate_std or _feature_std(config, num_features),
   )
   return Router(
     features,
@@ -342,6 +347,19 @@ def make_router(
     detached=keys.residual_detached,
     jitter=keys.jitter,
   )
+
+
+def _feature_std(config: ConfigDict, num_features: int) -> float:
+  """Returns what gives first logits the same spread with any features.
+
+  A normalised hidden state and weights of `model.init_std` make logits of
+  deviation `init_std sqrt(D)`. A recurrent state has other numbers of entries,
+  and smaller ones.
+  """
+  model = config.model
+  if config.router.recurrent == 'none':
+    return model.init_std
+  return model.init_std * (model.hidden_size / num_features) ** 0.5 / _STATE_RMS
 
 
 def make_select(config: ConfigDict, disable_top: int) -> Select:

@@ -38,6 +38,7 @@ class GateOptions(NamedTuple):
     salt: A number that differs between the sub-layers of a layer, for gates
       that are hashes.
     init_std: The standard deviation of the initial weights.
+    feature_std: The same of those that multiply the features.
   """
 
   num_features: int
@@ -48,6 +49,7 @@ class GateOptions(NamedTuple):
   bias: bool
   salt: int
   init_std: float
+  feature_std: float
 
 
 class GateContext(NamedTuple):
@@ -99,7 +101,7 @@ class LinearGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
-    self.weight_XN = _normal(options, rngs, *shape)
+    self.weight_XN = _normal(options.feature_std, rngs, *shape)
     self.bias_N = _zeros(options.num_experts) if options.bias else None
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -118,8 +120,12 @@ class MLPGate(Gate):
   """
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
-    self.mlp_XF = _normal(options, rngs, options.num_features, options.width)
-    self.weight_FN = _normal(options, rngs, options.width, options.num_experts)
+    self.mlp_XF = _normal(
+      options.feature_std, rngs, options.num_features, options.width
+    )
+    self.weight_FN = _normal(
+      options.init_std, rngs, options.width, options.num_experts
+    )
     self.mlp_bias_F = _zeros(options.width) if options.bias else None
     self.bias_N = _zeros(options.num_experts) if options.bias else None
 
@@ -141,7 +147,7 @@ class CosineGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_experts, options.num_features
-    self.embedding_NX = _normal(options, rngs, *shape)
+    self.embedding_NX = _normal(options.feature_std, rngs, *shape)
     self.log_temperature = _log_temperature()
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -164,8 +170,12 @@ class XMoEGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     size = options.reduced_size
-    self.reduction_XE = _normal(options, rngs, options.num_features, size)
-    self.embedding_NE = _normal(options, rngs, options.num_experts, size)
+    self.reduction_XE = _normal(
+      options.feature_std, rngs, options.num_features, size
+    )
+    self.embedding_NE = _normal(
+      options.init_std, rngs, options.num_experts, size
+    )
     self.log_temperature = _log_temperature()
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -242,7 +252,9 @@ class RandomGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
-    self.fixed_weight_XN = _normal(options, rngs, *shape, update=FIXED)
+    self.fixed_weight_XN = _normal(
+      options.feature_std, rngs, *shape, update=FIXED
+    )
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
     del context
@@ -278,9 +290,9 @@ class HashGate(Gate):
 
 
 def _normal(
-  options: GateOptions, rngs: nnx.Rngs, *shape: int, **declared: Any
+  std: float, rngs: nnx.Rngs, *shape: int, **declared: Any
 ) -> nnx.Param:
-  init = nnx.initializers.normal(options.init_std)
+  init = nnx.initializers.normal(std)
   return param(init(rngs.params(), shape, jnp.float32), decay=True, **declared)
 
 

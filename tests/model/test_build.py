@@ -1,16 +1,24 @@
 """Which layers are scanned, what strings become, what routers start with."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from moe_jax.config.schema import KEYS
 from moe_jax.experts.dispatch import DISPATCHES, PRIORITIES
 from moe_jax.model.attention import ATTENTIONS
-from moe_jax.model.build import MIXINGS, make_router, repetition
+from moe_jax.model.build import (
+  MIXINGS,
+  make_cell,
+  make_router,
+  repetition,
+)
 from moe_jax.model.decoder import REMAT_POLICIES
 from moe_jax.registry import EXCHANGES, GROUPED_MATMULS
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.gates import GATES
+from moe_jax.routing.router import Context, start
 from tests.helpers import tiny
 
 
@@ -55,19 +63,46 @@ def test_config_knows_every_part_there_is() -> None:
 @pytest.mark.parametrize(
   ('keys', 'gate', 'projector'),
   [
-    ({}, 0.1, 0.1),
+    # sqrt(256 / 64) as many entries, of four times the size
+    ({}, 0.1 * 2 * 4, 0.1),
+    ({'router.recurrent': 'none'}, 0.1, None),
     ({'router.gate_std': 0.5}, 0.5, 0.1),
-    ({'router.projector_std': 0.02}, 0.1, 0.02),
+    ({'router.projector_std': 0.02}, 0.8, 0.02),
   ],
 )
 def test_what_routers_start_with(
-  keys: dict[str, float], gate: float, projector: float
+  keys: dict[str, float | str], gate: float, projector: float | None
 ) -> None:
   sizes = {'model.hidden_size': 256, 'router.state_size': 64}
-  made = tiny.config(**sizes, **{'model.init_std': 0.1} | keys)
-  made.router.recurrent = 'gru'
+  usual = {'model.init_std': 0.1, 'router.recurrent': 'gru'}
+  made = tiny.config(**sizes, **usual | keys)
   router = make_router(made, 257, 0, 8, nnx.Rngs(params=0))
   # 512 and 16,384 draws: 3 deviations are 10 % and 2 %.
   assert router.score.weight_XN[...].std() == pytest.approx(gate, rel=0.1)
-  drawn = router.features.project.projector_DR[...].std()
-  assert drawn == pytest.approx(projector, rel=0.02)
+  if projector is not None:
+    drawn = router.features.project.projector_DR[...].std()
+    assert drawn == pytest.approx(projector, rel=0.02)
+
+
+def test_first_logits_are_as_far_apart_with_a_memory_as_without() -> None:
+  """Whatever the sizes: a recurrent router is not blind at the start."""
+  x_TD = jax.random.normal(jax.random.key(1), (256, 96))
+  spreads = {}
+  for recurrent in ('none', 'gru'):
+    made = tiny.config(
+      **{
+        'model.hidden_size': 96,
+        'model.init_std': 0.06,
+        'moe.num_experts': 32,
+        'router.state_size': 40,
+        'router.recurrent': recurrent,
+      }
+    )
+    cell = make_cell(made, nnx.Rngs(params=2))
+    router = make_router(made, 257, 0, 32, nnx.Rngs(params=0))
+    ids = jnp.zeros((1, 256), jnp.int32)
+    context = Context(cell, ids, ids == 0)
+    logits_TN, _ = router(x_TD, start(cell, 256), context)
+    spreads[recurrent] = float(logits_TN.std(-1).mean())
+  assert spreads['none'] == pytest.approx(0.06 * 96**0.5, rel=0.1)
+  assert 0.5 < spreads['gru'] / spreads['none'] < 1.5

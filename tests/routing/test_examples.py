@@ -22,7 +22,7 @@ from tests.helpers import dense_experts, examples, gradients
 from tests.helpers.routing_oracles import f64, softmax
 
 X, N, V, T = 5, 6, 130, 40
-OPTIONS = GateOptions(X, N, V, 7, 3, False, 0, 0.5)
+OPTIONS = GateOptions(X, N, V, 7, 3, False, 0, 0.5, 0.5)
 IDS_T = np.random.default_rng(3).integers(0, V, T)
 KEY = jax.random.key(7)
 

@@ -31,6 +31,7 @@ def make(name: str, bias: bool) -> tuple[nnx.GraphDef, Any]:
     bias=bias,
     salt=0,
     init_std=0.5,
+    feature_std=0.5,
   )
   gate = GATES[name](options, rngs=nnx.Rngs(params=0))
   params = nnx.to_pure_dict(nnx.state(gate, nnx.Param))
@@ -106,7 +107,7 @@ def test_a_zero_token_has_finite_logits_and_gradients(name: str) -> None:
 
 def test_the_temperature_starts_at_xmoes() -> None:
   for name in ('cosine', 'xmoe'):
-    options = GateOptions(5, 6, 13, 7, 3, False, 0, 0.5)
+    options = GateOptions(5, 6, 13, 7, 3, False, 0, 0.5, 0.5)
     gate = GATES[name](options, rngs=nnx.Rngs(params=0))
     assert float(np.exp(gate.log_temperature[...])) == pytest.approx(0.3)
 
