@@ -29,6 +29,9 @@ PROGRAMS = {
     'interop.cli',
     'import, export, verify: released checkpoints; upcycle: dense ones',
   ),
+  'compare': Program(
+    'programs.compare', 'trains variants x seeds and compares them'
+  ),
   'plots': Program('analysis.plots', 'draws the curves of runs'),
 }
 

@@ -25,6 +25,12 @@ from moe_jax.errors import UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
 
+_CONFIG_HELP = (
+  'NAME or NAME:preset,variants, such as quickstart or rmoe:enwik8_small,np:'
+  ' a file of yours, or one of `moe_jax presets`; may be left out where'
+  ' --workdir holds a run; --config.KEY=VALUE then changes a key'
+)
+
 
 def main(
   run: Callable[..., None],
@@ -132,20 +138,39 @@ def parse(
     UserError: Any mistake on the command line or in the config file.
     SystemExit: --help was given, and answered.
   """
+  values, overrides = read(argv, define_flags, workdir, about)
+  directory = values['workdir']
+  config = _config(values.pop('config'), directory)
+  if not workdir:
+    del values['workdir']
+  config.update_from_flattened_dict(overrides)
+  return loading.expand_paths(config), values
+
+
+def read(
+  argv: Sequence[str],
+  define_flags: DefineFlags | None = None,
+  workdir: bool = True,
+  about: str = '',
+) -> tuple[dict[str, Any], dict[str, Value]]:
+  """Returns the flags by name, and the keys that --config.KEY=VALUE names.
+
+  The arguments are those of `parse`; the flags `config` and `workdir` are as
+  they were given, ~ expanded in the latter, '' where there is none.
+
+  Raises:
+    UserError: A flag is unknown or missing, or a key or its value is wrong.
+    SystemExit: --help was given, and answered.
+  """
   known = _flags(define_flags, workdir)
   _answer_help(argv, known, about)
   rest = _parse(known, argv)
   overrides = _overrides(rest[1:], [f'--{name}' for name in known])
   values = known.flag_values_dict()
-  directory = os.path.expanduser(values.pop('workdir') or '')
-  if workdir:
-    if not directory:
-      raise UserError(f'--workdir is missing: {known["workdir"].help}')
-    values['workdir'] = directory
-  config = _config(values.pop('config'), directory, known)
-  for key, value in overrides:
-    config.update_from_flattened_dict({key: value})
-  return loading.expand_paths(config), values
+  values['workdir'] = os.path.expanduser(values['workdir'] or '')
+  if workdir and not values['workdir']:
+    raise UserError(f'--workdir is missing: {known["workdir"].help}')
+  return values, dict(overrides)
 
 
 def _flags(define_flags: DefineFlags | None, workdir: bool) -> flags.FlagValues:
@@ -155,9 +180,7 @@ def _flags(define_flags: DefineFlags | None, workdir: bool) -> flags.FlagValues:
   flags.DEFINE_string(
     'config',
     None,
-    'NAME or NAME:preset,variants, such as quickstart or rmoe:enwik8_small,np:'
-    ' a file of yours, or one of `moe_jax presets`; may be left out where'
-    ' --workdir holds a run; --config.KEY=VALUE then changes a key',
+    _CONFIG_HELP,
     flag_values=values,
   )
   about = 'the directory of the run'
@@ -188,9 +211,7 @@ def _answer_help(
     sys.exit(0)
 
 
-def _config(
-  argument: str | None, workdir: str, known: flags.FlagValues
-) -> ConfigDict:
+def _config(argument: str | None, workdir: str) -> ConfigDict:
   """Returns the config that --config names, or else that of the run."""
   if argument:
     return loading.load(argument)
@@ -198,7 +219,7 @@ def _config(
     return loading.of_run(workdir)
   holds = f', and {workdir} holds no run whose config it could be'
   raise UserError(
-    f'--config is missing{holds if workdir else ""}: {known["config"].help}'
+    f'--config is missing{holds if workdir else ""}: {_CONFIG_HELP}'
   )
 
 

@@ -49,7 +49,7 @@ def configure_malloc() -> bool:
   Programs call it, before they import jax: the settings hold for the whole
   process. Environment `MOE_JAX_TUNE_MALLOC=0` switches it off.
   """
-  if os.environ.get(SWITCH) == '0' or not _runs_on_cpu():
+  if os.environ.get(SWITCH) == '0' or not runs_on_cpu():
     return False
   try:
     mallopt = ctypes.CDLL(None).mallopt
@@ -79,7 +79,7 @@ def silence_libtpu() -> None:
     os.environ.setdefault(name, value)
 
 
-def _runs_on_cpu() -> bool:
+def runs_on_cpu() -> bool:
   """Returns whether jax, which is not imported yet, will choose the CPU."""
   platforms = os.environ.get('JAX_PLATFORMS')
   if platforms:

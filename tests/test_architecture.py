@@ -106,6 +106,9 @@ ROOMS = {
     ' planning.collectives planning.replica_groups',
     'jax flax ml_collections',
   ),
+  'analysis.compare': Room(
+    f'{_CONFIG} model planning training', 'ml_collections scipy'
+  ),
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
@@ -114,6 +117,13 @@ ROOMS = {
   ),
   'plan': Room('cli planning', 'absl ml_collections'),
   '__main__': Room('cli errors'),
+  'programs.child': Room('__main__'),
+  'programs.pool': Room('errors runtime'),
+  'programs.comparison': Room(
+    f'{_CONFIG} analysis analysis.compare evaluation programs.pool training',
+    'jax',
+  ),
+  'programs.compare': Room('cli programs.comparison runtime', 'absl'),
 }
 
 

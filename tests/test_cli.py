@@ -393,7 +393,7 @@ def test_the_allocator_is_set_on_cpus_only(
 ) -> None:
   monkeypatch.setenv('JAX_PLATFORMS', platforms)
   monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: devices)
-  assert runtime._runs_on_cpu() == tuned
+  assert runtime.runs_on_cpu() == tuned
 
 
 def test_the_allocator_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:

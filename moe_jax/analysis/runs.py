@@ -88,3 +88,24 @@ def _rows(path: str) -> list[dict[str, Any]]:
         f'{path}:{number} is not a JSON object with a step and a split'
       ) from error
   return rows
+
+
+def training_seconds(workdir: str, tokens_per_step: int) -> float | None:
+  """Returns how long the steps of a run took, from their logged speeds.
+
+  Interruptions, evaluations and, but for a logged first step, compilation are
+  not in it. It is None where no step was logged.
+
+  Args:
+    workdir: The directory of the run.
+    tokens_per_step: The tokens of a step.
+
+  Raises:
+    UserError: DIR/metrics.jsonl cannot be read.
+  """
+  seconds, before = 0.0, 0
+  for row in _rows(os.path.join(workdir, 'metrics.jsonl')):
+    if row['split'] == 'train':
+      tokens = (row['step'] - before) * tokens_per_step
+      seconds, before = seconds + tokens / row['tokens_per_second'], row['step']
+  return seconds or None

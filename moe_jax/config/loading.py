@@ -31,6 +31,8 @@ __all__ = [
   'of_run',
   'preset_files',
   'unknown_key',
+  'variants',
+  'with_names',
 ]
 
 
@@ -83,6 +85,39 @@ def of_run(workdir: str, path: str = '') -> ConfigDict:
 def holds_run(workdir: str) -> bool:
   """Returns whether `workdir` has the config of a run."""
   return os.path.isfile(os.path.join(workdir, saved.CONFIG_FILE))
+
+
+def variants(argument: str) -> dict[str, str]:
+  """Returns the first lines of what a config file's VARIANTS say, by name.
+
+  Args:
+    argument: As in `load`; a file without VARIANTS has none.
+
+  Raises:
+    UserError: There is no such file, or it fails.
+  """
+  path, _ = _find(os.path.expanduser(argument))
+  if path.endswith('.json'):
+    return {}
+  try:
+    known = getattr(import_file(path), 'VARIANTS', {})
+  except UserError:
+    raise
+  except Exception as error:  # it is the user's program
+    raise UserError(_blame(path, error)) from error
+  return {
+    str(name): (change.__doc__ or '').strip().split('\n')[0]
+    for name, change in known.items()
+  }
+
+
+def with_names(argument: str, names: Sequence[str]) -> str:
+  """Returns `argument` with these variants behind what it names itself."""
+  if not names:
+    return argument
+  _, given = _find(os.path.expanduser(argument))
+  sign = ':' if not given else ',' if given[0] else ''
+  return f'{argument}{sign}{",".join(names)}'
 
 
 def preset_files() -> dict[str, str]:

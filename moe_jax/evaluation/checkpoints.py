@@ -60,14 +60,25 @@ def evaluate(
   return rows
 
 
+def result_path(workdir: str, split: str, step: int, variant: str = '') -> str:
+  """Returns the file that the result of a checkpoint is written to.
+
+  Args:
+    workdir: The directory of the run.
+    split: The split of the result.
+    step: The step of the checkpoint.
+    variant: That of the result, '' for the usual evaluation.
+  """
+  name = re.sub(r'[^\w.+-]', '_', split)
+  return os.path.join(workdir, 'evaluation', f'{name}-{step}{variant}.json')
+
+
 def _write(result: Result, workdir: str, step: int) -> str:
   """Writes a result as JSON and returns its path."""
-  name = re.sub(r'[^\w.+-]', '_', result.split)
-  folder = os.path.join(workdir, 'evaluation')
-  path = os.path.join(folder, f'{name}-{step}{result.variant}.json')
+  path = result_path(workdir, result.split, step, result.variant)
   row = {'split': result.split, 'step': step} | result.metrics
   try:
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     run_dir.replace(path, json_line(row))
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror}') from error

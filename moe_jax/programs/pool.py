@@ -1,0 +1,217 @@
+"""Runs programs side by side, each on its share of the machine.
+
+A job is programs one after another; its output goes to a file. A signal stops
+all of them as a user would: training saves a checkpoint first.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from moe_jax import runtime
+from moe_jax.errors import UserError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Programs to run one after another, until one fails.
+
+  Attributes:
+    name: What the job is, for people.
+    commands: Arguments of `moe_jax`, the program first.
+    log: The file that their output is appended to, in a folder that exists.
+  """
+
+  name: str
+  commands: Sequence[Sequence[str]]
+  log: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of the machine that one job has.
+
+  Attributes:
+    cpus: The cores; none stands for all.
+    env: What tells jax which devices are its.
+  """
+
+  cpus: tuple[int, ...] = ()
+  env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Running:
+  """A job, its share, the number of the program that runs, and its process."""
+
+  job: Job
+  share: Share
+  place: int
+  process: subprocess.Popen[bytes]
+
+
+def shares(jobs: int | None) -> list[Share]:
+  """Returns the shares of so many jobs side by side.
+
+  On CPUs the cores are dealt out; on GPUs a job has one, and where there are
+  more jobs than GPUs a part of its memory. TPUs are for one job.
+
+  Args:
+    jobs: The number of jobs; None is one for each core or GPU.
+
+  Raises:
+    UserError: There cannot be so many.
+  """
+  if jobs is not None and jobs < 1:
+    raise UserError(f'--jobs = {jobs} must be at least 1')
+  if runtime.runs_on_cpu():
+    cpus = sorted(os.sched_getaffinity(0))
+    jobs = jobs or len(cpus)
+    if jobs > len(cpus):
+      return [Share((cpus[n % len(cpus)],)) for n in range(jobs)]
+    return [Share(tuple(cpus[n::jobs])) for n in range(jobs)]
+  gpus = _gpus()
+  if not gpus:
+    if jobs not in (None, 1):
+      raise UserError(
+        f'--jobs = {jobs}: these devices are for one process, so --jobs is 1'
+      )
+    return [Share()]
+  jobs = jobs or len(gpus)
+  each = -(-jobs // len(gpus))
+  memory = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / each:.3f}'}
+  return [
+    Share(
+      env={'CUDA_VISIBLE_DEVICES': gpus[n % len(gpus)]}
+      | (memory if each > 1 else {})
+    )
+    for n in range(jobs)
+  ]
+
+
+def _gpus() -> list[str]:
+  """Returns the names of the NVIDIA GPUs that this process may use."""
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  if visible is not None:
+    return [name for name in visible.split(',') if name]
+  count = len(glob.glob('/dev/nvidia[0-9]*'))
+  return [str(number) for number in range(count)]
+
+
+class Pool:
+  """Runs jobs, as many at a time as there are shares.
+
+  It catches SIGINT, SIGTERM and SIGHUP while it is entered: the first ends the
+  programs with SIGTERM, a second kills them. However this process ends, the
+  programs do not outlive it.
+
+  Attributes:
+    signal: The number of the signal that stopped the jobs, None before.
+  """
+
+  def __init__(self, shares: Sequence[Share], env: Mapping[str, str]) -> None:
+    """Makes a pool.
+
+    Args:
+      shares: The shares of the machine, one for each job at a time.
+      env: The environment of all programs.
+    """
+    self.signal: int | None = None
+    self._free = list(shares)
+    self._env = env
+    self._running: list[_Running] = []
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> 'Pool':
+    for number in _SIGNALS:
+      if signal.getsignal(number) != signal.SIG_IGN:
+        self._previous[number] = signal.signal(number, self._catch)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for running in self._running:
+      running.process.kill()
+      running.process.wait()
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
+    """Runs jobs in order, and yields each twice: as it starts and as it ends.
+
+    After a signal no job starts any more, and those that it ended are not
+    yielded again.
+
+    Yields:
+      A job and None when it starts; a job and its error when it ends: the last
+      line that it wrote, or '' if it did well.
+    """
+    waiting = list(jobs)
+    while self._running or (waiting and self.signal is None):
+      while waiting and self._free and self.signal is None:
+        job, share = waiting.pop(0), self._free.pop(0)
+        yield job, None
+        self._running.append(
+          _Running(job, share, 0, self._start(job, share, 0))
+        )
+      for running in list(self._running):
+        status = running.process.poll()
+        if status is None:
+          continue
+        self._running.remove(running)
+        place = running.place + 1
+        if not status and place < len(running.job.commands):
+          if self.signal is None:
+            process = self._start(running.job, running.share, place)
+            self._running.append(
+              _Running(running.job, running.share, place, process)
+            )
+            continue
+        elif self.signal is None or not status:
+          yield running.job, _last_line(running.job, status) if status else ''
+        self._free.append(running.share)
+      time.sleep(_POLL_SECONDS)
+
+  def _start(
+    self, job: Job, share: Share, place: int
+  ) -> subprocess.Popen[bytes]:
+    """Starts a program of a job, out of reach of the terminal's signals."""
+    child = [sys.executable, '-m', 'moe_jax.programs.child', str(os.getpid())]
+    cpus = ','.join(map(str, share.cpus))
+    with open(job.log, 'ab') as log:
+      return subprocess.Popen(
+        [*child, cpus, *job.commands[place]],
+        env=os.environ | self._env | share.env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+      )
+
+  def _catch(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    again = self.signal is not None
+    self.signal = self.signal or number
+    for running in self._running:
+      with contextlib.suppress(ProcessLookupError):
+        running.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+
+def _last_line(job: Job, status: int) -> str:
+  """Returns why a program ended: what it wrote last, or what ended it."""
+  if status < 0:
+    return f'ended by {signal.Signals(-status).name}; see {job.log}'
+  with open(job.log, encoding='utf-8', errors='replace') as file:
+    lines = [line.strip() for line in file if line.strip()]
+  told = [line for line in lines[-3:] if line.startswith('error: ')]
+  return (told or lines or [f'exit status {status}'])[-1]
