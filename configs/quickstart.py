@@ -3,11 +3,22 @@
   moe_jax train --config=quickstart --workdir=runs/quickstart
 
 It trains on the source code of Python's standard library, which needs no
-download. Variants leave parts of the method out, at equal expert parameters:
+download. Variants are changes to it, and can be compared side by side:
 
-  quickstart:linear      conventional MoE layers, linear router
-  quickstart:rmoe        conventional MoE layers, recurrent router
-  quickstart:cartesian   Cartesian product layers, linear router
+  moe_jax compare --config=quickstart --variants=linear,rmoe,cartesian,both \
+    --seeds=3 --workdir=runs/compare
+
+  layers      linear, rmoe, cartesian, both; fine_grained, three_factors, dense
+  gates       mlp, random, cosine, xmoe, hyper, hash, without recurrence;
+              xmoe_gru with it
+  recurrence  np, detach, r0.5, s_proj, rnn, lstm
+  choice      top_p, sigmoid, expert_bias
+  experts     shared
+
+A variant changes what its line says and nothing else, so they can be combined:
+xmoe is that gate in Cartesian layers, as those of the base are, linear,xmoe in
+conventional ones. All experts together have equally many parameters, and so
+have those that a token chooses, but for dense, three_factors and top_p.
 """
 
 from ml_collections import ConfigDict
@@ -61,4 +72,90 @@ def cartesian(config: ConfigDict) -> None:
   config.router.recurrent = 'none'
 
 
-VARIANTS = {'linear': linear, 'rmoe': rmoe, 'cartesian': cartesian}
+def fine_grained(config: ConfigDict) -> None:
+  """Conventional layers: twice as many experts, half as wide, twice top_k."""
+  config.moe.factors = 1
+  config.moe.num_experts *= 2
+  config.moe.top_k *= 2
+  config.moe.expert_width //= 2
+
+
+def three_factors(config: ConfigDict) -> None:
+  """A x B x C; three have to divide the width, so it may change a little."""
+  config.moe.factors = 3
+  config.moe.expert_width = 24 * round(config.moe.expert_width / 24)
+
+
+def dense(config: ConfigDict) -> None:
+  """Dense layers as wide as the experts that a token chooses together."""
+  config.model.ffn_width = config.moe.top_k * config.moe.expert_width
+  config.moe.num_experts = 0
+  config.router.recurrent = 'none'
+
+
+def shared(config: ConfigDict) -> None:
+  """One of the experts is shared by all tokens, mixed by a coefficient."""
+  config.moe.num_experts -= 1
+  config.moe.top_k -= 1
+  config.moe.shared.width = config.moe.expert_width
+  config.moe.shared.mixing = 'coefficient'
+
+
+def _gate(score: str, about: str) -> presets.Change:
+  """Returns the change to a gate without recurrence."""
+  return presets.sets(
+    {'router.score': score, 'router.recurrent': 'none'}, about
+  )
+
+
+VARIANTS = {
+  'linear': linear,
+  'rmoe': rmoe,
+  'cartesian': cartesian,
+  'both': presets.sets({}, 'Cartesian product layers, recurrent router: all.'),
+  'fine_grained': fine_grained,
+  'three_factors': three_factors,
+  'dense': dense,
+  'mlp': _gate('mlp', 'A gate of two layers, as SMoE-MLP has.'),
+  'random': _gate('random', 'A fixed random linear gate.'),
+  'cosine': _gate('cosine', 'A gate by the cosine of token and expert.'),
+  'xmoe': _gate('xmoe', 'A cosine gate in few dimensions, as XMoE has.'),
+  'hyper': _gate('hyper', "A gate that a fixed network makes: HyperMoE's."),
+  'hash': _gate('hash', "A fixed random table of the token's id: Hash Layer."),
+  'xmoe_gru': presets.sets(
+    {'router.score': 'xmoe', 'router.recurrent': 'gru'},
+    "XMoE's gate on the recurrent state.",
+  ),
+  'np': presets.sets(
+    {'router.passing': 'none'}, 'The recurrent state is not passed on.'
+  ),
+  'detach': presets.sets(
+    {'router.passing': 'detached'},
+    'The recurrent state is passed on without its gradient.',
+  ),
+  'r0.5': presets.sets(
+    {'router.residual': 0.5},
+    "Half of the sub-layer before's logits is added.",
+  ),
+  's_proj': presets.sets(
+    {'router.projector': 'shared'}, 'One projector for all layers.'
+  ),
+  'rnn': presets.sets(
+    {'router.recurrent': 'rnn'}, 'A plain recurrent cell instead of a GRU.'
+  ),
+  'lstm': presets.sets(
+    {'router.recurrent': 'lstm'}, 'An LSTM instead of a GRU.'
+  ),
+  'top_p': presets.sets(
+    {'router.selection': 'top_p', 'moe.renormalize': False},
+    'The best experts until their probabilities exceed router.top_p.',
+  ),
+  'sigmoid': presets.sets(
+    {'router.weights': 'sigmoid'}, 'Weights are sigmoids, renormalised.'
+  ),
+  'expert_bias': presets.sets(
+    {'loss.bias_rate': 0.001, 'loss.balance_weight': 0.0},
+    'A bias on the choice balances the experts instead of a loss.',
+  ),
+  'shared': shared,
+}

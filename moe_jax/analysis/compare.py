@@ -175,7 +175,8 @@ def match(found: Sequence[Row], baseline: Row, what: str) -> list[Row]:
 
   A row that is not so near has its experts' width changed, a dense model that
   of its feed-forwards: to what comes nearest among the widths that the mesh and
-  the factors divide.
+  the factors divide. Where a token chooses as many experts as it likes, what it
+  costs cannot be matched, and the row stays as it is.
 
   Args:
     found: The rows.
@@ -192,7 +193,8 @@ def match(found: Sequence[Row], baseline: Row, what: str) -> list[Row]:
 def _matched(row: Row, field: str, target: int) -> Row:
   """Returns a row whose `field` of `Sizes` is near `target`."""
   size = getattr(row.sizes, field)
-  if abs(size - target) <= _CLOSE * target:
+  learned = field != MATCHES['parameters'] and _learns_how_many(row.config)
+  if abs(size - target) <= _CLOSE * target or learned:
     return row
   moe = row.config.moe
   key = 'moe.expert_width' if moe.num_experts else 'model.ffn_width'
@@ -205,6 +207,12 @@ def _matched(row: Row, field: str, target: int) -> Row:
   per_unit = (getattr(wider, field) - size) / divisor
   wanted = width + (target - size) / per_unit
   aligned = math.lcm(divisor, _ALIGNED)
+  if wanted < divisor / 2:
+    raise UserError(
+      f'--match: without any experts, variant {row.variant} is larger than the'
+      f' baseline ({field} {target:,}) already; leave it out, or choose another'
+      ' --match'
+    )
   for step in (aligned, divisor) if width % aligned == 0 else (divisor,):
     values = {key: max(step * round(wanted / step), step)}
     config = changed(row.config, values)
@@ -212,6 +220,11 @@ def _matched(row: Row, field: str, target: int) -> Row:
     if abs(getattr(counted, field) - target) <= _CLOSE * target:
       break
   return dataclasses.replace(row, config=config, sizes=counted, matched=values)
+
+
+def _learns_how_many(config: ConfigDict) -> bool:
+  """Returns whether how many experts a token has is known only in training."""
+  return config.moe.num_experts and config.router.selection == 'top_p'
 
 
 def sweep(texts: Sequence[str]) -> dict[str, list[Value]]:
@@ -379,8 +392,15 @@ def _notes(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
   """Returns what else there is to say of a row, a line each."""
   variant, notes = row['variant'], []
   if row['matched']:
+    field = MATCHES[result['match']]
+    [target] = [
+      other[field]
+      for other in result['rows']
+      if other['variant'] == result['baseline']
+    ]
     notes.append(
-      f'{variant}: {_assignments(row["matched"])} to match {result["match"]}'
+      f'{variant}: {_assignments(row["matched"])} to match {result["match"]},'
+      f' which leaves {(row[field] - target) / target:+.2%}'
     )
   swept = row['swept']
   if swept and swept['value'] is not None:

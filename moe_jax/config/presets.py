@@ -46,14 +46,21 @@ def build(
   return start
 
 
-def sets(values: Mapping[str, int | float | bool | str]) -> Change:
-  """Returns the change that gives dotted keys these values."""
+def sets(
+  values: Mapping[str, int | float | bool | str], about: str = ''
+) -> Change:
+  """Returns the change that gives dotted keys these values.
+
+  Args:
+    values: The values by their keys.
+    about: What the change is, in a line; the assignments if left out.
+  """
 
   def change(config: ConfigDict) -> None:
     config.update_from_flattened_dict(values)
 
   # What `moe_jax presets` says of it.
-  change.__doc__ = ', '.join(
+  change.__doc__ = about or ', '.join(
     f'{key} = {value}' for key, value in values.items()
   )
   return change

@@ -333,11 +333,11 @@ def run(
     made.write()
     stopped = _carry_out(made, shares)
     result = made.write()
-    print(f'\n{compare.table(result)}')
-    print(f'written to {os.path.join(workdir, FILE)}')
   if stopped is not None:
-    print('stopped: the same command goes on', flush=True)
+    print('stopped; the same command goes on', flush=True)
     raise SystemExit(128 + stopped)
+  print(f'\n{compare.table(result)}')
+  print(f'written to {os.path.join(workdir, FILE)}')
   if made.failed:
     raise SystemExit(1)
 

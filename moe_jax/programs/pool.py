@@ -191,7 +191,7 @@ class Pool:
     with open(job.log, 'ab') as log:
       return subprocess.Popen(
         [*child, cpus, *job.commands[place]],
-        env=os.environ | self._env | share.env,
+        env={**os.environ, **self._env, **share.env},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
