@@ -106,8 +106,10 @@ ROOMS = {
     ' planning.collectives planning.replica_groups',
     'jax flax ml_collections',
   ),
-  'analysis.compare': Room(
-    f'{_CONFIG} model planning training', 'ml_collections scipy'
+  'analysis.compare': Room(f'{_CONFIG} model planning', 'ml_collections'),
+  'analysis.compare_table': Room('analysis.compare training'),
+  'analysis.comparison': Room(
+    f'{_CONFIG} analysis analysis.compare evaluation training', 'scipy'
   ),
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
@@ -119,11 +121,12 @@ ROOMS = {
   '__main__': Room('cli errors'),
   'programs.child': Room('__main__'),
   'programs.pool': Room('errors runtime'),
-  'programs.comparison': Room(
-    f'{_CONFIG} analysis analysis.compare evaluation programs.pool training',
+  'programs.comparing': Room(
+    f'{_CONFIG} analysis analysis.compare analysis.compare_table'
+    ' analysis.comparison programs.pool training',
     'jax',
   ),
-  'programs.compare': Room('cli programs.comparison runtime', 'absl'),
+  'programs.compare': Room('cli programs.comparing runtime', 'absl'),
 }
 
 

@@ -8,12 +8,11 @@ import copy
 import dataclasses
 import itertools
 import math
-import statistics
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
-from scipy import stats
 
 from moe_jax import config as config_lib
 from moe_jax.config import loading
@@ -22,7 +21,6 @@ from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.planning import abstract_setup
-from moe_jax.training import terminal
 
 # The config as it is, where its file has no variant of that name.
 BASE = 'base'
@@ -54,7 +52,8 @@ class Row:
   """A variant that is compared.
 
   Attributes:
-    variant: Its name: variants of the config file with + between.
+    variant: Its name: variants of the config file, or assignments KEY=VALUE,
+      with + between.
     argument: The --config of its runs.
     about: What the config file says of the variants, in a line.
     config: Its config, all but the seed and what is swept.
@@ -118,8 +117,9 @@ def rows(
   about = loading.variants(argument)
   found: list[Row] = []
   for variant in variants:
-    is_base = variant == BASE and BASE not in about
-    parts = [] if is_base else variant.split('+')
+    # A plus before a digit is part of an assignment: router.residual=1e+0.
+    parts = re.split(r'\+(?=[^\d])', variant)
+    parts = [part for part in parts if part != BASE or BASE in about]
     of_row = loading.with_names(argument, parts)
     config = _config(of_row, overrides)
     for other in found:
@@ -133,12 +133,14 @@ def rows(
       counted = count(config)
     except UserError as error:
       raise UserError(f'variant {variant}: {error}') from error
-    lines = [about.get(part, '') for part in parts] or ['the config as it is']
+    lines = [about.get(part, part) for part in parts] or [
+      'The config as it is.'
+    ]
     found.append(
       Row(
         variant,
         of_row,
-        '; '.join(line for line in lines if line),
+        ' '.join(line for line in lines if line),
         config,
         changes(base, config),
         counted,
@@ -270,154 +272,6 @@ def at_edge(swept: Mapping[str, Sequence[Value]], point: Point) -> list[str]:
 def as_text(point: Point) -> str:
   """Returns `0.001` of one value, `0.001,2` of several."""
   return ','.join(str(value) for value in point)
-
-
-def summarise(
-  values: Mapping[int, float], baseline: Mapping[int, float] | None
-) -> dict[str, Any]:
-  """Returns the statistics of a row, as compare.json has them.
-
-  Args:
-    values: The result of every finished seed.
-    baseline: Those of the baseline; None of the baseline itself.
-
-  Returns:
-    `mean`; the sample `deviation`; over the seeds that both have the mean of
-    the paired differences, `difference`, its 95 % `interval` of Student's t
-    and the two-sided `p_value`. What too few seeds leave undefined is None;
-    so is the p-value of differences that are all alike.
-  """
-  found: dict[str, Any] = {
-    'mean': statistics.fmean(values.values()) if values else None,
-    'deviation': (
-      statistics.stdev(values.values()) if len(values) > 1 else None
-    ),
-    'difference': None,
-    'interval': None,
-    'p_value': None,
-  }
-  others = baseline or {}
-  paired = [values[seed] - others[seed] for seed in values if seed in others]
-  if not paired:
-    return found
-  found['difference'] = mean = statistics.fmean(paired)
-  if len(paired) < 2:
-    return found
-  error = statistics.stdev(paired) / math.sqrt(len(paired))
-  half = float(stats.t.ppf(0.975, len(paired) - 1)) * error
-  found['interval'] = [mean - half, mean + half]
-  if error:
-    tail = stats.t.sf(abs(mean) / error, len(paired) - 1)
-    found['p_value'] = 2 * float(tail)
-  return found
-
-
-def table(result: Mapping[str, Any]) -> str:
-  """Returns what compare.json says as a table, with notes below it."""
-  head = [
-    'variant',
-    'parameters',
-    'active',
-    'FLOPs/token',
-    'bits per byte',
-    f'difference to {result["baseline"]}',
-    'p',
-    'seeds',
-    'time',
-  ]
-  [baseline] = [
-    row for row in result['rows'] if row['variant'] == result['baseline']
-  ]
-  lines = [head, *(_line(row, baseline) for row in result['rows'])]
-  notes = [note for row in result['rows'] for note in _notes(row, result)]
-  split = f'bits per byte of {result["split"]}: mean ± sample deviation over'
-  about = (
-    f'{split} seeds; difference: mean over the same seeds [95 % interval],'
-    ' paired t test; time: training of a run, without compilation'
-  )
-  return '\n'.join([terminal.summary_table(lines), '', about, *notes])
-
-
-def sizes_table(found: Sequence[Row], baseline: Row) -> str:
-  """Returns what would be trained, with sizes, as a table."""
-  head = ['variant', 'parameters', 'active', 'FLOPs/token', 'changes']
-  lines = [
-    [
-      row.variant,
-      *(
-        _size(size, of_baseline)
-        for size, of_baseline in zip(row.sizes, baseline.sizes, strict=True)
-      ),
-      _assignments({**row.changes, **(row.matched or {})}) or '-',
-    ]
-    for row in found
-  ]
-  return terminal.summary_table([head, *lines])
-
-
-def _line(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-  """Returns the cells of a row of the table."""
-  mean, deviation = row['mean'], row['deviation']
-  score = '' if mean is None else f'{mean:.4f}'
-  score += '' if deviation is None else f' ± {deviation:.4f}'
-  difference = row['difference']
-  against = '' if difference is None else f'{difference:+.4f}'
-  if row['interval'] is not None:
-    low, high = row['interval']
-    against += f' [{low:+.4f}, {high:+.4f}]'
-  p_value = row['p_value']
-  seconds = [run['seconds'] for run in row['runs'] if run['seconds']]
-  time = terminal.duration(statistics.fmean(seconds)) if seconds else ''
-  marks = f' ({len(row["failed"])} failed)' if row['failed'] else ''
-  return [
-    row['variant'],
-    *(_size(row[name], baseline[name]) for name in Sizes._fields),
-    score,
-    against,
-    '' if p_value is None else f'{p_value:.2g}',
-    f'{len(row["runs"])}{marks}',
-    time,
-  ]
-
-
-def _size(size: int, baseline: int) -> str:
-  """Returns `7.01M`, and `7.05M (+0.6%)` where it is not the baseline's."""
-  text = f'{size / 1e6:.3f}M'
-  if size == baseline:
-    return text
-  return f'{text} ({(size - baseline) / baseline:+.1%})'
-
-
-def _notes(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-  """Returns what else there is to say of a row, a line each."""
-  variant, notes = row['variant'], []
-  if row['matched']:
-    field = MATCHES[result['match']]
-    [target] = [
-      other[field]
-      for other in result['rows']
-      if other['variant'] == result['baseline']
-    ]
-    notes.append(
-      f'{variant}: {_assignments(row["matched"])} to match {result["match"]},'
-      f' which leaves {(row[field] - target) / target:+.2%}'
-    )
-  swept = row['swept']
-  if swept and swept['value'] is not None:
-    notes.append(
-      f'{variant}: best {result["sweep"]["key"]} of'
-      f' {", ".join(swept["results"])} is {swept["value"]}'
-      + (f', at the edge of {", ".join(swept["edge"])}' * bool(swept['edge']))
-    )
-  notes += [
-    f'{variant}, seed {failed["seed"]}, failed: {failed["error"]}'
-    for failed in row['failed']
-  ]
-  return notes
-
-
-def _assignments(values: Overrides) -> str:
-  return ', '.join(f'{key} = {value}' for key, value in values.items())
 
 
 def _config(argument: str, overrides: Overrides) -> ConfigDict:

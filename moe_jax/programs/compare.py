@@ -29,10 +29,11 @@ def define_flags(values: flags.FlagValues) -> None:
     'baseline': 'the variant that others are compared with; the first if left'
     ' out',
     'match': 'what is made equal to the baseline by the width of the experts:'
-    ' parameters, active (those of a token), flops (of a token) or none',
+    ' parameters, active (those of a token), flops (of a token) or none, which'
+    ' is meant if left out',
     'split': 'the split that is compared; eval.split if left out',
   }
-  defaults = {'seeds': '3', 'match': 'none'}
+  defaults = {'seeds': '3'}
   for name, about in texts.items():
     flags.DEFINE_string(name, defaults.get(name), about, flag_values=values)
   flags.DEFINE_multi_string(
@@ -70,9 +71,9 @@ def run() -> None:
     sys.argv, define_flags, workdir=True, about=__doc__ or ''
   )
   # It imports jax, which a mistake on the command line need not wait for.
-  from moe_jax.programs import comparison
+  from moe_jax.programs import comparing
 
-  comparison.run(overrides=overrides, **options)
+  comparing.run(overrides=overrides, **options)
 
 
 def main() -> None:

@@ -61,14 +61,16 @@ class _Running:
   process: subprocess.Popen[bytes]
 
 
-def shares(jobs: int | None) -> list[Share]:
+def shares(jobs: int | None, most: int) -> list[Share]:
   """Returns the shares of so many jobs side by side.
 
-  On CPUs the cores are dealt out; on GPUs a job has one, and where there are
-  more jobs than GPUs a part of its memory. TPUs are for one job.
+  On CPUs every job has equally many cores, as the last bits of a run follow
+  from their number; on GPUs a job has one, and where there are more jobs than
+  GPUs a part of its memory. TPUs are for one job.
 
   Args:
     jobs: The number of jobs; None is one for each core or GPU.
+    most: The most jobs that there are to run.
 
   Raises:
     UserError: There cannot be so many.
@@ -77,10 +79,10 @@ def shares(jobs: int | None) -> list[Share]:
     raise UserError(f'--jobs = {jobs} must be at least 1')
   if runtime.runs_on_cpu():
     cpus = sorted(os.sched_getaffinity(0))
-    jobs = jobs or len(cpus)
-    if jobs > len(cpus):
-      return [Share((cpus[n % len(cpus)],)) for n in range(jobs)]
-    return [Share(tuple(cpus[n::jobs])) for n in range(jobs)]
+    jobs = jobs or min(len(cpus), most)
+    each = max(len(cpus) // jobs, 1)
+    starts = (n * each % len(cpus) for n in range(jobs))
+    return [Share(tuple(cpus[start : start + each])) for start in starts]
   gpus = _gpus()
   if not gpus:
     if jobs not in (None, 1):
@@ -88,7 +90,7 @@ def shares(jobs: int | None) -> list[Share]:
         f'--jobs = {jobs}: these devices are for one process, so --jobs is 1'
       )
     return [Share()]
-  jobs = jobs or len(gpus)
+  jobs = jobs or min(len(gpus), most)
   each = -(-jobs // len(gpus))
   memory = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / each:.3f}'}
   return [

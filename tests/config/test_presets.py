@@ -255,6 +255,16 @@ def test_variants_apply_in_order_after_the_preset() -> None:
   assert load('quickstart').moe.factors == 2
 
 
+def test_variants_of_the_quickstart_go_together() -> None:
+  """A gate leaves the layers as they are, and the other way around."""
+  config = load('quickstart:linear,xmoe')
+  assert (config.moe.factors, config.router.score) == (1, 'xmoe')
+  config = load('quickstart:cartesian,xmoe,top_p')
+  assert (config.moe.factors, config.router.selection) == (2, 'top_p')
+  assert config.router.recurrent == 'none'
+  assert load('quickstart:both') == load('quickstart')
+
+
 @pytest.mark.parametrize(
   'name, fragments',
   [
@@ -264,7 +274,7 @@ def test_variants_apply_in_order_after_the_preset() -> None:
     ),
     ('cartesian_moe:large,dens', ["did you mean 'dense'?", 'smoe_share']),
     ('cartesian_moe:dense,large', ["preset 'large' must come first"]),
-    ('quickstart:lstm', ["variant 'lstm'", 'linear, rmoe, cartesian']),
+    ('quickstart:gru', ["variant 'gru'", 'linear, rmoe, cartesian']),
     ('rmoe:smo', ["did you mean 'smoe'?"]),
     ('rmoe:np,moe.topk=2', ["no config key 'moe.topk'", "'moe.top_k'"]),
     ('quickstart:moe.top_k=two', ['moe.top_k', "'two'", 'a whole number']),
