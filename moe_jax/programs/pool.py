@@ -4,7 +4,6 @@ A job is programs one after another; its output goes to a file. A signal stops
 all of them as a user would: training saves a checkpoint first.
 """
 
-import contextlib
 import dataclasses
 import glob
 import os
@@ -53,12 +52,14 @@ class Share:
 
 @dataclasses.dataclass
 class _Running:
-  """A job, its share, the number of the program that runs, and its process."""
+  """A job, its share, its program, what was logged before, the signal sent."""
 
   job: Job
   share: Share
   place: int
   process: subprocess.Popen[bytes]
+  written: int
+  told: signal.Signals | None = None
 
 
 def shares(jobs: int | None, most: int) -> list[Share]:
@@ -130,6 +131,7 @@ class Pool:
       env: The environment of all programs.
     """
     self.signal: int | None = None
+    self._stop_with = signal.SIGTERM
     self._free = list(shares)
     self._env = env
     self._running: list[_Running] = []
@@ -162,36 +164,37 @@ class Pool:
     while self._running or (waiting and self.signal is None):
       while waiting and self._free and self.signal is None:
         job, share = waiting.pop(0), self._free.pop(0)
+        self._running.append(self._start(job, 0, share))
         yield job, None
-        self._running.append(
-          _Running(job, share, 0, self._start(job, share, 0))
-        )
-      for running in list(self._running):
-        status = running.process.poll()
-        if status is None:
-          continue
-        self._running.remove(running)
-        place = running.place + 1
-        if not status and place < len(running.job.commands):
-          if self.signal is None:
-            process = self._start(running.job, running.share, place)
-            self._running.append(
-              _Running(running.job, running.share, place, process)
-            )
-            continue
-        elif self.signal is None or not status:
-          yield running.job, _last_line(running.job, status) if status else ''
-        self._free.append(running.share)
+      yield from self._ended()
+      self._pass_signal_on()
       time.sleep(_POLL_SECONDS)
 
-  def _start(
-    self, job: Job, share: Share, place: int
-  ) -> subprocess.Popen[bytes]:
+  def _ended(self) -> Iterator[tuple[Job, str]]:
+    """Goes on with jobs whose program has ended; yields those that are done."""
+    for running in list(self._running):
+      status = running.process.poll()
+      if status is None:
+        continue
+      self._running.remove(running)
+      job, place = running.job, running.place + 1
+      done = not status and place == len(job.commands)
+      if not status and not done and self.signal is None:
+        self._running.append(self._start(job, place, running.share))
+        continue
+      self._free.append(running.share)
+      if done:
+        yield job, ''
+      elif self.signal is None:
+        yield job, _error(job, running.written, status)
+
+  def _start(self, job: Job, place: int, share: Share) -> _Running:
     """Starts a program of a job, out of reach of the terminal's signals."""
     child = [sys.executable, '-m', 'moe_jax.programs.child', str(os.getpid())]
     cpus = ','.join(map(str, share.cpus))
     with open(job.log, 'ab') as log:
-      return subprocess.Popen(
+      written = log.tell()
+      process = subprocess.Popen(
         [*child, cpus, *job.commands[place]],
         env={**os.environ, **self._env, **share.env},
         stdin=subprocess.DEVNULL,
@@ -199,21 +202,35 @@ class Pool:
         stderr=subprocess.STDOUT,
         start_new_session=True,
       )
+    return _Running(job, share, place, process, written)
 
   def _catch(self, number: int, frame: FrameType | None) -> None:
     del frame
-    again = self.signal is not None
+    self._stop_with = signal.SIGKILL if self.signal else signal.SIGTERM
     self.signal = self.signal or number
+
+  def _pass_signal_on(self) -> None:
+    """Signals every program once: a second time would interrupt its saving."""
     for running in self._running:
-      with contextlib.suppress(ProcessLookupError):
-        running.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+      if self.signal is not None and running.told != self._stop_with:
+        running.process.send_signal(self._stop_with)
+        running.told = self._stop_with
 
 
-def _last_line(job: Job, status: int) -> str:
-  """Returns why a program ended: what it wrote last, or what ended it."""
+def _error(job: Job, written: int, status: int) -> str:
+  """Returns why a program ended: the line that says it, or what ended it.
+
+  Args:
+    job: The job.
+    written: The bytes that were in its log before.
+    status: What the program returned, negative after a signal.
+  """
   if status < 0:
     return f'ended by {signal.Signals(-status).name}; see {job.log}'
-  with open(job.log, encoding='utf-8', errors='replace') as file:
-    lines = [line.strip() for line in file if line.strip()]
-  told = [line for line in lines[-3:] if line.startswith('error: ')]
+  with open(job.log, 'rb') as file:
+    file.seek(written)
+    text = file.read().decode(errors='replace')
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  # What libraries write while the program ends may follow it.
+  told = [line for line in lines if line.startswith('error: ')]
   return (told or lines or [f'exit status {status}'])[-1]
