@@ -15,6 +15,7 @@ from typing import Any
 
 from scipy import stats
 
+from moe_jax import config as config_lib
 from moe_jax.analysis import compare, runs
 from moe_jax.analysis.compare import Overrides, Point, Row
 from moe_jax.config.keys import Value
@@ -47,6 +48,10 @@ class Run:
   def name(self) -> str:
     """What it is called in messages."""
     return self.workdir.replace('/', ' ').replace('seed-', 'seed ')
+
+  def value(self, key: str) -> Any:
+    """Returns the value of a key of its config, which may be swept."""
+    return self.values.get(key, config_lib.get(self.row.config, key))
 
 
 @dataclasses.dataclass
@@ -91,12 +96,11 @@ class Comparison:
 
   def result_of(self, run: Run, split: str) -> dict[str, Any] | None:
     """Returns what was found of a finished run on a split; None before."""
-    config = run.row.config
-    disabled = config.eval.disable_top
+    disabled = run.value('eval.disable_top')
     path = checkpoints.result_path(
       os.path.join(self.workdir, run.workdir),
       split,
-      config.train.steps,
+      run.value('train.steps'),
       f'-without-top-{disabled}' if disabled else '',
     )
     return read_json(path)
@@ -209,8 +213,6 @@ class Comparison:
     point = self.best(row)
     if point is None:
       return []
-    config = row.config
-    tokens_per_step = config.train.batch_size * config.data.seq_len
     found = []
     for seed in self.seeds:
       run = self.run_of(row, point, seed)
@@ -218,15 +220,17 @@ class Comparison:
       if result is None:
         continue
       workdir = os.path.join(self.workdir, run.workdir)
+      steps = run.value('train.steps')
+      tokens = run.value('train.batch_size') * run.value('data.seq_len')
       found.append(
         {
           'seed': seed,
           'workdir': run.workdir,
           'bits_per_byte': result['bits_per_byte'],
           'loss': result['loss'],
-          'steps': config.train.steps,
-          'tokens': config.train.steps * tokens_per_step,
-          'seconds': runs.training_seconds(workdir, tokens_per_step),
+          'steps': steps,
+          'tokens': steps * tokens,
+          'seconds': runs.training_seconds(workdir, tokens),
         }
       )
     return found

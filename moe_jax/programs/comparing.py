@@ -40,7 +40,7 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
     made = _plan(earlier, workdir, **what)
     _refuse_changes(made, earlier)
     most = len(made.rows) * len(made.seeds)
-    shares = pool.shares(jobs or earlier.get('jobs'), most)
+    shares = pool.shares(earlier.get('jobs') if jobs is None else jobs, most)
     made.jobs = len(shares)
     print(_announcement(made), flush=True)
     if dry_run:
@@ -157,12 +157,10 @@ def _refuse_changes(made: Comparison, earlier: Mapping[str, Any]) -> None:
     for point in compare.points(made.swept):
       for seed in made.seeds:
         planned = made.run_of(row, point, seed)
-        config = compare.changed(
-          row.config,
-          {**dict(zip(made.swept, point, strict=True)), 'seed': seed},
+        RunDir.new_or_resumed(
+          os.path.join(made.workdir, planned.workdir),
+          compare.changed(row.config, planned.values),
         )
-        path = os.path.join(made.workdir, planned.workdir)
-        RunDir.new_or_resumed(path, config)
 
 
 def _carry_out(made: Comparison, shares: Sequence[pool.Share]) -> int | None:
@@ -242,7 +240,7 @@ class _Progress:
     elapsed = time.monotonic() - self._began
     seconds = elapsed / self._ended * runs_left
     left = f', about {terminal.duration(seconds)}' if runs_left else ''
-    return f'{runs_left} {"run" if runs_left == 1 else "runs"} left{left}'
+    return f'{_counted(runs_left, "run")} left{left}'
 
 
 def _announcement(made: Comparison) -> str:
@@ -250,13 +248,12 @@ def _announcement(made: Comparison) -> str:
   [base] = [row for row in made.rows if row.variant == made.baseline]
   sweeps, finals = made.sweeps(), made.finals()
   missing = made.missing([*sweeps, *finals])
-  count = len(made.seeds)
   seeds = ', '.join(map(str, made.seeds))
   lines = [
     compare_table.sizes_table(made.rows, base),
     '',
-    f'{len(made.rows)} variants, {count} {"seed" if count == 1 else "seeds"}'
-    f' ({seeds}), compared with {made.baseline} on {made.split}',
+    f'{_counted(len(made.rows), "variant")},'
+    f' {_counted(len(made.seeds), "seed")} ({seeds}), compared with {made.baseline} on {made.split}',
   ]
   if sweeps:
     grid = ', '.join(
@@ -265,10 +262,15 @@ def _announcement(made: Comparison) -> str:
     )
     lines.append(f'first with seed {made.seeds[0]}: the best {grid}')
   lines.append(
-    f'{len(missing)} runs to do now, {made.jobs} side by side; their output is'
+    f'{_counted(len(missing), "run")} to do now, {made.jobs} side by side; their output is'
     f' in {made.workdir}/VARIANT/seed-S/log.txt'
   )
   return '\n'.join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+  """Returns `1 run` or `2 runs`."""
+  return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 @contextlib.contextmanager
