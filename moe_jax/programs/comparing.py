@@ -253,7 +253,8 @@ def _announcement(made: Comparison) -> str:
     compare_table.sizes_table(made.rows, base),
     '',
     f'{_counted(len(made.rows), "variant")},'
-    f' {_counted(len(made.seeds), "seed")} ({seeds}), compared with {made.baseline} on {made.split}',
+    f' {_counted(len(made.seeds), "seed")} ({seeds}), compared with'
+    f' {made.baseline} on {made.split}',
   ]
   if sweeps:
     grid = ', '.join(
@@ -262,8 +263,8 @@ def _announcement(made: Comparison) -> str:
     )
     lines.append(f'first with seed {made.seeds[0]}: the best {grid}')
   lines.append(
-    f'{_counted(len(missing), "run")} to do now, {made.jobs} side by side; their output is'
-    f' in {made.workdir}/VARIANT/seed-S/log.txt'
+    f'{_counted(len(missing), "run")} to do now, {made.jobs} side by side;'
+    f' their output is in {made.workdir}/VARIANT/seed-S/log.txt'
   )
   return '\n'.join(lines)
 
