@@ -17,8 +17,9 @@ download. Variants are changes to it, and can be compared side by side:
 
 A variant changes what its line says and nothing else, so they can be combined:
 xmoe is that gate in Cartesian layers, as those of the base are, linear,xmoe in
-conventional ones. All experts together have equally many parameters, and so
-have those that a token chooses, but for dense, three_factors and top_p.
+conventional ones. All experts together have equally many parameters, but for
+dense, three_factors and shared, and so have those that a token has, but for
+three_factors and top_p.
 """
 
 from ml_collections import ConfigDict
@@ -94,8 +95,7 @@ def dense(config: ConfigDict) -> None:
 
 
 def shared(config: ConfigDict) -> None:
-  """One of the experts is shared by all tokens, mixed by a coefficient."""
-  config.moe.num_experts -= 1
+  """One expert more, which all tokens share, and one fewer to choose."""
   config.moe.top_k -= 1
   config.moe.shared.width = config.moe.expert_width
   config.moe.shared.mixing = 'coefficient'

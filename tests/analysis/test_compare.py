@@ -133,9 +133,17 @@ def test_variants_of_the_quickstart_have_equal_experts(name: str) -> None:
   width = base.moe.num_experts * base.moe.expert_width
   if name == 'dense':
     width = base.moe.top_k * base.moe.expert_width
+  if name == 'shared':
+    width += base.moe.expert_width
   if name == 'three_factors':
     width = base.moe.num_experts * 24 * round(base.moe.expert_width / 24)
   assert feed_forward(config) == layers * width
+  # What a token has: its experts, the shared one, or a dense layer.
+  moe = config.moe
+  has = moe.top_k * moe.expert_width + moe.shared.width
+  has = has if moe.num_experts else config.model.ffn_width
+  if name != 'three_factors':
+    assert has == base.moe.top_k * base.moe.expert_width
   config_lib.validate(config, 1)
 
 
