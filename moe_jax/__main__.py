@@ -29,6 +29,7 @@ PROGRAMS = {
     'interop.cli',
     'import, export, verify: released checkpoints; upcycle: dense ones',
   ),
+  'analyze': Program('programs.analyze', 'measures the routing of runs'),
   'compare': Program(
     'programs.compare', 'trains variants x seeds and compares them'
   ),

@@ -51,14 +51,42 @@ def main(
   """
 
   def parse_and_run() -> None:
-    # Before a config of the user's, which may import jax.
-    runtime.configure_malloc()
-    runtime.silence_libtpu()
-    told = about or sys.modules[run.__module__].__doc__ or ''
+    told = about or _documented(run)
+    _prepare()
     config, values = parse(sys.argv, define_flags, workdir, told)
     run(config, **values)
 
   exit_with(parse_and_run)
+
+
+def main_of_runs(
+  run: Callable[..., None], define_flags: DefineFlags
+) -> NoReturn:
+  """Parses the command line of a program that reads runs, and calls `run`.
+
+  Args:
+    run: What the program does. It is called with a dictionary from workdirs to
+      the configs of their runs, then every flag by its name; see `main`.
+    define_flags: Defines the flags of the program.
+  """
+
+  def parse_and_run() -> None:
+    _prepare()
+    configs, values = parse_runs(sys.argv, define_flags, _documented(run))
+    run(configs, **values)
+
+  exit_with(parse_and_run)
+
+
+def _prepare() -> None:
+  """Sets the process up, before a config of the user's, which may import jax."""
+  runtime.configure_malloc()
+  runtime.silence_libtpu()
+
+
+def _documented(run: Callable[..., None]) -> str:
+  """Returns what the module of a program says about it."""
+  return sys.modules[run.__module__].__doc__ or ''
 
 
 def exit_with(run: Callable[[], None]) -> NoReturn:
@@ -143,8 +171,7 @@ def parse(
   config = _config(values.pop('config'), directory)
   if not workdir:
     del values['workdir']
-  config.update_from_flattened_dict(overrides)
-  return loading.expand_paths(config), values
+  return _overridden(config, overrides), values
 
 
 def read(
@@ -171,6 +198,50 @@ def read(
   if workdir and not values['workdir']:
     raise UserError(f'--workdir is missing: {known["workdir"].help}')
   return values, dict(overrides)
+
+
+def parse_runs(
+  argv: Sequence[str], define_flags: DefineFlags, about: str = ''
+) -> tuple[dict[str, ConfigDict], dict[str, Any]]:
+  """Returns the configs of runs by their workdirs, and the flags by name.
+
+  Args:
+    argv: The command line, the program's name first; workdirs are all that is
+      no flag.
+    define_flags: Defines the flags of the program.
+    about: What --help says before it lists the flags.
+
+  Raises:
+    UserError: Any mistake on the command line, or a workdir holds no run.
+    SystemExit: --help was given, and answered.
+  """
+  known = flags.FlagValues()
+  known.set_gnu_getopt(True)
+  define_flags(known)
+  _answer_help(argv, known, about)
+  workdirs: list[str] = []
+  rest = _parse(known, argv)[1:]
+  overrides = _overrides(rest, [f'--{name}' for name in known], workdirs)
+  if not workdirs:
+    raise UserError('a WORKDIR is missing: the directory of a run, or several')
+  configs = {}
+  for workdir in map(os.path.expanduser, workdirs):
+    if not loading.holds_run(workdir):
+      raise UserError(
+        f'workdir {workdir} holds no run: there is no'
+        f' {os.path.join(workdir, "config.json")}; give the --workdir of a'
+        ' training run'
+      )
+    configs[workdir] = _overridden(loading.of_run(workdir), dict(overrides))
+  return configs, known.flag_values_dict()
+
+
+def _overridden(
+  config: ConfigDict, overrides: dict[str, Value]
+) -> ConfigDict:
+  """Returns the config with other values of some keys."""
+  config.update_from_flattened_dict(overrides)
+  return loading.expand_paths(config)
 
 
 def _flags(define_flags: DefineFlags | None, workdir: bool) -> flags.FlagValues:
@@ -224,13 +295,16 @@ def _config(argument: str | None, workdir: str) -> ConfigDict:
 
 
 def _overrides(
-  arguments: Sequence[str], known: Sequence[str]
+  arguments: Sequence[str],
+  known: Sequence[str],
+  positional: list[str] | None = None,
 ) -> list[tuple[str, Value]]:
   """Returns the keys that --config.KEY=VALUE names, with their values.
 
   Args:
     arguments: What the flags of the program left.
     known: These flags, to name the nearest to a misspelt one.
+    positional: Takes the arguments that are no flags; None refuses them.
 
   Raises:
     UserError: An argument is no such thing.
@@ -247,6 +321,9 @@ def _overrides(
     flag = re.match(r'--?[A-Za-z][^=]*', argument)
     if flag:
       raise UserError(f'there is no flag {flag[0]}{nearest(flag[0], known)}')
+    if positional is not None:
+      positional.append(argument)
+      continue
     raise UserError(f'{argument!r} is not a flag: write --name=value')
   return overrides
 

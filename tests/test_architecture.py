@@ -97,6 +97,18 @@ ROOMS = {
     'jax flax ml_collections numpy',
   ),
   'analysis': Room('errors', 'matplotlib numpy'),
+  # Of a `Routing` alone, and of the documents of a split.
+  'analysis.routing': Room('routing', 'jax numpy'),
+  'analysis.token_classes': Room('data', 'numpy'),
+  'analysis.parameters': Room(
+    'config parameter model analysis.routing', 'jax flax ml_collections'
+  ),
+  'analysis.analyze': Room(
+    f'{_CONFIG} data routing experts parallel.mesh parallel.multihost model'
+    ' training analysis analysis.routing analysis.token_classes'
+    ' analysis.parameters',
+    'jax flax ml_collections numpy',
+  ),
   # Text in, numbers out.
   'planning.hlo': Room(),
   'planning.replica_groups': Room(),
@@ -116,6 +128,10 @@ ROOMS = {
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
   'programs.eval': Room(
     'cli parallel.launch evaluation', 'absl ml_collections'
+  ),
+  'programs.analyze': Room(
+    'cli parallel.launch analysis.analyze programs.eval',
+    'absl ml_collections',
   ),
   'plan': Room('cli planning', 'absl ml_collections'),
   '__main__': Room('cli errors'),

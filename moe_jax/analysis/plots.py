@@ -23,8 +23,8 @@ from moe_jax.analysis.runs import Run, read
 from moe_jax.errors import UserError
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_GREY = '#555555'
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+GREY = '#555555'
 _MOST_NAMED = 6  # layers in the legend
 _SHARE = 15  # smooth curves are means over a 15th of the points
 
@@ -35,7 +35,7 @@ def draw(runs: Sequence[Run]) -> Figure:
   Of one run every MoE layer is drawn, of several each run's least balanced.
   """
   dropping = any(run.dropped_PW.any() for run in runs)
-  with _style():
+  with style():
     figure = Figure(figsize=(10, 4), layout='constrained')
     [[left, right]] = figure.subfigures(
       1, 2, squeeze=False, width_ratios=(1.15, 1)
@@ -55,12 +55,12 @@ def draw(runs: Sequence[Run]) -> Figure:
     load.set_ylabel('rows of the busiest expert\n(1 = balanced)')
     load.set_title('Balance of the experts', loc='left')
     if load.lines:
-      load.axhline(1, color=_GREY, linestyle=':', linewidth=1)
+      load.axhline(1, color=GREY, linestyle=':', linewidth=1)
       load.set_ylim(bottom=0)
   return figure
 
 
-def _style() -> contextlib.AbstractContextManager[None]:
+def style() -> contextlib.AbstractContextManager[None]:
   """Returns a context in which figures look as those of the library."""
   return matplotlib.rc_context(
     {
@@ -123,7 +123,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
       axes.plot(
         [row['step'] for row in rows],
         [float(row['loss']) for row in rows],
-        color=colour if len(runs) > 1 else _COLOURS[1],
+        color=colour if len(runs) > 1 else COLOURS[1],
         marker=marker,
         linestyle='none',
         markeredgecolor='white',
@@ -133,7 +133,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
   axes.set(xlabel='step', ylabel='loss, nats per token')
   title = 'Loss' if len(runs) > 1 else f'Loss ({runs[0].name})'
   axes.set_title(title, loc='left')
-  _number_steps(axes)
+  number_steps(axes)
   axes.legend(loc='upper right')
 
 
@@ -159,7 +159,7 @@ def _draw_layers(
         axes.plot(run.steps_P, highest_P, color=colour, label=run.name)
   else:
     _draw_each_layer(axes, runs[0].steps_P, values[0])
-  _number_steps(axes)
+  number_steps(axes)
   if legend and axes.lines:
     title = 'highest of the MoE layers' if len(runs) > 1 else 'MoE layer'
     axes.legend(title=title, loc='upper right', ncols=2, title_fontsize=8)
@@ -186,13 +186,14 @@ def _draw_each_layer(
     )
 
 
-def _number_steps(axes: Axes) -> None:
+def number_steps(axes: Axes) -> None:
+  """Marks few steps along the axis, whole ones."""
   axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
   axes.xaxis.set_major_formatter('{x:,.0f}')
 
 
 def _cycle(count: int) -> list[str]:
-  return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+  return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _save(figure: Figure, output: str) -> None:

@@ -1,0 +1,113 @@
+"""The parameters of a model's routers and experts, router by router."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from moe_jax import parameter
+from moe_jax.analysis.routing import similarity
+from moe_jax.config import layer_kinds
+from moe_jax.model import build
+from moe_jax.parameter import EXPERT, FIXED
+
+ROUTER, EXPERTS = 'router', 'experts'  # in an MoE sub-layer
+
+
+def split(params: Any, part: str) -> tuple[dict, dict]:
+  """Returns the leaves below `part` of any sub-layer, and all others, flat."""
+  flat = traverse_util.flatten_dict(params)
+  inside = {path: leaf for path, leaf in flat.items() if part in path}
+  return inside, {path: flat[path] for path in flat.keys() - inside.keys()}
+
+
+def joined(*flat: dict) -> Any:
+  """Returns the tree that `split` took apart, or a part of it."""
+  return traverse_util.unflatten_dict(
+    {k: v for d in flat for k, v in d.items()}
+  )
+
+
+def by_router(tree: Any, config: ConfigDict, stacked: bool = True) -> list[Any]:
+  """Returns the tree of every MoE sub-layer, from the lowest.
+
+  Args:
+    tree: The parameters, or part of them, or a tree like theirs.
+    config: The config of the model.
+    stacked: Whether leaves are arrays, those of scanned layers stacked.
+  """
+  kinds, found = layer_kinds(config), []
+  first, period = build.repetition(kinds, config.moe.every)
+  for layer, kind in enumerate(kinds):
+    if kind != 'moe':
+      continue
+    repetition, place = divmod(layer - first, period)
+    scanned = layer >= first
+    blocks = tree['periods' if scanned else 'prefix']['blocks']
+    chain = blocks[place if scanned else layer]['chain']
+    for factor in range(config.moe.factors):
+      sub_layer = chain['sub_layers'][factor]
+      if scanned and stacked:
+        sub_layer = jax.tree.map(lambda a, p=repetition: a[p], sub_layer)
+      found.append(sub_layer)
+  return found
+
+
+def norms(tree: Any) -> jax.Array:
+  """Returns the norm of all leaves of a tree, float32."""
+  squares = [jnp.square(a).sum() for a in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+
+def expert_norms(experts: Any, declared: Any) -> jax.Array:
+  """Returns the Frobenius norm of every expert of a sub-layer, [N].
+
+  Args:
+    experts: The parameters of its experts.
+    declared: What each is, a tree like `experts`.
+  """
+  squares = []
+  for path, leaf in parameter.flatten(experts).items():
+    axes = parameter.flatten(declared)[path].axes
+    rows = jnp.moveaxis(leaf, axes.index(EXPERT), 0)
+    squares.append(jnp.square(rows.reshape(len(rows), -1)).sum(-1))
+  return jnp.sqrt(sum(squares))
+
+
+def gate_norms(gate: Any, declared: Any) -> jax.Array | None:
+  """Returns the norm of the weights that a gate has for every expert, [N].
+
+  They are its trained matrices with an axis N, which is read off their names
+  as everywhere in this library; None where there is none.
+
+  Args:
+    gate: The parameters of the gate.
+    declared: What each is, a tree like `gate`.
+  """
+  squares = []
+  for path, leaf in parameter.flatten(gate).items():
+    axes = path[-1].rpartition('_')[2]
+    trained = parameter.flatten(declared)[path].update != FIXED
+    if trained and leaf.ndim == len(axes) == 2 and 'N' in axes:
+      squares.append(jnp.square(leaf).sum(1 - axes.index('N')))
+  return jnp.sqrt(sum(squares)) if squares else None
+
+
+def expert_similarity(experts: Any, declared: Any) -> jax.Array:
+  """Returns the similarity of a sub-layer's experts; see `similarity`.
+
+  Args:
+    experts: The parameters of its experts.
+    declared: What each is, a tree like `experts`.
+  """
+  matrices = []
+  for path, leaf in parameter.flatten(experts).items():
+    axes = parameter.flatten(declared)[path].axes
+    leaf = jnp.moveaxis(leaf, axes.index(EXPERT), 0)
+    if leaf.ndim > 2:  # the rest are biases
+      # Between inputs and outputs stand the kinds of matrices, if several.
+      kinds = leaf.reshape(*leaf.shape[:2], -1, leaf.shape[-1])
+      matrices += list(jnp.moveaxis(kinds, 2, 0))
+  return similarity(matrices)
