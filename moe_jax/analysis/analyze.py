@@ -89,22 +89,27 @@ def analyze(
   )
   run = RunDir.existing(workdir, config)
   with Checkpointer(run, analysis.setup.vocabulary) as checkpointer:
-    wanted = {'params': analysis.setup.abstract['params']}
+
+    def params_of(step: int | None) -> Params:
+      wanted = {'params': analysis.setup.abstract['params']}
+      return checkpointer.restore(wanted, step)['params']
+
+    # One set of parameters is in memory at a time. The first one read is that
+    # asked for, so that a missing step is told before anything is computed.
     chosen = checkpointer.latest() if step is None else step
-    # Before anything is computed, so that a missing step is told at once.
-    params = checkpointer.restore(wanted, chosen)['params']
-    found = analysis.of_params(params, tokens, passage)
-    rows = []
-    for kept in checkpointer.steps():
-      if kept != chosen:
-        params = None  # before the next ones are there
-        params = checkpointer.restore(wanted, kept)['params']
-      rows.append(analysis.of_checkpoint(params))
+    found = analysis.of_params(params_of(chosen), tokens, passage)
     steps = checkpointer.steps()
+    rows = [analysis.of_checkpoint(params_of(kept)) for kept in steps]
   name = os.path.basename(os.path.abspath(workdir))
-  result = {'format': FORMAT, 'run': name, 'step': chosen, **found}
-  result['checkpoints'] = analysis.compared(steps, rows)
-  result = _plain(result)
+  result = _plain(
+    {
+      'format': FORMAT,
+      'run': name,
+      'step': chosen,
+      **found,
+      'checkpoints': analysis.compared(steps, rows),
+    }
+  )
   if multihost.is_main_process():
     print(table(result))
     for path in _write(result, workdir):

@@ -14,6 +14,7 @@ from moe_jax.analysis.plots import COLOURS, GREY, number_steps, style
 
 _MOST_NAMED = 24  # routers or experts along an axis
 _MOST_LINES = 6  # in a legend
+_WIDE = 10  # times the lowest value, from which on a scale is logarithmic
 
 Analysis = dict[str, Any]
 
@@ -79,7 +80,9 @@ def inner_balance(analysis: Analysis) -> Figure:
   ):
     _with_quartiles(axes, names, analysis[key])
     axes.set(xlabel='router', ylabel=title)
-  if any(value is not None for value in analysis['inner_balance']['median']):
+  # Routers differ by orders of magnitude, or hardly at all.
+  lowest, highest = inner.get_ylim()
+  if lowest > 0 and highest > _WIDE * lowest:
     inner.set_yscale('log')
   outer.set_ylim(0, 1.02)
   inner.set_title(f'Inner balance ({analysis["run"]})', loc='left')
