@@ -130,7 +130,7 @@ ROOMS = {
     'cli parallel.launch evaluation', 'absl ml_collections'
   ),
   'programs.analyze': Room(
-    'cli parallel.launch analysis.analyze programs.eval',
+    'cli errors parallel.launch analysis.analyze programs.eval',
     'absl ml_collections',
   ),
   'plan': Room('cli planning', 'absl ml_collections'),

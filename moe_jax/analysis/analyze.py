@@ -28,6 +28,7 @@ from moe_jax.data.sequences import TokenSequences
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.experts.layer import Aux
+from moe_jax.model import build
 from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.loss import Targets
@@ -143,6 +144,7 @@ class _Analysis:
       classes = token_classes.Alignment(tokenizer, self._tagger)
       self._classes = TokenSequences(documents, classes, length)
     self._num_experts: int = config.moe.num_experts
+    self._num_rated = build.make_select(config, 0).num_logits
     self._checkpoint_program = self._jit(self._of_checkpoint)
 
   @property
@@ -181,7 +183,7 @@ class _Analysis:
         'names': names,
         'layers': np.repeat(self._layers, factors),
         'experts': self._num_experts,
-        'null_experts': statistics.num_probabilities - self._num_experts,
+        'null_experts': self._num_rated - self._num_experts,
         'top_k': top_k,
         'factors': factors,
         'gate': config.router.score,
@@ -250,7 +252,7 @@ class _Analysis:
     program, remembered, left = self._jit(self._of_batch), None, tokens
     for batch in self._batches(num_rows):
       found, remembered = self._run(program, params, batch, remembered, left)
-      statistics.add_sums(found['sums'], found['probabilities_N'].size)
+      statistics.add_sums(found['sums'], self._num_rated)
       chosen, real_T = found['indices_WTK'], found['real_T']
       ids.add(chosen, found['token_ids'], real_T)
       if classes is not None:
@@ -348,8 +350,6 @@ class _Analysis:
     routing = routing_lib.by_router(routing, mask_T.size)
     found = {
       'sums': routing_lib.sums_of(routing, real_T, self._num_experts),
-      # Its size says how many there are.
-      'probabilities_N': routing.probabilities_TN[0, 0],
       'indices_WTK': routing.indices_TK,
       'real_T': real_T,
       'token_ids': batch['token_ids'].reshape(-1),
@@ -679,7 +679,7 @@ def _write(result: dict[str, Any], workdir: str) -> list[str]:
   """Writes the file and its pictures; returns their paths."""
   folder = os.path.join(workdir, 'analysis')
   path = os.path.join(folder, f'{result["step"]}.json')
-  text = json.dumps(result, allow_nan=False, ensure_ascii=False) + '\n'
+  text = json.dumps(result, allow_nan=False) + '\n'
   try:
     os.makedirs(folder, exist_ok=True)
     run_dir.replace(path, text)

@@ -72,6 +72,7 @@ class Statistics:
 
   Attributes:
     num_experts: N.
+    num_probabilities: How many experts the routers rate, at least N.
     total: The `Sums` in NumPy's float64 and int64; None before the first token.
   """
 

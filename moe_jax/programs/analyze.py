@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli
+from moe_jax.errors import UserError
 from moe_jax.programs.eval import define_flags as define_eval_flags
 
 
@@ -44,7 +45,15 @@ def run(
 ) -> None:
   """Analyses the checkpoint of `step` in every workdir."""
   # jax must not be imported before the command line has set the allocator.
-  from moe_jax.analysis.analyze import analyze
+  try:
+    from moe_jax.analysis.analyze import analyze
+  except ModuleNotFoundError as error:
+    if error.name != 'matplotlib':
+      raise
+    raise UserError(
+      'analyze draws with matplotlib, which is not installed: pip install'
+      " 'moe_jax[eval]'"
+    ) from error
   from moe_jax.parallel import launch
 
   launch.initialize(**place)

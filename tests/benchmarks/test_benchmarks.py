@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+  analysis,
   common,
   compile_depth,
   exchanges,
@@ -171,3 +172,12 @@ def test_programs_print_one_json_line(program: str) -> None:
   )
   (line,) = done.stdout.splitlines()
   assert json.loads(line)['benchmark'] == program
+
+
+@pytest.mark.slow
+def test_analysis_reports_seconds_and_memory() -> None:
+  row = analysis.measure(routers=2, experts=4, chosen=2, tokens=10_000)
+  assert row['tokens'] == 10_000 and row['routers'] == 2
+  assert row['seconds'] > 0 and row['processor_seconds'] > 0
+  assert row['peak_resident_bytes'] >= row['before_bytes'] > 0
+  json.dumps(row)

@@ -466,6 +466,20 @@ def test_mistakes_are_one_line_and_status_2(
   assert runs.snapshot(tmp_path) == before
 
 
+def test_without_matplotlib(
+  config: ConfigDict,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  (tmp_path / saved.CONFIG_FILE).write_text(saved.to_json(config))
+  for module in ('analyze', 'figures', 'plots'):
+    monkeypatch.delitem(sys.modules, f'moe_jax.analysis.{module}', False)
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  assert call([str(tmp_path)], monkeypatch) == 2
+  assert "pip install 'moe_jax[eval]'" in capsys.readouterr().err
+
+
 def test_what_an_analysis_of_a_dense_model_says(tmp_path: Path) -> None:
   with pytest.raises(UserError, match='dense'):
     analyze(tiny.config(**{'moe.num_experts': 0}), str(tmp_path))
