@@ -1,7 +1,7 @@
 """`moe_jax analyze` on runs, against the oracle token by token."""
 
-import json
 import math
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import __main__ as command
-from moe_jax import runtime
+from moe_jax import analysis, runtime
 from moe_jax.analysis import analyze as analyze_lib
+from moe_jax.analysis import figures
 from moe_jax.analysis.analyze import analyze
 from moe_jax.config import saved
 from moe_jax.data import folders
@@ -413,19 +415,25 @@ def call(arguments: list[str], patch: pytest.MonkeyPatch) -> int:
 def test_the_program(
   workdir: Path,
   found: dict[str, Any],
+  tmp_path: Path,
   monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  arguments = [str(workdir), str(workdir), '--passage=40', '--tokens', '5000']
-  assert call(arguments, monkeypatch) == 0
+  """Of two runs, one a copy of the other."""
+  shutil.copytree(workdir, tmp_path / 'copy')
+  shutil.rmtree(tmp_path / 'copy' / 'analysis')
+  workdirs = [workdir, tmp_path / 'copy']
+  flags = ['--passage=40', '--tokens', '5000', '--config.train.steps', '8']
+  assert call([*map(str, workdirs), *flags], monkeypatch) == 0
   printed = capsys.readouterr().out
   assert analyze_lib.table(found) in printed
-  written = {path.name for path in (workdir / 'analysis').iterdir()}
-  for name in ('mutual_information', 'gate_entropy', 'pairs', 'checkpoints'):
-    picture = f'{STEPS[-1]}-{name}.png'
-    assert picture in written and printed.count(picture) == 2
-  path = workdir / 'analysis' / f'{STEPS[-1]}.json'
-  assert json.loads(path.read_text()) == found
+  for each in workdirs:
+    written = runs.read_json(each / 'analysis' / f'{STEPS[-1]}.json')
+    assert written == found | {'run': each.name}
+    for key in figures.FIGURES:
+      picture = each / 'analysis' / f'{STEPS[-1]}-{key}.png'
+      assert f'written to {picture}' in printed
+      assert matplotlib.image.imread(picture).std() > 0.01  # not blank
 
 
 # What is wrong, and what has to be said.
@@ -475,6 +483,7 @@ def test_without_matplotlib(
   (tmp_path / saved.CONFIG_FILE).write_text(saved.to_json(config))
   for module in ('analyze', 'figures', 'plots'):
     monkeypatch.delitem(sys.modules, f'moe_jax.analysis.{module}', False)
+    monkeypatch.delattr(analysis, module, False)
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   assert call([str(tmp_path)], monkeypatch) == 2
   assert "pip install 'moe_jax[eval]'" in capsys.readouterr().err
