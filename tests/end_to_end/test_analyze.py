@@ -402,6 +402,44 @@ def test_a_memory_is_carried(source: dict[str, str], tmp_path: Path) -> None:
   )
 
 
+@pytest.mark.slow
+def test_as_many_experts_as_it_takes(
+  source: dict[str, str], tmp_path: Path
+) -> None:
+  """Top-p of a gate that nothing trains, as CartesianMoE's baselines."""
+  config = tiny.config(
+    **{
+      'router.selection': 'top_p',
+      'router.top_p': 0.4,
+      'router.score': 'hash',
+      'train.steps': 1,
+      'checkpoint.every': 1,
+      'eval.every': 0,
+      **source,
+    }
+  )
+  loop.train(config, str(tmp_path))
+  found = analyze(config, str(tmp_path), tokens=60, passage=60)
+  params = runs.restore(config, tmp_path, 1)['params']
+  stream = np.array([EOS, *(LIBRARY / 'this.py').read_bytes()])[:60]
+  frequency, chosen = np.zeros((2, N)), [[], []]
+  for begin in range(0, 60, L):
+    sequence = oracle.Sequence(config, params)
+    sequence.run(stream[begin : begin + L])
+    for w, (_, of_window) in enumerate(sequence.routed):
+      np.add.at(frequency[w], np.concatenate(of_window), 1)
+      chosen[w] += [list(of_token) for of_token in of_window]
+  assert found['passage']['experts'] == chosen
+  assert len({len(of_token) for of_token in chosen[0]}) > 1
+  np.testing.assert_allclose(
+    found['selection_frequency'], frequency / 60, rtol=1e-5
+  )
+  assert found['routers']['top_k'] is None
+  assert found['pairs'] is None and found['norms']['router'] is None
+  gradients = found['checkpoints']['gradient_norm']['cross_entropy']
+  assert gradients == [[0.0, 0.0]]
+
+
 def call(arguments: list[str], patch: pytest.MonkeyPatch) -> int:
   """Runs `moe_jax analyze` in this process; returns its exit status."""
   patch.setattr(sys, 'argv', ['moe_jax', 'analyze', *arguments])

@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moe_jax.analysis.analyze import analyze
+from moe_jax.config import loading
 from tests.helpers import examples, runs
 
 TINY = {
@@ -51,3 +54,14 @@ def test_own_routers_train_resume_and_evaluate(
   assert all(
     float(row['loss']) < 8 for row in runs.rows(workdir) if 'loss' in row
   )
+  config = loading.of_run(str(workdir))
+  found = analyze(config, str(workdir), tokens=300, passage=300)
+  nulls = 8 if variant == 'null_experts' else 0
+  assert found['routers']['null_experts'] == nulls
+  for experts, frequency in zip(
+    found['passage']['experts'], found['selection_frequency'], strict=True
+  ):
+    counts = np.bincount(np.concatenate(experts).astype(int), minlength=8)
+    np.testing.assert_allclose(frequency, counts / 300, rtol=1e-5)
+  if nulls:
+    assert 0 < np.sum(frequency) < 4
