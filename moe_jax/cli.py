@@ -79,7 +79,7 @@ def main_of_runs(
 
 
 def _prepare() -> None:
-  """Sets the process up, before a config of the user's, which may import jax."""
+  """Sets up the process, before a config of the user's imports jax."""
   runtime.configure_malloc()
   runtime.silence_libtpu()
 
