@@ -236,9 +236,7 @@ def parse_runs(
   return configs, known.flag_values_dict()
 
 
-def _overridden(
-  config: ConfigDict, overrides: dict[str, Value]
-) -> ConfigDict:
+def _overridden(config: ConfigDict, overrides: dict[str, Value]) -> ConfigDict:
   """Returns the config with other values of some keys."""
   config.update_from_flattened_dict(overrides)
   return loading.expand_paths(config)
