@@ -30,7 +30,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-tree-mode test-interop \
-  test-all lint clean
+  test-browser test-all lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -66,7 +66,15 @@ test-interop: ## the tests that need the extra `interop`, which it installs
 	$(MAKE) install EXTRAS=interop
 	$(PYTEST) tests/interop/test_mixtral.py tests/benchmarks/test_peers.py
 
-test-all: lint test test-slow test-tree-mode test-interop ## all, and lint
+# Reports are drawn by a browser, which is no Python package.
+test-browser: ## the tests of reports in Chromium, which it installs
+	$(MAKE) install EXTRAS=browser
+	command -v chromium || command -v google-chrome || { \
+	  sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium; }
+	$(RUN) -m pytest $(PYTEST_ARGS) tests/analysis/test_report_browser.py
+
+test-all: lint test test-slow test-tree-mode test-interop test-browser ## all
 
 lint: $(INSTALLED) ## style, formatting and types
 	$(BIN)/ruff check .

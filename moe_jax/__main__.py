@@ -34,6 +34,7 @@ PROGRAMS = {
     'programs.compare', 'trains variants x seeds and compares them'
   ),
   'plots': Program('analysis.plots', 'draws the curves of runs'),
+  'report': Program('analysis.report', 'makes an HTML page of runs'),
 }
 
 

@@ -96,7 +96,9 @@ ROOMS = {
     f'{_MODEL} data interop interop.checkpoint model',
     'jax flax ml_collections numpy',
   ),
-  'analysis': Room('errors', 'matplotlib numpy'),
+  'analysis': Room(
+    'config errors', 'altair jinja2 matplotlib ml_collections numpy vl_convert'
+  ),
   # Of a `Routing` alone, and of the documents of a split.
   'analysis.routing': Room('routing', 'jax numpy'),
   'analysis.token_classes': Room('data', 'numpy'),

@@ -19,14 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe_jax.analysis.runs import Run, read
+from moe_jax.analysis.runs import Run, read, smooth
 from moe_jax.errors import UserError
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 GREY = '#555555'
 _MOST_NAMED = 6  # layers in the legend
-_SHARE = 15  # smooth curves are means over a 15th of the points
 
 
 def draw(runs: Sequence[Run]) -> Figure:
@@ -95,16 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   print(f'written to {output}')
   return 0
-
-
-def smooth(values_P: np.ndarray) -> np.ndarray:
-  """Returns centred means over a 15th of the points, over fewer at the ends."""
-  width = 2 * (len(values_P) // _SHARE // 2) + 1
-  kernel = np.ones(width)
-  sums = np.convolve(values_P, kernel)
-  counts = np.convolve(np.ones_like(values_P), kernel)
-  begin = width // 2
-  return (sums / counts)[begin : begin + len(values_P)]
 
 
 def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:

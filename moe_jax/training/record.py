@@ -39,7 +39,8 @@ def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
   It has `extensions`, the files of users that registered what the run is made
   of, and `starts`, an entry for each time that the run was begun or gone on
   with: the `step` it started from, what `auto` became (`resolved`), `devices`,
-  `mesh`, `processes`, `versions`, `command` and the time in UTC.
+  `mesh`, `processes`, `parameters`, of them `active_parameters` of a token,
+  `flops_per_token` of training, `versions`, `command` and the time in UTC.
 
   Args:
     setup: The setup of the run.
@@ -47,12 +48,18 @@ def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
     start: The step that it starts from.
   """
   device = next(iter(setup.mesh.devices.flat))
+  params, declarations = setup.abstract['params'], setup.declarations
+  counts = sizes.count_parameters(setup.config, params, declarations)
+  flops = sizes.flops_per_token(setup.config, params, declarations)
   now = {
     'step': start,
     'resolved': setup.resolved,
     'devices': f'{setup.mesh.size} {device.device_kind}',
     'mesh': dict(setup.mesh.shape),
     'processes': jax.process_count(),
+    'parameters': counts.total,
+    'active_parameters': counts.active,
+    'flops_per_token': flops,
     'versions': versions(),
     'command': sys.argv,
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),

@@ -54,6 +54,12 @@ def test_what_ran_is_told_and_kept(run: tuple[Path, str]) -> None:
     assert f'{part.replace("_", " ")} {name}' in text
   assert start['versions']['jax'] == importlib.metadata.version('jax')
   assert start['step'] == 0 and start['processes'] == 1
+  told = f'{start["parameters"]:,} parameters, {start["active_parameters"]:,} a'
+  assert told in text
+  row = runs.rows(workdir, 'train')[-1]
+  devices = int(start['devices'].split()[0])
+  logged = 1e12 * row['tflops_per_second'] * devices / row['tokens_per_second']
+  assert start['flops_per_token'] == pytest.approx(logged)
   assert kept['extensions'] == []
   # Told before the silence.
   assert text.index('compiling') < text.index('first step after')

@@ -84,6 +84,8 @@ def test_programs_run_from_an_empty_directory(
   assert steps[-1] == '2'
   run(installed, empty, 'eval', '--workdir=x')
   assert list((empty / 'x' / 'evaluation').glob('*-2.json'))
+  run(installed, empty, 'report', 'x')
+  assert '<!doctype html>' in (empty / 'x' / 'report.html').read_text('utf-8')
   plan = json.loads(run(installed, empty, 'plan', '--workdir=x', '--json'))
   assert plan['parameters']['total'] > 0
   small = 'rmoe:enwik8_small,np'
