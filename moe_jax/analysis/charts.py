@@ -44,18 +44,32 @@ class Chart:
 
 
 class Palette:
-  """The colours of variants, in all charts the same."""
+  """The colours of variants, in all charts the same.
+
+  Attributes:
+    colours: The colour of each name.
+    later: The names that have the colour of an earlier one; their lines are
+      broken.
+  """
 
   def __init__(self, names: Sequence[str]):
     self.colours = {
       name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)
     }
+    self.later = list(names)[len(COLOURS) :]
 
   def __call__(self, names: Sequence[str]) -> alt.Color:
     """Returns the encoding of these variants; the page has the legend."""
     colours = [self.colours[name] for name in names]
     scale = alt.Scale(domain=list(names), range=colours)
     return alt.Color('variant:N', scale=scale, legend=None)
+
+  def dashes(self, names: Sequence[str]) -> dict[str, alt.StrokeDash]:
+    """Returns the encoding of lines, if any of these is to be broken."""
+    broken = [[7, 3] if name in self.later else [1, 0] for name in names]
+    scale = alt.Scale(domain=list(names), range=broken)
+    dash = alt.StrokeDash('variant:N', scale=scale, legend=None)
+    return {'strokeDash': dash} if [7, 3] in broken else {}
 
 
 # Curves.
@@ -72,8 +86,9 @@ def training_curve(variants: Sequence[Variant], palette: Palette) -> Chart:
       run = variant.runs[0].run
       zeros_P = np.zeros(len(run.steps_P))
       raw += _band(variant, run.steps_P, run.loss_P, zeros_P)
-  colour = palette([variant.name for variant in variants])
-  chart = _curve(rows, colour, 'nats per token', points=False)
+  names = [variant.name for variant in variants]
+  colour = palette(names)
+  chart = _curve(rows, palette, names, 'nats per token', points=False)
   if raw:
     faint = _over_axis(raw).mark_line(opacity=0.25, strokeWidth=1)
     y = alt.Y('y:Q', title='nats per token')
@@ -115,7 +130,8 @@ def evaluation_curve(
   measures = [m for m in _MEASURES if any(r['measure'] == m for r in rows)]
   chart = _curve(
     rows,
-    palette(names),
+    palette,
+    names,
     None,
     points=True,
     keep='datum.measure == measure',
@@ -164,7 +180,13 @@ def _band(
   return rows
 
 
-_X_AXIS = alt.X('x:Q', title=None, axis=alt.Axis(format='~s', tickCount=5))
+_X_AXIS = alt.X(
+  'x:Q',
+  title=None,
+  axis=alt.Axis(
+    labelExpr="format(datum.value, axis == 'steps' ? ',' : '~s')", tickCount=5
+  ),
+)
 
 
 def _axis_param() -> alt.Parameter:
@@ -182,12 +204,13 @@ def _over_axis(rows: list[dict[str, Any]], keep: str = 'true') -> alt.Chart:
 
 def _curve(
   rows: list[dict[str, Any]],
-  colour: alt.Color,
+  palette: Palette,
+  names: Sequence[str],
   title: str | None,
   points: bool,
   keep: str = 'true',
 ) -> Any:
-  base = _over_axis(rows, keep)
+  base, colour = _over_axis(rows, keep), palette(names)
   y = alt.Y('y:Q', title=title, scale=alt.Scale(zero=False))
   mark = {'size': 28} if points else False
   line = base.mark_line(point=mark, strokeWidth=2).encode(
@@ -199,6 +222,7 @@ def _curve(
       alt.Tooltip('steps:Q', title='step', format=','),
       alt.Tooltip('y:Q', title='value', format='.4f'),
     ],
+    **palette.dashes(names),
   )
   if not any('low' in row for row in rows):
     return alt.layer(line)
@@ -210,9 +234,14 @@ def _curve(
 # Comparisons.
 
 
-def comparison_dots(comparison: Mapping[str, Any], palette: Palette) -> Chart:
-  """Returns the means of a comparison, their deviations, and every seed."""
-  rows, metric = comparison['rows'], _metric(comparison)
+def comparison_dots(
+  comparison: Mapping[str, Any], palette: Palette
+) -> Chart | None:
+  """Returns the means, their deviations, and every seed; None without any."""
+  metric = _metric(comparison)
+  rows = [row for row in comparison['rows'] if row['mean'] is not None]
+  if not rows:
+    return None
   names = [row['variant'] for row in rows]
   means = [
     {
@@ -233,7 +262,7 @@ def comparison_dots(comparison: Mapping[str, Any], palette: Palette) -> Chart:
     for run in row['runs']
   ]
   colour = palette(names)
-  y = alt.Y('variant:N', sort=names, title=None, axis=alt.Axis(labelLimit=110))
+  y = alt.Y('variant:N', sort=names, title=None, axis=alt.Axis(labelLimit=170))
   title = _words(metric)
   scale = alt.Scale(zero=False, padding=12)
   base = alt.Chart(alt.Data(values=means)).encode(y=y, color=colour)
@@ -284,7 +313,7 @@ def comparison_differences(
   names = [row['variant'] for row in rows]
   baseline = comparison['baseline']
   base = alt.Chart(alt.Data(values=rows)).encode(
-    y=alt.Y('variant:N', sort=names, title=None, axis=alt.Axis(labelLimit=110)),
+    y=alt.Y('variant:N', sort=names, title=None, axis=alt.Axis(labelLimit=170)),
     color=palette(names),
   )
   title = f'difference to {baseline}, {_words(_metric(comparison))}'
@@ -352,7 +381,8 @@ def load_map(run: Workdir) -> Chart:
   steps_P, load_PRN = loads(run)
   count_P, count_R, count_N = load_PRN.shape
   names = router_names(run)
-  edges_P = np.concatenate([[run.run.steps_P[0] - 1], steps_P])
+  width = steps_P[1] - steps_P[0] if len(steps_P) > 1 else 1
+  edges_P = np.concatenate([[max(steps_P[0] - width, 0)], steps_P])
   values = load_PRN.transpose(1, 2, 0)
   row = f'floor((datum.i - 1) / {count_P})'
   height = float(np.clip(13 * count_R * (count_N + 1), 130, 560))
@@ -376,7 +406,7 @@ def load_map(run: Workdir) -> Chart:
         'low:Q',
         title='step',
         scale=alt.Scale(zero=False, nice=False, round=True),
-        axis=alt.Axis(format='~s', grid=False, tickCount=5),
+        axis=alt.Axis(format=',', grid=False, tickCount=5),
       ),
       x2='high:Q',
       y=alt.Y(
@@ -534,7 +564,7 @@ def over_depth(
       alt.Tooltip('high:Q', title='upper quartile', format='.3f'),
     ]
   if reference:
-    dashed = base.mark_line(strokeDash=[4, 3], opacity=0.8)
+    dashed = base.mark_line(strokeDash=[2, 2], opacity=0.8)
     parts.append(dashed.encode(y=alt.Y('reference:Q', title=y_title)))
     tooltip.append(
       alt.Tooltip('reference:Q', title=reference_name, format='.3f')
@@ -544,6 +574,7 @@ def over_depth(
     line.encode(
       y=alt.Y('y:Q', title=y_title, scale=alt.Scale(zero=False)),
       tooltip=tooltip,
+      **palette.dashes(list(analyses)),
     )
   )
   return Chart(
@@ -732,7 +763,7 @@ def _lines_by_depth(
   count = len(x_P)
   xs = json.dumps([_round(x) for x in x_P])
   chart = (
-    _flat(values_RP)
+    _flat(values_RP, digits=5)
     .transform_calculate(
       x=f'{xs}[(datum.i - 1) % {count}]',
       router=f'{json.dumps(names)}[floor((datum.i - 1) / {count})]',
@@ -743,7 +774,7 @@ def _lines_by_depth(
         'x:Q',
         title=x_title,
         scale=alt.Scale(zero=False, nice=False),
-        axis=alt.Axis(format='~s', tickCount=5),
+        axis=alt.Axis(format=',', tickCount=5),
       ),
       y=alt.Y('value:Q', title=y_title, scale=alt.Scale(zero=zero)),
       color=alt.Color(
@@ -828,9 +859,9 @@ _FEW = alt.Axis(tickCount=5)
 _UPRIGHT = alt.Axis(labelAngle=0, labelOverlap=True)
 
 
-def _flat(values: np.ndarray) -> alt.Chart:
+def _flat(values: np.ndarray, digits: int = 3) -> alt.Chart:
   """Returns a chart of an array's numbers: `value`, and `i` from 1 on."""
-  flat = [_round(value) for value in values.ravel()]
+  flat = [_round(value, digits) for value in values.ravel()]
   return (
     alt.Chart(alt.Data(values=flat))
     .transform_calculate(value='datum.data')

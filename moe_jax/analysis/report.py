@@ -186,7 +186,12 @@ def _page(subject: Subject) -> str:
     + (' ...' if len(variants) > 4 else ''),
     variants=variants,
     colours=palette.colours,
-    rows=[_overview(v, run) for v in variants for run in v.runs],
+    rows=[
+      _overview(variant, run, compared)
+      for variant in variants
+      for run in variant.runs
+    ],
+    later=palette.later,
     commands=_commands(variants),
     notes=subject.notes,
     sections=sections,
@@ -347,7 +352,17 @@ def _comparison(
     {**row, 'seconds': _mean([run.get('seconds') for run in row['runs']])}
     for row in comparison['rows']
   ]
-  return panel, {**comparison, 'panel': panel, 'rows': rows}
+  failures = [
+    f'{row["variant"]}, seed {failed["seed"]}, failed: {failed["error"]}'
+    for row in comparison['rows']
+    for failed in row.get('failed') or []
+  ]
+  return panel, {
+    **comparison,
+    'panel': panel,
+    'rows': rows,
+    'failures': failures,
+  }
 
 
 def _load(variants: Sequence[Variant]) -> list[Panel]:
@@ -389,7 +404,7 @@ def _load(variants: Sequence[Variant]) -> list[Panel]:
 
 
 def _routing(variants: Sequence[Variant], palette: Palette) -> list[Panel]:
-  """Returns the panels of the analyses; what is missing is a note in its own."""
+  """Returns the panels of the analyses; what is missing is a note in one."""
   analyses = {
     variant.name: variant.analysed.analysis
     for variant in variants
@@ -426,7 +441,7 @@ def _routing(variants: Sequence[Variant], palette: Palette) -> list[Panel]:
 
 
 def _has(analysis: Mapping[str, Any], key: str, part: str) -> bool:
-  """Returns whether an analysis has a key, and a part of it that says something."""
+  """Returns whether an analysis has a key, and that part of it."""
   value = analysis.get(key)
   if value is not None and part:
     value = value.get(part)
@@ -587,9 +602,10 @@ _PANELS: list[tuple[str, str, str, Callable[[_Analyses, Palette], _Made]]] = [
     ' (CartesianMoE).',
     _each(
       charts.pair_map,
-      lambda each: [
-        f'layer {layer}' for layer in dict.fromkeys(each['routers']['layers'])
-      ],
+      lambda each: (
+        each['pairs'].get('names')
+        or [f'layer {x}' for x in dict.fromkeys(each['routers']['layers'])]
+      ),
     ),
   ),
   (
@@ -632,12 +648,25 @@ _PANELS: list[tuple[str, str, str, Callable[[_Analyses, Palette], _Made]]] = [
 # What the page is told beside charts.
 
 
-def _overview(variant: Variant, run: Workdir) -> dict[str, Any]:
-  """Returns a line of the table of runs."""
+def _overview(
+  variant: Variant, run: Workdir, compared: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Returns a line of the table of runs.
+
+  Args:
+    variant: The variant of the run.
+    run: The run.
+    compared: The rows of comparisons, which know of runs what these do not.
+  """
+  of = [row for row in compared if row['variant'] == variant.name]
+  row = of[0] if of else {}
+  same = [each for each in row.get('runs', []) if each['seed'] == run.seed]
   steps = int(run.run.steps_P[-1])
   evaluations = [rows[-1] for rows in run.run.evaluations.values() if rows]
   bits = [
-    float(row['bits_per_byte']) for row in evaluations if 'bits_per_byte' in row
+    float(last['bits_per_byte'])
+    for last in [*same, *evaluations]
+    if last.get('bits_per_byte') is not None
   ]
   return {
     'variant': variant.name,
@@ -647,9 +676,9 @@ def _overview(variant: Variant, run: Workdir) -> dict[str, Any]:
     'steps': steps,
     'planned': run.config.get('train.steps'),
     'tokens': steps * run.tokens_per_step if run.tokens_per_step else None,
-    'parameters': run.recorded('parameters'),
-    'active': run.recorded('active_parameters'),
-    'flops': run.flops_per_token,
+    'parameters': run.recorded('parameters') or row.get('parameters'),
+    'active': run.recorded('active_parameters') or row.get('active_parameters'),
+    'flops': run.flops_per_token or row.get('flops_per_token'),
     'loss': float(runs.smooth(run.run.loss_P)[-1]),
     'bits': bits[0] if bits else None,
     'devices': run.recorded('devices') or '',
@@ -714,7 +743,7 @@ def _unrobust(variants: Sequence[Variant]) -> list[str]:
 
 
 def _passages(variants: Sequence[Variant]) -> list[dict[str, Any]]:
-  """Returns what the token explorer is told of each variant that was analysed."""
+  """Returns what the token explorer is told of each analysed variant."""
   found = []
   for variant in variants:
     run = variant.analysed
@@ -730,7 +759,7 @@ def _passages(variants: Sequence[Variant]) -> list[dict[str, Any]]:
       ],
       'routers': routers['names'],
       'layers': routers['layers'],
-      'experts': routers['experts'],
+      'experts': routers['experts'] + (routers.get('null_experts') or 0),
       'chosen': _columns(passage['experts']),
       'weights': _columns(passage['weights'], _LEVELS),
       'top': _columns(passage['top']),
@@ -806,8 +835,8 @@ def _number(value: Any, digits: int = 4) -> str:
     return '–'
   if isinstance(value, str | bool):
     return str(value)
-  if float(value).is_integer() and (isinstance(value, int) or value > 1e3):
-    return f'{int(value):,}'
+  if isinstance(value, int) or abs(value) >= 10**digits:
+    return f'{value:,.0f}'
   return f'{float(value):.{digits}g}'
 
 

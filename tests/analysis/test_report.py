@@ -437,6 +437,30 @@ def test_a_comparison_may_have_lost_a_run(tmp_path: Path) -> None:
   assert note.startswith('rnn, seed 1: ')
 
 
+def test_a_row_of_a_comparison_may_have_no_run(tmp_path: Path) -> None:
+  comparison = workdirs.make_comparison(
+    tmp_path / 'all', seeds=(0,), analysed=False
+  )
+  path = tmp_path / 'all' / 'compare.json'
+  read = json.loads(path.read_text())
+  failed = {'seed': 0, 'workdir': 'rnn/seed-0', 'error': 'the loss is nan'}
+  read['rows'][2] |= {'mean': None, 'runs': [], 'failed': [failed]}
+  read['rows'][2] |= {'difference': None, 'interval': None}
+  path.write_text(json.dumps(read))
+  assert 'rnn, seed 0, failed: the loss is nan' in page(comparison).text
+
+
+def test_of_many_variants_the_later_lines_are_broken(tmp_path: Path) -> None:
+  names = [f'v{i}' for i in range(8)]
+  palette = charts.Palette(names)
+  assert palette.later == names[6:] and not palette.dashes(names[:6])
+  broken = palette.dashes(names)['strokeDash'].to_dict()['scale']['range']
+  told = [
+    (palette.colours[n], str(d)) for n, d in zip(names, broken, strict=True)
+  ]
+  assert len(set(told)) == 8
+
+
 def test_two_comparisons_keep_their_variants_apart(tmp_path: Path) -> None:
   of = {'seeds': (0,), 'analysed': False}
   made = [workdirs.make_comparison(tmp_path / x, **of) for x in 'ab']
