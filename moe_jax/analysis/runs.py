@@ -132,7 +132,8 @@ def read(workdir: str) -> Run:
   train: list[dict[str, Any]] = []
   evaluations: dict[str, list[dict[str, Any]]] = {}
   for row in _rows(path):
-    if row['split'] == 'train':
+    # `eval.split` may be the split that training reads.
+    if row['split'] == 'train' and 'perplexity' not in row:
       train.append(row)
     else:
       evaluations.setdefault(row['split'], []).append(row)

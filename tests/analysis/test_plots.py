@@ -1,5 +1,6 @@
 """Pictures of runs, from metrics.jsonl as a run writes it."""
 
+import json
 import math
 import subprocess
 import sys
@@ -51,6 +52,16 @@ def test_what_is_read(tmp_path: Path) -> None:
     300,
     400,
   ]
+
+
+def test_an_evaluation_may_be_of_the_split_of_training(tmp_path: Path) -> None:
+  workdir = make_run(tmp_path / 'mine')
+  row = {'step': 400, 'split': 'train', 'loss': 1.2, 'perplexity': 3.3}
+  with open(tmp_path / 'mine' / 'metrics.jsonl', 'a') as file:
+    file.write(json.dumps(row) + '\n')
+  run = runs.read(workdir)
+  assert len(run.steps_P) == 40
+  assert run.evaluations['train'] == [row]
 
 
 def test_smoothing_keeps_constants_and_the_number_of_points() -> None:
