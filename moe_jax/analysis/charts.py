@@ -345,7 +345,7 @@ def comparison_differences(
 def sweep(comparison: Mapping[str, Any], palette: Palette) -> Chart | None:
   """Returns what each variant came to over the values tried; None if none."""
   rows = [
-    {'variant': row['variant'], 'value': float(value), 'y': result}
+    {'variant': row['variant'], 'value': value, 'y': result}
     for row in comparison['rows']
     for value, result in ((row.get('swept') or {}).get('results') or {}).items()
     if result is not None
@@ -353,18 +353,20 @@ def sweep(comparison: Mapping[str, Any], palette: Palette) -> Chart | None:
   if not rows:
     return None
   names = list(dict.fromkeys(row['variant'] for row in rows))
+  # Text, in the order that it was asked for: a grid has several in one.
+  values = list(dict.fromkeys(row['value'] for row in rows))
   key = comparison['sweep']['key']
   y_title = _words(_metric(comparison))
   chart = (
     alt.Chart(alt.Data(values=rows))
     .mark_line(point={'size': 40})
     .encode(
-      x=alt.X('value:Q', title=key, scale=alt.Scale(type='log'), axis=_FEW),
+      x=alt.X('value:O', title=key, sort=values, axis=_UPRIGHT),
       y=alt.Y('y:Q', title=y_title, scale=alt.Scale(zero=False)),
       color=palette(names),
       tooltip=[
         alt.Tooltip('variant:N'),
-        alt.Tooltip('value:Q', title=key),
+        alt.Tooltip('value:O', title=key),
         alt.Tooltip('y:Q', title=y_title, format='.4f'),
       ],
     )

@@ -418,12 +418,12 @@ def test_the_values_that_were_tried_are_drawn(tmp_path: Path) -> None:
   )
   path = tmp_path / 'all' / 'compare.json'
   read = json.loads(path.read_text())
-  read['sweep'] = {'key': 'optimizer.learning_rate', 'values': [0.001, 0.01]}
+  read['sweep'] = {'key': 'seed,moe.top_k', 'values': [[1, 2], [3, 4]]}
   for row in read['rows']:
-    row['swept'] = {'value': 0.01, 'results': {'0.001': 2.5, '0.01': 2.4}}
+    row['swept'] = {'value': [3, 4], 'results': {'1,2': 2.5, '3,4': 2.4}}
   path.write_text(json.dumps(read))
   parsed = page(comparison)
-  assert 'search over optimizer.learning_rate' in parsed.text
+  assert 'search over seed,moe.top_k' in parsed.text
 
 
 def test_a_comparison_may_have_lost_a_run(tmp_path: Path) -> None:
