@@ -3,7 +3,12 @@
   moe_jax train --config=quickstart --workdir=runs/quickstart
 
 It trains on the source code of Python's standard library, which needs no
-download. Variants are changes to it, and can be compared side by side:
+download. Presets:
+
+  small   what is meant if none is named
+  tiny    a quarter of it, for comparisons of many: docs/evidence.md
+
+Variants are changes to them, and can be compared side by side:
 
   moe_jax compare --config=quickstart --variants=linear,rmoe,cartesian,both \
     --seeds=3 --workdir=runs/compare
@@ -29,32 +34,51 @@ from moe_jax.config import presets
 
 
 def get_config(names: str = '') -> ConfigDict:
-  """Returns the config; `names` are variants with commas between."""
-  config = config_lib.get_config()
+  """Returns the config; `names` are a preset and variants."""
+  return presets.build(names, config_lib.get_config(), PRESETS, VARIANTS)
+
+
+def small(config: ConfigDict) -> None:
+  """6 layers of width 128: minutes on two cores."""
   config.moe.factors = 2
   config.router.recurrent = 'gru'
-  # Wide and shallow, short sequences and small batches: what learns most in
-  # minutes on two cores, where a step costs what its arithmetic costs.
-  config.model.num_layers = 2
-  config.model.hidden_size = 256
+  # Short sequences and small batches: what learns most in minutes on two cores,
+  # where a step costs what its arithmetic costs.
+  config.model.num_layers = 6
+  config.model.hidden_size = 128
   config.model.init_std = 0.05
   config.moe.num_experts = 8
-  config.moe.expert_width = 512
+  config.moe.expert_width = 256
   config.router.state_size = 64
   config.data.seq_len = 128
   config.train.batch_size = 8
-  config.train.steps = 800
+  config.train.steps = 1200
   config.train.log_every = 20
-  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 60
+  config.optimizer.router_rate = 0.3
   config.optimizer.final_fraction = 0.05
-  config.checkpoint.every = 200
-  config.eval.every = 200
+  config.checkpoint.every = 300
+  config.eval.every = 300
   # The whole split takes minutes to evaluate.
   config.eval.split = 'validation[:30%]'
   config.eval.batches = 8
   config.eval.batch_size = 64
-  return presets.build(names, config, {}, VARIANTS)
+
+
+def tiny(config: ConfigDict) -> None:
+  """Half as wide, a minute or two on one core: for comparisons of many."""
+  small(config)
+  config.model.hidden_size = 64
+  config.model.init_std = 0.1
+  config.moe.expert_width = 128
+  config.router.state_size = 32
+  config.train.steps = 1000
+  config.train.log_every = 50
+  config.optimizer.learning_rate = 4e-3
+  config.checkpoint.every = 1000
+  config.eval.every = 0
+  config.eval.split = 'validation[:10%]'
 
 
 def linear(config: ConfigDict) -> None:
@@ -107,6 +131,8 @@ def _gate(score: str, about: str) -> presets.Change:
     {'router.score': score, 'router.recurrent': 'none'}, about
   )
 
+
+PRESETS = {'small': small, 'tiny': tiny}
 
 VARIANTS = {
   'linear': linear,

@@ -13,14 +13,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moe_jax.analysis.runs import Run, read, smooth
 from moe_jax.errors import UserError
+
+try:
+  import matplotlib
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+  raise UserError(
+    f"pictures need the package {error.name}: pip install 'moe_jax[eval]'"
+  ) from error
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')

@@ -53,8 +53,19 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
     raise SystemExit(128 + stopped)
   print(f'\n{compare_table.table(result)}')
   print(f'written to {os.path.join(workdir, comparison.FILE)}')
+  _report(workdir)
   if made.failed:
     raise SystemExit(1)
+
+
+def _report(workdir: str) -> None:
+  """Writes DIR/report.html, or tells why not: the comparison is done."""
+  try:
+    from moe_jax.analysis import report
+  except UserError as error:
+    print(f'without a report: {error}')
+    return
+  report.main([workdir])
 
 
 def _plan(

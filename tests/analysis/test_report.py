@@ -519,9 +519,15 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     report.read([workdir])
 
 
-def test_a_missing_package_is_one_line_with_the_command() -> None:
+@pytest.mark.parametrize(
+  ('program', 'package'), [('report', 'altair'), ('plots', 'matplotlib')]
+)
+def test_a_missing_package_is_one_line_with_the_command(
+  program: str, package: str
+) -> None:
   code = (
-    "import sys; sys.modules['altair'] = None; sys.argv[1:] = ['report', '.'];"
+    f'import sys; sys.modules[{package!r}] = None;'
+    f" sys.argv[1:] = [{program!r}, '.'];"
     ' from moe_jax.__main__ import main; main()'
   )
   done = subprocess.run(
@@ -529,4 +535,4 @@ def test_a_missing_package_is_one_line_with_the_command() -> None:
   )
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
-  assert "altair: pip install 'moe_jax[eval]'" in line
+  assert f"{package}: pip install 'moe_jax[eval]'" in line

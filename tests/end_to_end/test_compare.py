@@ -117,6 +117,7 @@ def wait_for_step(workdir: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_every_run_is_an_ordinary_run(straight: Path) -> None:
+  assert '</html>' in (straight / 'report.html').read_text()
   found = timeless(straight)
   assert [row['variant'] for row in found['rows']] == [
     'linear',
