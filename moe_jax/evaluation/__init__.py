@@ -62,8 +62,9 @@ def make(setup: Setup, split: str) -> list[Evaluation]:
   Raises:
     UserError: The split, or what else an evaluation needs, is not there.
   """
-  # Here, as it registers itself with what is above.
-  from moe_jax.evaluation import perplexity  # noqa: F401
-
   names = setup.config.eval.evaluations.split(',')
   return [EVALUATIONS[name.strip()](setup, split) for name in names]
+
+
+# Below, as it registers itself with what is above.
+from moe_jax.evaluation import perplexity  # noqa: E402, F401
