@@ -141,7 +141,7 @@ ROOMS = {
   'programs.pool': Room('errors runtime'),
   'programs.comparing': Room(
     f'{_CONFIG} analysis analysis.compare analysis.compare_table'
-    ' analysis.comparison programs.pool training',
+    ' analysis.comparison data programs.pool training',
     'jax',
   ),
   'programs.compare': Room('cli programs.comparing runtime', 'absl'),

@@ -22,6 +22,7 @@ from moe_jax import config as config_lib
 from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
+from moe_jax.analysis.runs import ANALYSIS_FORMAT
 from moe_jax.data import sources
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.sequences import TokenSequences
@@ -39,7 +40,6 @@ from moe_jax.training import losses, run_dir, state, terminal
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 
-FORMAT = 1
 _BATCH_TOKENS = 16_384  # of a batch, unless eval.batch_size says otherwise
 _FIXED_TOKENS = 4096  # of the batch on which checkpoints are compared
 _HEAD_TOKENS = 512  # whose logits exist together
@@ -104,7 +104,7 @@ def analyze(
   name = os.path.basename(os.path.abspath(workdir))
   result = _plain(
     {
-      'format': FORMAT,
+      'format': ANALYSIS_FORMAT,
       'run': name,
       'step': chosen,
       **found,

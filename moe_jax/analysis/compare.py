@@ -233,13 +233,16 @@ def sweep(texts: Sequence[str]) -> dict[str, list[Value]]:
   """Returns the values of every key that a --sweep=KEY:V1,V2,... names.
 
   Raises:
-    UserError: A key is unknown or named twice, or a value is not one of its.
+    UserError: A key is unknown, named twice or the seed, or a value is not one
+        of its.
   """
   found: dict[str, list[Value]] = {}
   for text in texts:
     name, _, values = text.partition(':')
     if name not in KEYS:
       raise UserError(f'--sweep: {loading.unknown_key(name, [*KEYS])}')
+    if name == 'seed':
+      raise UserError('--sweep: seed is no setting to choose; give --seeds')
     if name in found or not values:
       wrong = 'is given twice' if name in found else 'has no values'
       raise UserError(

@@ -24,6 +24,7 @@ from moe_jax.evaluation import checkpoints
 from moe_jax.training import run_dir
 
 FILE = 'compare.json'
+FORMAT = 1  # of that file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Comparison:
       for variant, found in values.items()
     }
     return {
-      'format': 1,
+      'format': FORMAT,
       'config': self.argument,
       'overrides': dict(self.overrides),
       'baseline': self.baseline,
@@ -308,6 +309,24 @@ def summarise(
   if error:
     tail = stats.t.sf(abs(mean) / error, len(paired) - 1)
     found['p_value'] = 2 * float(tail)
+  return found
+
+
+def read(workdir: str) -> dict[str, Any]:
+  """Returns what DIR/compare.json holds; nothing if there is none.
+
+  Raises:
+    UserError: It cannot be read, or is not of this version.
+  """
+  path = os.path.join(workdir, FILE)
+  found = read_json(path)
+  if found is None:
+    return {}
+  if not isinstance(found, dict) or found.get('format') != FORMAT:
+    raise UserError(
+      f'{path} is not of a comparison that this version knows; move it away,'
+      ' or choose another --workdir'
+    )
   return found
 
 

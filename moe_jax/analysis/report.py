@@ -39,7 +39,7 @@ from moe_jax.analysis import charts, runs
 from moe_jax.analysis.charts import Chart, Palette
 from moe_jax.analysis.runs import Variant, Workdir
 
-_FORMAT = 1  # of compare.json and of analyses
+_FORMAT = 1  # of compare.json
 _LEVELS = 255  # a probability of the passage is one of so many
 
 

@@ -17,6 +17,8 @@ from moe_jax.config.derived import flatten
 from moe_jax.config.saved import CONFIG_FILE, RECORD_FILE, from_json
 from moe_jax.errors import UserError
 
+ANALYSIS_FORMAT = 1  # of analysis/STEP.json
+
 _SHARE = 15  # smooth curves are means over a 15th of the points
 
 
@@ -179,7 +181,7 @@ def read_workdir(workdir: str) -> Workdir:
     run,
     flatten(config.to_dict()) if config else {},
     record.get('starts', []),
-    _read(newest, json.loads) if newest else None,
+    _read_analysis(newest) if newest else None,
     [_read(path, json.loads) for path in sorted(glob.glob(evaluations))],
   )
 
@@ -286,11 +288,28 @@ def _read(path: str, parse: Any) -> Any:
     raise UserError(f'{path} cannot be read: {error}') from error
 
 
+def _read_analysis(path: str) -> Any:
+  """Returns what an analysis file holds.
+
+  Raises:
+    UserError: It cannot be read, or is not of this version.
+  """
+  found = _read(path, json.loads)
+  if not isinstance(found, dict) or found.get('format') != ANALYSIS_FORMAT:
+    raise UserError(
+      f'{path} is not of an analysis that this version knows; run moe_jax'
+      ' analyze again, or remove it'
+    )
+  return found
+
+
 def _rows(path: str) -> list[dict[str, Any]]:
   """Returns the objects of a metrics.jsonl, without a last line cut short."""
   try:
     with open(path, encoding='utf-8') as file:
       lines = file.read().splitlines()
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path} cannot be read: {error}') from error
   except OSError as error:
     raise UserError(
       f'{path} cannot be read: {error.strerror};'

@@ -12,6 +12,7 @@ import jax
 from moe_jax.analysis import compare, compare_table, comparison
 from moe_jax.analysis.comparison import Comparison, Run
 from moe_jax.config.keys import Value
+from moe_jax.data import sources
 from moe_jax.errors import UserError, choose
 from moe_jax.programs import pool
 from moe_jax.training import run_dir, terminal
@@ -36,7 +37,7 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
   # Nothing is computed here, and the runs need the memory of their devices.
   jax.config.update('jax_platforms', 'cpu')
   with contextlib.nullcontext() if dry_run else _claimed(workdir):
-    earlier = comparison.read_json(os.path.join(workdir, comparison.FILE)) or {}
+    earlier = comparison.read(workdir)
     made = _plan(earlier, workdir, **what)
     _refuse_changes(made, earlier)
     most = len(made.rows) * len(made.seeds)
@@ -45,6 +46,7 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
     print(_announcement(made), flush=True)
     if dry_run:
       return
+    _check_splits(made)
     made.write()
     stopped = _carry_out(made, shares)
     result = made.write()
@@ -53,7 +55,8 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
     raise SystemExit(128 + stopped)
   print(f'\n{compare_table.table(result)}')
   print(f'written to {os.path.join(workdir, comparison.FILE)}')
-  _report(workdir)
+  if any(row['runs'] for row in result['rows']):
+    _report(workdir)
   if made.failed:
     raise SystemExit(1)
 
@@ -172,6 +175,18 @@ def _refuse_changes(made: Comparison, earlier: Mapping[str, Any]) -> None:
           os.path.join(made.workdir, planned.workdir),
           compare.changed(row.config, planned.values),
         )
+
+
+def _check_splits(made: Comparison) -> None:
+  """Opens what the runs will be evaluated on, which training need not read.
+
+  Raises:
+    UserError: A split is not there.
+  """
+  [base] = [row for row in made.rows if row.variant == made.baseline]
+  point = compare.points(made.swept)[0]
+  for split in made.splits(made.run_of(base, point, made.seeds[0])):
+    sources.open_documents(base.config.data, split)
 
 
 def _carry_out(made: Comparison, shares: Sequence[pool.Share]) -> int | None:

@@ -519,6 +519,23 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     report.read([workdir])
 
 
+@pytest.mark.parametrize('text', ['[]', '{"format": 0}'])
+def test_an_analysis_of_another_version_is_named(
+  text: str, tmp_path: Path
+) -> None:
+  workdir = workdirs.make_workdir(tmp_path / 'mine', tokens=20)
+  newest = tmp_path / 'mine' / 'analysis' / '900.json'
+  newest.write_text(text)
+  with pytest.raises(UserError, match='900.json .* moe_jax analyze again'):
+    report.read([workdir])
+
+
+def test_metrics_that_are_no_text_are_named(tmp_path: Path) -> None:
+  (tmp_path / 'metrics.jsonl').write_bytes(b'\xff')
+  with pytest.raises(UserError, match='metrics.jsonl cannot be read'):
+    report.read([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
   ('program', 'package'), [('report', 'altair'), ('plots', 'matplotlib')]
 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
@@ -85,7 +86,6 @@ def test_mutual_information_equals_a_loop(num_experts: int) -> None:
 
 
 def test_mutual_information_is_that_of_scikit_learn() -> None:
-  metrics = pytest.importorskip('sklearn.metrics')
   routing = routed(logits())
   found_WW = measured(routing).mutual_information()
   bins_WTN = digits(probabilities(routing))

@@ -12,6 +12,7 @@ from moe_jax.analysis.comparison import Comparison
 from moe_jax.config import saved
 from moe_jax.errors import UserError
 from moe_jax.programs import compare as program
+from moe_jax.programs import comparing
 
 OWN = """
 from moe_jax import config as config_lib
@@ -110,6 +111,7 @@ def test_what_the_directory_has_stays(
       ['--sweep=moe.top_k:1', '--config.moe.top_k=2'],
       ['--config.moe.top_k contradicts --sweep'],
     ),
+    (['--sweep=seed:1,2'], ['--sweep: seed', 'give --seeds']),
     (['--seeds=x'], ['--seeds=x must be how many seeds']),
     (['--seeds=0'], ['--seeds=0 must be']),
     (['--seeds=4', '--jobs=0'], ['--jobs = 0 must be at least 1']),
@@ -127,6 +129,27 @@ def test_what_is_refused(
     plan(monkeypatch, begun, *small(own), *seeds, *flags)
   for fragment in fragments:
     assert fragment in str(error.value)
+
+
+def test_a_split_that_is_not_there_is_told_before_anything_is_trained(
+  tmp_path: Path, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(comparing, '_carry_out', lambda *_: pytest.fail())
+  workdir = tmp_path / 'new'
+  arguments = [*small(own), f'--workdir={workdir}', '--variants=two']
+  monkeypatch.setattr(sys, 'argv', ['compare', *arguments, '--split=nowhere'])
+  with pytest.raises(UserError, match="split 'nowhere'"):
+    program.run()
+  assert not (workdir / 'compare.json').exists()
+
+
+@pytest.mark.parametrize('text', ['[]', '{"format": 0}', '{'])
+def test_a_file_of_something_else_is_told(
+  tmp_path: Path, own: str, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+  (tmp_path / 'compare.json').write_text(text)
+  with pytest.raises(UserError, match=r'compare\.json (is not of|cannot be)'):
+    plan(monkeypatch, tmp_path, *small(own), '--variants=two')
 
 
 def test_what_is_missing(
