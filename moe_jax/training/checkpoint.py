@@ -1,7 +1,10 @@
 """Checkpoints of a run: asynchronous, atomic, restored onto any mesh."""
 
 import contextlib
+import functools
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +17,8 @@ from moe_jax.training.run_dir import RunDir
 _VOCABULARY = 'dictionary'  # how checkpoints have always spelt it
 # What Orbax and TensorStore raise where files are missing, cut or garbled.
 _DAMAGED = (ValueError, KeyError, OSError)
+_GIVEN_UP = 'Event loop is closed'  # what reads say that end after a failure
+_CLEANING_SECONDS = 60  # at the most, to remove what cut saves left
 
 
 class Checkpointer:
@@ -41,18 +46,28 @@ class Checkpointer:
     """
     self._run = run
     self._vocabulary = vocabulary
+    before = {*threading.enumerate()}
     self._manager = _manager(run)
+    self._cleaning = {*threading.enumerate()} - before
     try:
       self._check_vocabulary()
     except BaseException:
-      self._manager.close()
+      self._close()
       raise
 
   def __enter__(self) -> 'Checkpointer':
     return self
 
   def __exit__(self, *_: object) -> None:
+    self._close()
+
+  def _close(self) -> None:
     self._manager.close()
+    # Orbax itself waits for its removal of cut saves only when it saves. Where
+    # the program ended before, that would write a traceback. What fails in it
+    # is raised by its own `join`, and by the next save.
+    for thread in self._cleaning:
+      threading.Thread.join(thread, _CLEANING_SECONDS)
 
   def steps(self) -> list[int]:
     """Returns the steps there are checkpoints of, ascending."""
@@ -142,6 +157,7 @@ class Checkpointer:
     try:
       yield
     except _DAMAGED as error:
+      _silence_reads_in_flight()
       path = os.path.join(self._run.path, 'checkpoints', str(step))
       before = [other for other in self.steps() if other < step]
       instead = f'go on from step {before[-1]}' if before else 'begin anew'
@@ -204,6 +220,22 @@ class Checkpointer:
           f' {there} in the checkpoint of step {step} and {here} by this'
           f' config; {remedy}'
         )
+
+
+@functools.cache
+def _silence_reads_in_flight() -> None:
+  """Keeps tracebacks of reads that Orbax has given up from the user.
+
+  It closes its event loop on the first read that fails. Each that TensorStore
+  ends later finds the loop closed and tells `sys.excepthook`.
+  """
+  told = sys.excepthook
+
+  def hook(kind: Any, error: BaseException, trace: Any) -> None:
+    if kind is not RuntimeError or str(error) != _GIVEN_UP:
+      told(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 def _manager(run: RunDir) -> ocp.CheckpointManager:

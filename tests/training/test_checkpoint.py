@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -10,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
+from moe_jax.training import checkpoint
 from moe_jax.training.run_dir import RunDir
 from tests.helpers import runs
 
@@ -133,6 +138,42 @@ def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
     assert store.restore(abstract(make_state()))['step'] == 1
     store.save(2, make_state(2))
   assert sorted(os.listdir(checkpoints)) == ['1', '2']
+
+
+def test_nothing_is_left_running(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Orbax looks for cut saves in a thread, which a slow disk holds up."""
+  with runs.claimed(make(), tmp_path):
+    pass
+  kind = type(epath.Path(tmp_path))
+  looks, exists = [], kind.exists
+
+  def slow(path: epath.Path) -> bool:
+    looks.append('begun')
+    if threading.current_thread() is not threading.main_thread():
+      time.sleep(0.5)
+    looks.append('ended')
+    return exists(path)
+
+  monkeypatch.setattr(kind, 'exists', slow)
+  with runs.claimed(make(), tmp_path):
+    pass
+  assert looks and looks.count('begun') == looks.count('ended')
+
+
+def test_reads_that_were_given_up_tell_the_user_nothing(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  told: list[BaseException] = []
+  monkeypatch.setattr(
+    sys, 'excepthook', lambda _, error, __: told.append(error)
+  )
+  checkpoint._silence_reads_in_flight.__wrapped__()
+  other = RuntimeError('another')
+  for error in (RuntimeError('Event loop is closed'), other):
+    sys.excepthook(RuntimeError, error, None)
+  assert told == [other]
 
 
 def _largest(folder: Path) -> Path:
