@@ -11,6 +11,7 @@ import jax
 
 from moe_jax.analysis import compare, compare_table, comparison
 from moe_jax.analysis.comparison import Comparison, Run
+from moe_jax.config import loading
 from moe_jax.config.keys import Value
 from moe_jax.data import sources
 from moe_jax.errors import UserError, choose
@@ -34,6 +35,11 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
       the comparison.
   """
   run_dir.refuse_url(workdir)
+  if loading.holds_run(workdir):
+    raise UserError(
+      f'workdir {workdir} is that of a run; give a comparison a --workdir of'
+      ' its own'
+    )
   # Nothing is computed here, and the runs need the memory of their devices.
   jax.config.update('jax_platforms', 'cpu')
   with contextlib.nullcontext() if dry_run else _claimed(workdir):

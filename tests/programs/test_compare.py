@@ -174,3 +174,10 @@ def test_what_is_written_is_json_without_nan(begun: Path) -> None:
   text = (begun / 'compare.json').read_text()
   found = json.loads(text, parse_constant=refuse)
   assert found['rows'][0]['mean'] is None and found['overrides'] == SMALL
+
+
+def test_the_directory_of_a_run_is_refused(
+  begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  with pytest.raises(UserError, match='seed-4 is that of a run'):
+    plan(monkeypatch, begun / 'two' / 'seed-4')
