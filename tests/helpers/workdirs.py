@@ -141,6 +141,7 @@ def make_comparison(
   comparison = {
     'format': 1,
     'config': 'quickstart',
+    'overrides': {},
     'baseline': 'linear',
     'match': 'none',
     'metric': 'bits_per_byte',
