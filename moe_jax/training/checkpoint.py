@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ class Checkpointer:
     # the program ended before, that would write a traceback. What fails in it
     # is raised by its own `join`, and by the next save.
     for thread in self._cleaning:
-      threading.Thread.join(thread, _CLEANING_SECONDS)
+      _join(thread)
 
   def steps(self) -> list[int]:
     """Returns the steps there are checkpoints of, ascending."""
@@ -220,6 +221,18 @@ class Checkpointer:
           f' {there} in the checkpoint of step {step} and {here} by this'
           f' config; {remedy}'
         )
+
+
+def _join(thread: threading.Thread) -> None:
+  """Waits for a thread's end, also of one that is only about to start."""
+  deadline = time.monotonic() + _CLEANING_SECONDS
+  while time.monotonic() < deadline:
+    try:
+      threading.Thread.join(thread, _CLEANING_SECONDS)
+    except RuntimeError:  # it has not started yet
+      time.sleep(0.01)
+    else:
+      return
 
 
 @functools.cache

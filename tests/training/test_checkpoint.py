@@ -162,6 +162,20 @@ def test_nothing_is_left_running(
   assert looks and looks.count('begun') == looks.count('ended')
 
 
+def test_a_thread_that_is_about_to_start_is_waited_for() -> None:
+  ended: list[bool] = []
+
+  def work() -> None:
+    time.sleep(0.1)
+    ended.append(True)
+
+  thread = threading.Thread(target=work)
+  starter = threading.Timer(0.1, thread.start)
+  starter.start()
+  checkpoint._join(thread)
+  assert ended
+
+
 def test_reads_that_were_given_up_tell_the_user_nothing(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
