@@ -31,7 +31,7 @@ from moe_jax.errors import UserError
 from moe_jax.experts.layer import Aux
 from moe_jax.model import build
 from moe_jax.model.attention import AttentionState
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
@@ -338,16 +338,10 @@ class _Analysis:
     left: jax.Array,
   ) -> tuple[dict[str, Any], AttentionState]:
     """Measures the routing of a batch, of its first `left` tokens at most."""
-    model: Decoder = nnx.merge(self.setup.eval_graphdef, params)
-    _, routing, remembered = model.hidden(
-      batch['token_ids'],
-      batch['padding_mask'],
-      _routing_of,
-      attention_state=attention_state,
-    )
+    _, hidden = self._hidden(params, batch, attention_state)
     mask_T = batch['padding_mask'].reshape(-1)
     real_T = mask_T & (jnp.cumsum(mask_T) <= left)
-    routing = routing_lib.by_router(routing, mask_T.size)
+    routing = routing_lib.by_router(hidden.aux, mask_T.size)
     found = {
       'sums': routing_lib.sums_of(routing, real_T, self._num_experts),
       'indices_WTK': routing.indices_TK,
@@ -356,7 +350,22 @@ class _Analysis:
     }
     if 'classes' in batch:
       found['classes'] = batch['classes'].reshape(-1)
-    return found, remembered
+    return found, hidden.attention_state
+
+  def _hidden(
+    self,
+    params: Params,
+    batch: dict[str, jax.Array],
+    attention_state: AttentionState,
+  ) -> tuple[Decoder, Hidden]:
+    """Returns the model and its last hidden states, with every `Routing`."""
+    model: Decoder = nnx.merge(self.setup.eval_graphdef, params)
+    return model, model.hidden(
+      batch['token_ids'],
+      batch['padding_mask'],
+      _routing_of,
+      attention_state=attention_state,
+    )
 
   def _of_checkpoint(
     self,
@@ -414,18 +423,13 @@ class _Analysis:
   ) -> tuple[dict[str, Any], AttentionState]:
     """Returns the first row's routing, and its loss token by token."""
     del left
-    model: Decoder = nnx.merge(self.setup.eval_graphdef, params)
-    x_BLD, routing, remembered = model.hidden(
-      batch['token_ids'],
-      batch['padding_mask'],
-      _routing_of,
-      attention_state=attention_state,
-    )
-    routing = routing_lib.by_router(routing, batch['token_ids'].size)
+    model, hidden = self._hidden(params, batch, attention_state)
+    x_BLD = hidden.x_BLD
+    routing = routing_lib.by_router(hidden.aux, batch['token_ids'].size)
     length = x_BLD.shape[1]
     first = jax.tree.map(lambda a: a[:, :length], routing)
     loss_L = _token_losses(model, x_BLD[0], batch['targets'][0])
-    return {'routing': first, 'loss': loss_L}, remembered
+    return {'routing': first, 'loss': loss_L}, hidden.attention_state
 
   def _passage(self, params: Params, tokens: int) -> dict[str, Any]:
     """Returns what happens to the first tokens of the split."""

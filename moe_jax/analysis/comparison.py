@@ -24,7 +24,6 @@ from moe_jax.evaluation import checkpoints
 from moe_jax.training import run_dir
 
 FILE = 'compare.json'
-FORMAT = 1  # of that file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Comparison:
       for variant, found in values.items()
     }
     return {
-      'format': FORMAT,
+      'format': runs.COMPARISON_FORMAT,
       'config': self.argument,
       'overrides': dict(self.overrides),
       'baseline': self.baseline,
@@ -322,7 +321,9 @@ def read(workdir: str) -> dict[str, Any]:
   found = read_json(path)
   if found is None:
     return {}
-  if not isinstance(found, dict) or found.get('format') != FORMAT:
+  if (
+    not isinstance(found, dict) or found.get('format') != runs.COMPARISON_FORMAT
+  ):
     raise UserError(
       f'{path} is not of a comparison that this version knows; move it away,'
       ' or choose another --workdir'

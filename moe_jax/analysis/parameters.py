@@ -68,9 +68,9 @@ def expert_norms(experts: Any, declared: Any) -> jax.Array:
     experts: The parameters of its experts.
     declared: What each is, a tree like `experts`.
   """
-  squares = []
+  squares, of_path = [], parameter.flatten(declared)
   for path, leaf in parameter.flatten(experts).items():
-    axes = parameter.flatten(declared)[path].axes
+    axes = of_path[path].axes
     rows = jnp.moveaxis(leaf, axes.index(EXPERT), 0)
     squares.append(jnp.square(rows.reshape(len(rows), -1)).sum(-1))
   return jnp.sqrt(sum(squares))
@@ -86,10 +86,10 @@ def gate_norms(gate: Any, declared: Any) -> jax.Array | None:
     gate: The parameters of the gate.
     declared: What each is, a tree like `gate`.
   """
-  squares = []
+  squares, of_path = [], parameter.flatten(declared)
   for path, leaf in parameter.flatten(gate).items():
     axes = path[-1].rpartition('_')[2]
-    trained = parameter.flatten(declared)[path].update != FIXED
+    trained = of_path[path].update != FIXED
     if trained and leaf.ndim == len(axes) == 2 and 'N' in axes:
       squares.append(jnp.square(leaf).sum(1 - axes.index('N')))
   return jnp.sqrt(sum(squares)) if squares else None
@@ -102,9 +102,9 @@ def expert_similarity(experts: Any, declared: Any) -> jax.Array:
     experts: The parameters of its experts.
     declared: What each is, a tree like `experts`.
   """
-  matrices = []
+  matrices, of_path = [], parameter.flatten(declared)
   for path, leaf in parameter.flatten(experts).items():
-    axes = parameter.flatten(declared)[path].axes
+    axes = of_path[path].axes
     leaf = jnp.moveaxis(leaf, axes.index(EXPERT), 0)
     if leaf.ndim > 2:  # the rest are biases
       # Between inputs and outputs stand the kinds of matrices, if several.

@@ -39,7 +39,6 @@ from moe_jax.analysis import charts, runs
 from moe_jax.analysis.charts import Chart, Palette
 from moe_jax.analysis.runs import Variant, Workdir
 
-_FORMAT = 1  # of compare.json
 _LEVELS = 255  # a probability of the passage is one of so many
 
 
@@ -845,8 +844,10 @@ def _read_comparison(path: str, name: str, prefix: str) -> dict[str, Any]:
   try:
     with open(path, encoding='utf-8') as file:
       comparison = json.load(file)
-    if comparison['format'] != _FORMAT:
-      raise ValueError(f'format {comparison["format"]}, not {_FORMAT}')
+    if comparison['format'] != runs.COMPARISON_FORMAT:
+      raise ValueError(
+        f'format {comparison["format"]}, not {runs.COMPARISON_FORMAT}'
+      )
     return {
       **comparison,
       'name': name,

@@ -18,6 +18,7 @@ from moe_jax.config.saved import CONFIG_FILE, RECORD_FILE, from_json
 from moe_jax.errors import UserError
 
 ANALYSIS_FORMAT = 1  # of analysis/STEP.json
+COMPARISON_FORMAT = 1  # of compare.json
 
 _SHARE = 15  # smooth curves are means over a 15th of the points
 
