@@ -21,7 +21,7 @@ from moe_jax.config import help as config_help
 from moe_jax.config import loading
 from moe_jax.config.keys import Value
 from moe_jax.config.schema import KEYS
-from moe_jax.errors import UserError, nearest
+from moe_jax.errors import RetryableError, UserError, nearest
 
 DefineFlags = Callable[[flags.FlagValues], None]
 
@@ -90,13 +90,20 @@ def _documented(run: Callable[..., None]) -> str:
 
 
 def exit_with(run: Callable[[], None]) -> NoReturn:
-  """Calls `run` and exits: with 0, or with 2 after a user's mistake."""
+  """Calls `run` and exits.
+
+  The status is 0, 2 after a user's mistake, 75 after a fault of the world that
+  the same command may overcome, and 128 + the number of a signal.
+  """
   try:
     run()
     sys.stdout.flush()
   except UserError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+  except RetryableError as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(os.EX_TEMPFAIL)
   except RuntimeError as error:
     # JAX's, which cannot be imported here.
     message = ' '.join(str(error).split())

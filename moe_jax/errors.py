@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""What ends a program with one line: a mistake, or a fault of the world."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,15 @@ class UserError(ValueError):
 
   The message is one line that names the key or file, says what is wrong and
   what would be right. Programs print it without a traceback and exit with 2.
+  """
+
+
+class RetryableError(RuntimeError):
+  """A fault of the world after which the same command goes on.
+
+  A full disk, or another process of the run that has gone. The message is one
+  line that says so. Programs print it without a traceback and exit with 75,
+  `EX_TEMPFAIL` of sysexits.h, for a scheduler to start the command again.
   """
 
 
