@@ -22,6 +22,8 @@ from flax import nnx
 # Names of axes; `moe_jax.parallel.mesh` says which of them a mesh splits.
 VOCAB, EMBED, MLP, EXPERT = 'vocab', 'embed', 'mlp', 'expert'
 HEADS, KV_HEADS = 'heads', 'kv_heads'
+# The experts as a gate rates them: every device has the weights of all.
+LOGIT = 'logit'
 
 # Parts of a model; `optimizer.freeze` and the sizes of routers ask for them.
 MODEL, ROUTER, CELL = 'model', 'router', 'cell'

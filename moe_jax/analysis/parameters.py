@@ -11,7 +11,7 @@ from moe_jax import parameter
 from moe_jax.analysis.routing import similarity
 from moe_jax.config import layer_kinds
 from moe_jax.model import build
-from moe_jax.parameter import EXPERT, FIXED
+from moe_jax.parameter import EXPERT, FIXED, LOGIT
 
 ROUTER, EXPERTS = 'router', 'experts'  # in an MoE sub-layer
 
@@ -79,8 +79,8 @@ def expert_norms(experts: Any, declared: Any) -> jax.Array:
 def gate_norms(gate: Any, declared: Any) -> jax.Array | None:
   """Returns the norm of the weights that a gate has for every expert, [N].
 
-  They are its trained matrices with an axis N, which is read off their names
-  as everywhere in this library; None where there is none.
+  They are its trained matrices with an axis `parameter.LOGIT`; None where there
+  is none.
 
   Args:
     gate: The parameters of the gate.
@@ -88,10 +88,9 @@ def gate_norms(gate: Any, declared: Any) -> jax.Array | None:
   """
   squares, of_path = [], parameter.flatten(declared)
   for path, leaf in parameter.flatten(gate).items():
-    axes = path[-1].rpartition('_')[2]
-    trained = of_path[path].update != FIXED
-    if trained and leaf.ndim == len(axes) == 2 and 'N' in axes:
-      squares.append(jnp.square(leaf).sum(1 - axes.index('N')))
+    axes = of_path[path].axes
+    if of_path[path].update != FIXED and LOGIT in axes:
+      squares.append(jnp.square(leaf).sum(1 - axes.index(LOGIT)))
   return jnp.sqrt(sum(squares)) if squares else None
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.parameter import FIXED, param
+from moe_jax.parameter import FIXED, LOGIT, param
 from moe_jax.registry import GATES
 from moe_jax.routing.cells import PRECISION
 
@@ -101,7 +101,9 @@ class LinearGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_features, options.num_experts
-    self.weight_XN = _normal(options.feature_std, rngs, *shape)
+    self.weight_XN = _normal(
+      options.feature_std, rngs, *shape, axes=(None, LOGIT)
+    )
     self.bias_N = _zeros(options.num_experts) if options.bias else None
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -124,7 +126,11 @@ class MLPGate(Gate):
       options.feature_std, rngs, options.num_features, options.width
     )
     self.weight_FN = _normal(
-      options.init_std, rngs, options.width, options.num_experts
+      options.init_std,
+      rngs,
+      options.width,
+      options.num_experts,
+      axes=(None, LOGIT),
     )
     self.mlp_bias_F = _zeros(options.width) if options.bias else None
     self.bias_N = _zeros(options.num_experts) if options.bias else None
@@ -147,7 +153,9 @@ class CosineGate(Gate):
 
   def __init__(self, options: GateOptions, *, rngs: nnx.Rngs):
     shape = options.num_experts, options.num_features
-    self.embedding_NX = _normal(options.feature_std, rngs, *shape)
+    self.embedding_NX = _normal(
+      options.feature_std, rngs, *shape, axes=(LOGIT, None)
+    )
     self.log_temperature = _log_temperature()
 
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
@@ -174,7 +182,7 @@ class XMoEGate(Gate):
       options.feature_std, rngs, options.num_features, size
     )
     self.embedding_NE = _normal(
-      options.init_std, rngs, options.num_experts, size
+      options.init_std, rngs, options.num_experts, size, axes=(LOGIT, None)
     )
     self.log_temperature = _log_temperature()
 
