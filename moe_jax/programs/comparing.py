@@ -112,6 +112,9 @@ def _plan(
   found = compare.rows(config, overrides, named)
   [base] = [row for row in found if row.variant == baseline]
   all_seeds = {seed for row in kept.values() for seed in row}
+  all_seeds.update(_seeds(seeds))
+  # A sweep was made with the first, which stays the first when one is added.
+  first = earlier['seeds'][:1] if earlier.get('sweep') else []
   return Comparison(
     workdir,
     config,
@@ -119,7 +122,7 @@ def _plan(
     compare.match(found, base, match),
     baseline,
     match,
-    sorted(all_seeds | set(_seeds(seeds))),
+    [*first, *sorted(all_seeds.difference(first))],
     swept,
     split or base.config.eval.split,
   )

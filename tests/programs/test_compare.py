@@ -99,6 +99,24 @@ def test_what_the_directory_has_stays(
   assert capsys.readouterr().out.splitlines()[2].startswith('two')
 
 
+def test_a_sweep_keeps_its_seed_when_others_are_added(
+  own: str,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  rows = compare.rows(own, SMALL, ['two'])
+  swept: dict[str, list[Any]] = {'moe.top_k': [1, 2]}
+  Comparison(
+    str(tmp_path), own, SMALL, rows, 'two', 'none', [4], swept, 'validation'
+  ).write()
+  (tmp_path / 'two').mkdir()
+  flags = ['--sweep=moe.top_k:1,2', '--seeds=2']
+  plan(monkeypatch, tmp_path, *small(own), *flags)
+  out = capsys.readouterr().out
+  assert '3 seeds (4, 0, 1)' in out and 'first with seed 4' in out
+
+
 @pytest.mark.parametrize(
   'flags, fragments',
   [
