@@ -54,7 +54,8 @@ ROOMS = {
     'jax ml_collections',
   ),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
-  'parallel.launch': Room('errors', 'jax'),
+  'parallel.peers': Room('errors', 'jax numpy'),
+  'parallel.launch': Room('errors parallel.peers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors registry', 'tensorflow_datasets grain numpy etils ml_collections'
@@ -74,7 +75,8 @@ ROOMS = {
   ),
   # The one page that knows everyone.
   'training.loop': Room(
-    f'runtime {_CONFIG} data parallel.multihost training evaluation',
+    f'runtime {_CONFIG} data parallel.multihost parallel.peers training'
+    ' evaluation',
     'jax ml_collections',
   ),
   # From and to the workdirs of runs.

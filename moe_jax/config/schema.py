@@ -496,6 +496,17 @@ KEYS = {
     "START:STEPS writes a trace of so many steps from that one on; '' none.",
     resume=True,
   ),
+  'train.watchdog': Key(
+    1800,
+    'The seconds after which stacks are printed if no step, evaluation batch or'
+    ' save has ended; 0 never.',
+    resume=True,
+  ),
+  'train.watchdog_exit': Key(
+    False,
+    'Whether the process then ends, with status 75.',
+    resume=True,
+  ),
   'data.name': Key(
     'python_stdlib',
     'The data set: python_stdlib, python_docs, text_folder, enwik8,'

@@ -13,6 +13,7 @@ from moe_jax.training import run_dir, state, terminal
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.metrics import json_line
 from moe_jax.training.run_dir import RunDir
+from moe_jax.training.watchdog import Watchdog
 
 
 def evaluate(
@@ -41,7 +42,10 @@ def evaluate(
   """
   setup = multihost.first_process_first(lambda: state.from_config(config))
   run = RunDir.existing(workdir, config)
-  with Checkpointer(run, setup.vocabulary) as checkpointer:
+  with (
+    Watchdog(config.train.watchdog, config.train.watchdog_exit),
+    Checkpointer(run, setup.vocabulary) as checkpointer,
+  ):
     evaluations = multihost.first_process_first(
       lambda: evaluation.make(setup, split or config.eval.split)
     )

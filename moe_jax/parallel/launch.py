@@ -4,19 +4,23 @@ The environment that launchers and clusters leave to a process says whether
 there are others; jax itself knows how they find each other there.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import os
 import re
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from moe_jax.errors import UserError
+from moe_jax.parallel import peers
 
 _BY_HAND = 'give --coordinator=HOST:PORT, a free port of the host of process 0'
 # Processes end a run within seconds of each other, or one of them has failed.
@@ -63,6 +67,24 @@ class LaunchedProcess:
   can_meet: bool
 
 
+@contextlib.contextmanager
+def joined(coordinator: str | None = None, **place: Any) -> Iterator[None]:
+  """As a context, joins the other processes of this run, and watches them.
+
+  Where one of them has gone, this process says which and ends, with status 75.
+
+  Args:
+    coordinator: As `initialize` takes it.
+    **place: The other arguments of `initialize`.
+
+  Raises:
+    UserError: As `initialize` does.
+  """
+  initialize(coordinator, **place)
+  with peers.watched(_host(coordinator) if coordinator else None):
+    yield
+
+
 def initialize(
   coordinator: str | None = None,
   num_processes: int | None = None,
@@ -88,6 +110,7 @@ def initialize(
   Raises:
     UserError: The arguments do not go together, or the others cannot be found.
   """
+  _check_encryption()
   jax.config.update('jax_enable_preemption_service', preemption)
   launched = launched_process()
   if coordinator is None and (num_processes, process_id) != (None, None):
@@ -105,6 +128,7 @@ def initialize(
       coordinator_address=place.coordinator,
       num_processes=place.count,
       process_id=place.id,
+      **_bind(place.coordinator),
     )
   elif launched is not None:
     if not launched.can_meet:
@@ -144,17 +168,46 @@ def _place(
   return Place(coordinator, count, id)
 
 
+def _host(coordinator: str) -> str:
+  return coordinator.rpartition(':')[0].strip('[]')
+
+
+def _bind(coordinator: str) -> dict[str, Any]:
+  """Returns where the coordinator listens, if not at all addresses.
+
+  Nobody is authenticated there; so on one machine, other machines are kept out.
+  """
+  chosen = 'JAX_COORDINATOR_BIND_ADDRESS' in os.environ
+  if chosen or not peers.is_loopback(_host(coordinator)):
+    return {}
+  return {'coordinator_bind_address': coordinator}
+
+
+def _check_encryption() -> None:
+  """Refuses certificates that this version of jax would not use."""
+  prefixes = ('JAX_MTLS_', 'JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS')
+  asked = sorted(name for name in os.environ if name.startswith(prefixes))
+  known = inspect.signature(jax.distributed.initialize).parameters
+  if asked and 'mtls_cert_file' not in known:
+    raise UserError(
+      f'{", ".join(asked)} would have no effect: jax {jax.__version__} cannot'
+      ' encrypt its connections; take one whose jax.distributed.initialize has'
+      ' mtls_cert_file, as 0.12 does, or unset the variables on a trusted'
+      ' network'
+    )
+
+
 def _check_port(place: Place, seconds: int) -> None:
   """Makes sure that the coordinator's port can be opened, or reached.
 
   jax would not raise an exception but abort.
   """
-  host, _, port = place.coordinator.rpartition(':')
+  host, port = _host(place.coordinator), place.coordinator.rpartition(':')[2]
   if place.id:
-    _reach(host.strip('[]'), int(port), seconds)
+    _reach(host, int(port), seconds)
     return
   try:
-    socket.create_server(('', int(port))).close()
+    peers.listen(host if _bind(place.coordinator) else '', int(port)).close()
   except OSError as error:
     raise UserError(
       f'--coordinator = {place.coordinator}: process 0 cannot open port {port}'

@@ -56,11 +56,11 @@ def run(
     ) from error
   from moe_jax.parallel import launch
 
-  launch.initialize(**place)
-  for workdir, config in configs.items():
-    analyze(
-      config, workdir, step=step, split=split, tokens=tokens, passage=passage
-    )
+  with launch.joined(**place):
+    for workdir, config in configs.items():
+      analyze(
+        config, workdir, step=step, split=split, tokens=tokens, passage=passage
+      )
 
 
 def main() -> None:

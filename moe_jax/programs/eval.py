@@ -43,8 +43,8 @@ def run(
   from moe_jax.evaluation import checkpoints
   from moe_jax.parallel import launch
 
-  launch.initialize(**place)
-  checkpoints.evaluate(config, workdir, step=step, split=split)
+  with launch.joined(**place):
+    checkpoints.evaluate(config, workdir, step=step, split=split)
 
 
 def main() -> None:

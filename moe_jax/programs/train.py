@@ -19,8 +19,8 @@ def run(config: ConfigDict, workdir: str, **place: Any) -> None:
   from moe_jax.parallel import launch
   from moe_jax.training import loop
 
-  launch.initialize(**place, preemption=True)
-  loop.train(config, workdir)
+  with launch.joined(**place, preemption=True):
+    loop.train(config, workdir)
 
 
 def main() -> None:

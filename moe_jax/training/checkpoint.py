@@ -152,6 +152,20 @@ class Checkpointer:
     """Blocks until nothing is being saved; raises what a save failed with."""
     self._manager.wait_until_finished()
 
+  def outlook(self) -> str:
+    """Returns what the same command will do if this process ends now.
+
+    It only looks at names of folders, so any thread may call it.
+
+    Raises:
+      OSError: There is no such folder yet.
+    """
+    names = os.listdir(self._run.checkpoints)
+    steps = [int(name) for name in names if name.isdecimal()]
+    if not steps:
+      return 'there is no checkpoint yet, so the same command begins anew'
+    return f'the same command goes on from step {max(steps)}'
+
   @contextlib.contextmanager
   def _reading(self, step: int) -> Iterator[None]:
     """Reports files of a checkpoint that cannot be read in one line."""

@@ -12,7 +12,7 @@ from moe_jax import evaluation, runtime
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluation
-from moe_jax.parallel import multihost
+from moe_jax.parallel import multihost, peers
 from moe_jax.training import init_from
 from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
@@ -25,6 +25,7 @@ from moe_jax.training.run_dir import RunDir
 from moe_jax.training.signals import SignalHandler
 from moe_jax.training.state import Setup, TrainState
 from moe_jax.training.step import make_train_step
+from moe_jax.training.watchdog import Watchdog, waits_for
 
 
 class Prepared(NamedTuple):
@@ -73,10 +74,12 @@ def train(config: ConfigDict, workdir: str) -> None:
   )
   run = RunDir.new_or_resumed(workdir, config)
   with (
+    Watchdog(config.train.watchdog, config.train.watchdog_exit),
     Checkpointer(run, setup.vocabulary) as checkpointer,
     SignalHandler() as signals,
     _too_large_in_one_line(),
   ):
+    peers.set_outlook(checkpointer.outlook)
     newest = checkpointer.latest()
     start = newest or 0
     # All that can be refused, before the workdir becomes this run's.
@@ -102,6 +105,7 @@ def train(config: ConfigDict, workdir: str) -> None:
           start,
         )
         logger.say(logger.summary(done))
+        waits_for('the last save')
   if signals.signal is not None:
     raise SystemExit(128 + signals.signal)
 
@@ -141,6 +145,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
   if start < steps:
     logger.compiling()
   for step in range(start + 1, steps + 1):
+    waits_for(f'step {step}')
     profiler.start(step)
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       state, metrics = train_step(state, next(batches))
@@ -162,6 +167,7 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
       # Last: what is written of a step outlives a kill during the save.
       logger.write()
       check_finite(float(metrics['loss']), step)
+      waits_for(f'the save of step {step}')
       checkpointer.save(step, state)
     if stopped:
       break

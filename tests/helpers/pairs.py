@@ -14,6 +14,8 @@ from typing import BinaryIO, Self
 
 import jax
 
+from tests.helpers.nursery import Child, Nursery
+
 ROOT = Path(__file__).parents[2]
 DEVICES = 2  # of each process
 PATIENCE = 240  # seconds, on a busy machine; a hang is a failure
@@ -32,8 +34,17 @@ class Pair:
     processes: process 0, which writes and prints, and process 1.
   """
 
-  def __init__(self, program: str, *flags: list[str], **env: str) -> None:
-    """Starts the program twice, with `flags`: of both, or of each."""
+  def __init__(
+    self,
+    program: str,
+    *flags: list[str],
+    nursery: Nursery | None = None,
+    **env: str,
+  ) -> None:
+    """Starts the program twice, with `flags`: of both, or of each.
+
+    A nursery, whose environment it then has, spares the imports.
+    """
     both = flags if len(flags) == 2 else flags * 2
     coordinator = f'127.0.0.1:{free_port()}'
     # To files: a pipe that nobody reads fills up and stops its process.
@@ -42,20 +53,23 @@ class Pair:
       [self._files.enter_context(tempfile.TemporaryFile()) for _ in both]  # noqa: SIM115
       for _ in range(2)
     )
-    self.processes = [
-      subprocess.Popen(
-        [
-          *(sys.executable, program, *both[i]),
-          *(f'--coordinator={coordinator}', '--num_processes=2'),
-          f'--process_id={i}',
-        ],
-        cwd=ROOT,
-        env=os.environ | _ENV | env,
-        stdout=self._out[i],
-        stderr=self._err[i],
+    place = [f'--coordinator={coordinator}', '--num_processes=2']
+    self.processes: list[subprocess.Popen[bytes] | Child] = []
+    for i in range(2):
+      argv = [program, *both[i], *place, f'--process_id={i}']
+      if nursery:
+        child = nursery.fork(argv, self._out[i], self._err[i])
+        self.processes.append(child)
+        continue
+      self.processes.append(
+        subprocess.Popen(
+          [sys.executable, *argv],
+          cwd=ROOT,
+          env=os.environ | ENV | env,
+          stdout=self._out[i],
+          stderr=self._err[i],
+        )
       )
-      for i in range(2)
-    ]
 
   def __enter__(self) -> Self:
     return self
@@ -118,7 +132,7 @@ def _read(file: BinaryIO) -> str:
   return os.pread(file.fileno(), 1 << 24, 0).decode(errors='replace')
 
 
-_ENV = {
+ENV = {
   'JAX_PLATFORMS': 'cpu',
   'JAX_NUM_CPU_DEVICES': str(DEVICES),
   'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,

@@ -231,3 +231,89 @@ def test_who_waits_in_vain_is_told_in_one_line() -> None:
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: not all processes of this run came together')
   assert 'within 1 seconds (--coordinator_timeout)' in line
+
+
+@pytest.mark.parametrize(
+  ('host', 'bound'),
+  [
+    ('localhost', True),
+    ('127.0.0.1', True),
+    ('[::1]', True),
+    ('node3', False),
+    ('10.0.0.1', False),
+  ],
+)
+def test_a_loopback_name_keeps_other_machines_out(
+  host: str, bound: bool, calls: list[dict[str, Any]]
+) -> None:
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+  launch.initialize(f'{host}:{port}', num_processes=2, process_id=0)
+  (call,) = calls
+  address = f'{host}:{port}' if bound else None
+  assert call.get('coordinator_bind_address') == address
+
+
+def test_where_the_coordinator_listens_may_be_chosen(
+  calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('JAX_COORDINATOR_BIND_ADDRESS', '0.0.0.0:1234')
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+  launch.initialize(f'localhost:{port}', num_processes=2, process_id=0)
+  assert 'coordinator_bind_address' not in calls[0]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize(
+  'host', ['localhost', pytest.param('[::1]', marks=pytest.mark.slow)]
+)
+def test_the_coordinator_listens_on_loopback_alone(host: str) -> None:
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+  code = (
+    'import pathlib;'
+    'from moe_jax.parallel import launch;'
+    f'launch.initialize("{host}:{port}", 1, 0);'
+    'print(*pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:],'
+    '*pathlib.Path("/proc/net/tcp6").read_text().splitlines()[1:], sep="\\n")'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  # The second column is the address in hexadecimal, the fourth the state.
+  sockets = [line.split() for line in done.stdout.splitlines()]
+  listening = {
+    address.split(':')[0]
+    for _, address, _, state, *_ in sockets
+    if state == '0A' and int(address.split(':')[1], 16) == port
+  }
+  loopback = {
+    '0100007F',
+    '00000000000000000000000001000000',
+    '0000000000000000FFFF00000100007F',  # 127.0.0.1 as an address of IPv6
+  }
+  assert listening
+  assert listening <= loopback
+
+
+def test_certificates_that_jax_would_not_use_are_refused(
+  calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('JAX_MTLS_CERT_FILE', '/etc/here.pem')
+  with pytest.raises(UserError, match='JAX_MTLS_CERT_FILE would have no'):
+    launch.initialize()
+  assert not calls
+
+  def initialize(mtls_cert_file: str = '', **given: object) -> None:
+    del mtls_cert_file
+    calls.append(given)
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  launch.initialize()
