@@ -30,7 +30,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-tree-mode test-interop \
-  test-browser test-all lint clean
+  test-browser test-all lint lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -80,6 +80,14 @@ lint: $(INSTALLED) ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m mypy
+
+# Of Linux on x86-64 and the oldest Python, on which the tests run.
+lock: $(INSTALLED) ## requirements.lock: the versions to install, with hashes
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	$(RUN) -m uv pip compile requirements.txt --output-file requirements.lock \
+	  --generate-hashes --no-emit-index-url --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 \
+	  --custom-compile-command 'make lock'
 
 clean: ## remove the environment and all caches, but no runs
 	rm -rf $(VENV) build .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
