@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict
 
-from moe_jax import runtime
+from moe_jax import files, runtime
 from moe_jax.config import help as config_help
 from moe_jax.config import loading
 from moe_jax.config.keys import Value
 from moe_jax.config.schema import KEYS
-from moe_jax.errors import RetryableError, UserError, nearest
+from moe_jax.errors import RetryableError, UserError, nearest, said
 
 DefineFlags = Callable[[flags.FlagValues], None]
 
@@ -99,10 +99,10 @@ def exit_with(run: Callable[[], None]) -> NoReturn:
     run()
     sys.stdout.flush()
   except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    print('error:', said(error), file=sys.stderr)
     sys.exit(2)
   except RetryableError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    print('error:', said(error), file=sys.stderr)
     sys.exit(os.EX_TEMPFAIL)
   except RuntimeError as error:
     # JAX's, which cannot be imported here.
@@ -201,7 +201,7 @@ def read(
   rest = _parse(known, argv)
   overrides = _overrides(rest[1:], [f'--{name}' for name in known])
   values = known.flag_values_dict()
-  values['workdir'] = os.path.expanduser(values['workdir'] or '')
+  values['workdir'] = files.expand(values['workdir'] or '')
   if workdir and not values['workdir']:
     raise UserError(f'--workdir is missing: {known["workdir"].help}')
   return values, dict(overrides)
@@ -232,7 +232,7 @@ def parse_runs(
   if not workdirs:
     raise UserError('a WORKDIR is missing: the directory of a run, or several')
   configs = {}
-  for workdir in map(os.path.expanduser, workdirs):
+  for workdir in map(files.expand, workdirs):
     if not loading.holds_run(workdir):
       raise UserError(
         f'workdir {workdir} holds no run: there is no'

@@ -1,6 +1,7 @@
 """What ends a program with one line: a mistake, or a fault of the world."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -19,6 +20,31 @@ class RetryableError(RuntimeError):
   line that says so. Programs print it without a traceback and exit with 75,
   `EX_TEMPFAIL` of sysexits.h, for a scheduler to start the command again.
   """
+
+
+def printable(text: str, most: int = sys.maxsize) -> str:
+  """Returns a text as a terminal may show it: control characters escaped.
+
+  What a message quotes may be a stranger's: the name of a file or a tensor.
+
+  Args:
+    text: The text.
+    most: The characters of it that are shown.
+  """
+  if len(text) > most:
+    text = f'{text[:most]}...'
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def said(error: BaseException) -> str:
+  """Returns what an error says, in one line that a terminal may show.
+
+  It is '' if even that fails.
+  """
+  try:
+    return printable(' '.join(str(error).split()))
+  except Exception:  # a user's class may raise in __str__
+    return ''
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

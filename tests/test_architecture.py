@@ -22,7 +22,7 @@ class Room(NamedTuple):
   packages: str = ''  # others' packages
 
 
-_CONFIG = 'config errors'
+_CONFIG = 'config errors files'
 _MODEL = f'{_CONFIG} registry parameter routing experts parallel.mesh'
 _STATE = 'jax flax optax orbax ml_collections numpy'
 
@@ -30,11 +30,12 @@ _STATE = 'jax flax optax orbax ml_collections numpy'
 ROOMS = {
   '__init__': Room(),
   'errors': Room(),
+  'files': Room('errors'),
   'registry': Room('errors'),
   'runtime': Room(),
   # A mistake in a config is told before jax is imported.
-  'config': Room('errors registry', 'ml_collections'),
-  'cli': Room('config errors runtime', 'absl ml_collections'),
+  'config': Room('errors files registry', 'ml_collections'),
+  'cli': Room('config errors files runtime', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'parameter': Room('', 'jax flax'),
   'routing': Room('errors registry parameter', 'jax flax'),
@@ -58,7 +59,8 @@ ROOMS = {
   'parallel.launch': Room('errors parallel.peers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
-    'errors registry', 'tensorflow_datasets grain numpy etils ml_collections'
+    'errors files registry',
+    'tensorflow_datasets grain numpy etils ml_collections',
   ),
   'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
   'interop': Room(
@@ -88,7 +90,7 @@ ROOMS = {
     f'{_CONFIG} interop interop.checkpoint', 'jax flax ml_collections numpy'
   ),
   'interop.cli': Room(
-    'cli errors interop interop.convert runtime', 'absl ml_collections'
+    'cli errors files interop interop.convert runtime', 'absl ml_collections'
   ),
   # The library's doors.
   'layers': Room(
@@ -99,7 +101,8 @@ ROOMS = {
     'jax flax ml_collections numpy',
   ),
   'analysis': Room(
-    'config errors', 'altair jinja2 matplotlib ml_collections numpy vl_convert'
+    'config errors files',
+    'altair jinja2 matplotlib ml_collections numpy vl_convert',
   ),
   # Of a `Routing` alone, and of the documents of a split.
   'analysis.routing': Room('routing', 'jax numpy'),

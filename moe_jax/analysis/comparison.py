@@ -16,6 +16,7 @@ from typing import Any
 from scipy import stats
 
 from moe_jax import config as config_lib
+from moe_jax import files
 from moe_jax.analysis import compare, runs
 from moe_jax.analysis.compare import Overrides, Point, Row
 from moe_jax.config.keys import Value
@@ -338,8 +339,7 @@ def read_json(path: str) -> dict[str, Any] | None:
     UserError: It cannot be read.
   """
   try:
-    with open(path, encoding='utf-8') as file:
-      return json.load(file)
+    return files.read_json(path)
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.analysis.runs import Run, read, smooth
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, said
+from moe_jax.files import check_output, expand
 
 try:
   import matplotlib
@@ -91,12 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('workdir', nargs='+', help='the directory of a run')
   parser.add_argument('--output', help='the picture; WORKDIR/curve.png')
   flags = parser.parse_args(arguments)
-  output = flags.output or os.path.join(flags.workdir[0], 'curve.png')
   try:
-    figure = draw([read(workdir) for workdir in flags.workdir])
+    workdirs = [expand(each) for each in flags.workdir]
+    output = os.path.join(workdirs[0], 'curve.png')
+    if flags.output:
+      output = expand(flags.output)
+      check_output('--output', output, 'curve.png')
+      if not os.path.splitext(output)[1]:
+        output += '.png'  # as matplotlib would
+    figure = draw([read(workdir) for workdir in workdirs])
     _save(figure, output)
   except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    print('error:', said(error), file=sys.stderr)
     return 2
   print(f'written to {output}')
   return 0

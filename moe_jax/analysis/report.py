@@ -23,7 +23,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, said
+from moe_jax.files import check_output, expand, read_json
 
 try:
   import altair
@@ -90,12 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('--output', help='the page; DIRECTORY/report.html')
   flags = parser.parse_args(arguments)
-  output = flags.output or os.path.join(flags.directory[0], 'report.html')
   try:
-    text = page(read(flags.directory))
+    directories = [expand(each) for each in flags.directory]
+    output = os.path.join(directories[0], 'report.html')
+    if flags.output:
+      output = expand(flags.output)
+      check_output('--output', output, 'report.html')
+    text = page(read(directories))
     _save(text, output)
   except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    print('error:', said(error), file=sys.stderr)
     return 2
   print(f'written to {output} ({len(text) / 1e6:.1f} MB)')
   return 0
@@ -842,8 +847,7 @@ def _number(value: Any, digits: int = 4) -> str:
 def _read_comparison(path: str, name: str, prefix: str) -> dict[str, Any]:
   """Returns a compare.json, with its name, and `prefix` before variants."""
   try:
-    with open(path, encoding='utf-8') as file:
-      comparison = json.load(file)
+    comparison = read_json(path)
     if comparison['format'] != runs.COMPARISON_FORMAT:
       raise ValueError(
         f'format {comparison["format"]}, not {runs.COMPARISON_FORMAT}'

@@ -5,7 +5,6 @@ Runs whose configs differ in nothing but the seed are one variant.
 
 import dataclasses
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import files
 from moe_jax.config.derived import flatten
 from moe_jax.config.saved import CONFIG_FILE, RECORD_FILE, from_json
 from moe_jax.errors import UserError
@@ -172,7 +172,7 @@ def read_workdir(workdir: str) -> Workdir:
   """
   run = read(workdir)
   config = _read(os.path.join(workdir, CONFIG_FILE), from_json)
-  record = _read(os.path.join(workdir, RECORD_FILE), json.loads) or {}
+  record = _read(os.path.join(workdir, RECORD_FILE), files.parse_json)
   analyses = glob.glob(os.path.join(glob.escape(workdir), 'analysis', '*.json'))
   numbered = [path for path in analyses if _step(path) >= 0]
   newest = max(numbered, key=_step, default='')
@@ -181,9 +181,9 @@ def read_workdir(workdir: str) -> Workdir:
     workdir,
     run,
     flatten(config.to_dict()) if config else {},
-    record.get('starts', []),
+    _starts(record),
     _read_analysis(newest) if newest else None,
-    [_read(path, json.loads) for path in sorted(glob.glob(evaluations))],
+    [_read(path, files.parse_json) for path in sorted(glob.glob(evaluations))],
   )
 
 
@@ -278,11 +278,18 @@ def _step(path: str) -> int:
   return int(name) if name.isdecimal() else -1
 
 
+def _starts(record: Any) -> list[dict[str, Any]]:
+  """Returns what run.json says of the starts; nothing where it is not ours."""
+  starts = record.get('starts') if isinstance(record, dict) else None
+  if not isinstance(starts, list):
+    return []
+  return [start for start in starts if isinstance(start, dict)]
+
+
 def _read(path: str, parse: Any) -> Any:
   """Returns what `parse` makes of a file; None where there is none."""
   try:
-    with open(path, encoding='utf-8') as file:
-      return parse(file.read())
+    return parse(files.read_text(path))
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
@@ -295,7 +302,7 @@ def _read_analysis(path: str) -> Any:
   Raises:
     UserError: It cannot be read, or is not of this version.
   """
-  found = _read(path, json.loads)
+  found = _read(path, files.parse_json)
   if not isinstance(found, dict) or found.get('format') != ANALYSIS_FORMAT:
     raise UserError(
       f'{path} is not of an analysis that this version knows; run moe_jax'
@@ -307,8 +314,7 @@ def _read_analysis(path: str) -> Any:
 def _rows(path: str) -> list[dict[str, Any]]:
   """Returns the objects of a metrics.jsonl, without a last line cut short."""
   try:
-    with open(path, encoding='utf-8') as file:
-      lines = file.read().splitlines()
+    lines = files.read_text(path).splitlines()
   except UnicodeDecodeError as error:
     raise UserError(f'{path} cannot be read: {error}') from error
   except OSError as error:
@@ -319,7 +325,7 @@ def _rows(path: str) -> list[dict[str, Any]]:
   rows = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
+      row = files.parse_json(line)
       rows.append({'step': row['step'], 'split': row['split']} | row)
     except (ValueError, TypeError, KeyError) as error:
       if number == len(lines):

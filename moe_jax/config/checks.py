@@ -17,6 +17,7 @@ from moe_jax.config.derived import (
   mesh_shape,
   written_out,
 )
+from moe_jax.config.keys import LARGEST
 from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 
@@ -196,11 +197,22 @@ def _check_batches(config: ConfigDict, mesh: dict[str, int]) -> None:
   sizes = [mesh[axis] for axis in BATCH_AXES]
   key = 'eval.batch_size' if config.eval.batch_size else 'train.batch_size'
   _check_divides(config, key, math.prod(sizes), written_out(names, sizes))
+  for batch in {key, 'train.batch_size'}:
+    _check_tokens(batch, get(config, batch), config.data.seq_len)
   names.append('train.accumulation')
   sizes.append(config.train.accumulation)
   _check_divides(
     config, 'train.batch_size', math.prod(sizes), written_out(names, sizes)
   )
+
+
+def _check_tokens(key: str, num_sequences: int, seq_len: int) -> None:
+  """Refuses a batch whose tokens cannot be counted in int32."""
+  if num_sequences * seq_len > LARGEST:
+    raise UserError(
+      f'{key} x data.seq_len = {num_sequences} x {seq_len} tokens are above'
+      f' {LARGEST}, the most that a batch may have; lower one of them'
+    )
 
 
 def _check_divides(

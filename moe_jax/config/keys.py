@@ -12,7 +12,7 @@ Value: TypeAlias = bool | int | float | str
 Choices: TypeAlias = Sequence[str | Registry[Any]]
 
 # Whole numbers reach jax as int32.
-_LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1
 _TRUE, _FALSE = ('true', 't', '1', 'yes'), ('false', 'f', '0', 'no')
 
 
@@ -92,8 +92,8 @@ class Key(NamedTuple):
       return
     if isinstance(self.default, str):
       self._check_text(name, str(value))
-    elif not self._inside(float(value)):
-      high = f' and at most {_LARGEST}' if self._is_too_large(value) else ''
+    elif not self._inside(value):
+      high = f' and at most {LARGEST}' if self._is_too_large(value) else ''
       raise UserError(f'{name} = {value!r} must be {self.range()}{high}')
 
   def parse(self, name: str, text: str) -> Value:
@@ -111,7 +111,7 @@ class Key(NamedTuple):
     except ValueError as error:
       raise UserError(f'{name} = {text!r} must be {self.wanted()}') from error
 
-  def _inside(self, value: float) -> bool:
+  def _inside(self, value: Any) -> bool:
     least = value >= self.low if self.above is None else value > self.above
     most = value < math.inf if self.below is None else value < self.below
     return least and most and value <= self._most()
@@ -119,12 +119,12 @@ class Key(NamedTuple):
   def _most(self) -> float:
     if self.high is not None:
       return self.high
-    return _LARGEST if isinstance(self.default, int) else math.inf
+    return LARGEST if isinstance(self.default, int) else math.inf
 
   def _is_too_large(self, value: Value) -> bool:
     """Returns whether the value breaks the bound that goes without saying."""
     unsaid = self.high is None and self.below is None
-    return unsaid and isinstance(self.default, int) and int(value) > _LARGEST
+    return unsaid and isinstance(self.default, int) and int(value) > LARGEST
 
   def _wanted_text(self) -> str:
     if self.choices:

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import json
 import os
 import re
 import traceback
@@ -11,6 +10,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from moe_jax import files
 from moe_jax.config import saved, schema
 from moe_jax.config.derived import flatten, get
 from moe_jax.config.user_code import (
@@ -47,7 +47,7 @@ def load(argument: str) -> ConfigDict:
   Raises:
     UserError: There is no such file, preset or variant, or the file fails.
   """
-  path, names = _find(os.path.expanduser(argument))
+  path, names = _find(files.expand(argument))
   if path.endswith('.json'):
     return of_run(os.path.dirname(path), path)
   try:
@@ -73,13 +73,16 @@ def of_run(workdir: str, path: str = '') -> ConfigDict:
   """
   path = path or os.path.join(workdir, saved.CONFIG_FILE)
   try:
-    config = saved.from_json(_read(path))
+    config = saved.from_json(files.read_text(path))
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is not the JSON of a config: {error}') from error
   record = os.path.join(workdir, saved.RECORD_FILE)
   if os.path.isfile(record):
     load_extensions(_extensions_in(record), record)
-  return _checked(path, config)
+  config = _checked(path, config)
+  # The workdir may be a stranger's: who runs code by its config says so anew.
+  config.data.allow_community = False
+  return config
 
 
 def holds_run(workdir: str) -> bool:
@@ -96,7 +99,7 @@ def variants(argument: str) -> dict[str, str]:
   Raises:
     UserError: There is no such file, or it fails.
   """
-  path, _ = _find(os.path.expanduser(argument))
+  path, _ = _find(files.expand(argument))
   if path.endswith('.json'):
     return {}
   try:
@@ -115,7 +118,7 @@ def with_names(argument: str, names: Sequence[str]) -> str:
   """Returns `argument` with these variants behind what it names itself."""
   if not names:
     return argument
-  _, given = _find(os.path.expanduser(argument))
+  _, given = _find(files.expand(argument))
   sign = ':' if not given else ',' if given[0] else ''
   return f'{argument}{sign}{",".join(names)}'
 
@@ -151,18 +154,26 @@ def _find(argument: str) -> tuple[str, list[str]]:
   return preset_files()[name], arguments
 
 
-def _read(path: str) -> str:
-  with open(path, encoding='utf-8') as file:
-    return file.read()
-
-
 def _extensions_in(record: str) -> list[str]:
-  """Returns the files of users that a run's record names."""
+  """Returns the files of users that a run's record names.
+
+  None of them came with the workdir, which may be a stranger's: its owner
+  would choose what runs here.
+  """
   try:
-    names = json.loads(_read(record)).get('extensions', [])
-  except (OSError, ValueError, AttributeError) as error:
+    names = files.read_json(record).get('extensions', [])
+    paths = [str(name) for name in names]
+  except (OSError, ValueError, AttributeError, TypeError) as error:
     raise UserError(f'{record} cannot be read: {error}') from error
-  return [str(name) for name in names]
+  folder = os.path.join(os.path.realpath(os.path.dirname(record)), '')
+  for path in paths:
+    if not os.path.isabs(path) or os.path.realpath(path).startswith(folder):
+      raise UserError(
+        f'{record} names {path}, a Python file that came with the workdir, and'
+        ' it is not run unasked; if it is yours, keep it elsewhere and change'
+        ' its path there'
+      )
+  return paths
 
 
 def known_keys() -> list[str]:
@@ -266,9 +277,13 @@ def _checked(path: str, config: ConfigDict) -> ConfigDict:
 
 
 def expand_paths(config: ConfigDict) -> ConfigDict:
-  """Returns `config` with ~ expanded in its paths."""
+  """Returns `config` with ~ expanded in its paths.
+
+  Raises:
+    UserError: A path names a user who is not there.
+  """
   for name, key in schema.KEYS.items():
     if key.path:
-      path = os.path.expanduser(get(config, name))
+      path = files.expand(get(config, name))
       config.update_from_flattened_dict({name: path})
   return config

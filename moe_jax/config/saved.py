@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moe_jax import files
 from moe_jax.config.derived import decay_end, flatten
 from moe_jax.config.schema import KEYS, get_config
 
@@ -34,7 +35,7 @@ def from_json(text: str) -> ConfigDict:
   Raises:
     ValueError: `text` is not a JSON object.
   """
-  given = json.loads(text)
+  given = files.parse_json(text)
   if not isinstance(given, dict):
     raise ValueError(f'a {type(given).__name__} and not an object')
   return ConfigDict(_filled(given, get_config().to_dict())).lock()

@@ -28,6 +28,9 @@ from moe_jax.registry import (
 # The `train.init_from` of presets that fine-tune: which model, a user says.
 REQUIRED = '?'
 
+# Of a batch: each process lists those that it holds.
+_MOST_SEQUENCES = 2**20
+
 # What the sections are about; `Key`s without a section come first.
 SECTIONS = {
   'mesh': 'Devices along each axis; one axis may be -1, which is what is left.',
@@ -436,7 +439,9 @@ KEYS = {
     only='optimizer.schedule = wsd',
   ),
   'optimizer.warmup_steps': Key(
-    50, 'Steps in which the learning rate rises to its peak.'
+    50,
+    'Steps in which the learning rate rises to its peak.',
+    high=2**31 - 2,  # one step at least follows, and is a whole number too
   ),
   'optimizer.decay_steps': Key(
     0, 'The step at which the decay ends; 0 is `train.steps`.'
@@ -474,7 +479,10 @@ KEYS = {
   ),
   'train.steps': Key(1000, 'The number of training steps.', low=1),
   'train.batch_size': Key(
-    16, 'The sequences of a step, over all devices.', low=1
+    16,
+    'The sequences of a step, over all devices.',
+    low=1,
+    high=_MOST_SEQUENCES,
   ),
   'train.accumulation': Key(
     1, 'The micro-batches in which a step is computed.', low=1
@@ -525,12 +533,19 @@ KEYS = {
     resume=True,  # a folder may be moved
     path=True,
   ),
+  'data.allow_community': Key(
+    False,
+    'Whether `data.name` may be `NAMESPACE:NAME`, of which TensorFlow Datasets'
+    ' downloads a Python package and runs it. A config.json cannot say it: it'
+    " may be a stranger's.",
+    resume=True,
+  ),
   'data.text_key': Key('text', 'The feature that holds a document.'),
   'data.train_split': Key('train', 'The split to train on.'),
   'data.tokenizer': Key(
     'bytes', 'The tokenizer: bytes, enwik8 or words.', function=True
   ),
-  'data.seq_len': Key(256, 'The tokens of a sequence.', low=1),
+  'data.seq_len': Key(256, 'The tokens of a sequence.', low=1, high=2**24),
   'data.order': Key(
     'shuffled',
     'Sequences in a random order, or rows of text that are read on and on.',
@@ -569,7 +584,10 @@ KEYS = {
     resume=True,
   ),
   'eval.batch_size': Key(
-    0, 'Sequences of a batch; 0 is `train.batch_size`.', resume=True
+    0,
+    'Sequences of a batch; 0 is `train.batch_size`.',
+    high=_MOST_SEQUENCES,
+    resume=True,
   ),
   'eval.disable_top': Key(
     0,

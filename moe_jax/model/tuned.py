@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jax
 
+from moe_jax import files
+
 _VARIABLE = 'MOE_JAX_TUNED'
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def path() -> Path:
 def load() -> dict[str, Seconds]:
   """Returns all measurements, by device; a broken file is ignored."""
   try:
-    everything = json.loads(path().read_text('utf-8'))
+    everything = files.read_json(path())
     return {
       device: {
         case: {name: float(s) for name, s in seconds.items()}

@@ -1,6 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
-import json
 import math
 import os
 import time
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import tensorboardX
 
+from moe_jax import files
 from moe_jax.config import saved
 from moe_jax.errors import UserError
 from moe_jax.model import sizes
@@ -238,7 +238,7 @@ def _forget_after(path: str, last_step: int) -> None:
   kept = []
   for number, line in enumerate(lines, start=1):
     try:
-      step = json.loads(line)['step']
+      step = files.parse_json(line)['step']
     except (ValueError, TypeError, KeyError) as error:
       if number == len(lines):
         break

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 
+from moe_jax import files
 from moe_jax.config import loading, saved
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.model import sizes
@@ -103,8 +103,7 @@ def _earlier_starts(workdir: str) -> list[Any]:
   """Returns the starts in run.json; none where it is missing or unreadable."""
   try:
     path = os.path.join(workdir, saved.RECORD_FILE)
-    with open(path, encoding='utf-8') as file:
-      starts = json.load(file)['starts']
+    starts = files.read_json(path)['starts']
   except (OSError, ValueError, KeyError, TypeError):
     return []
   return starts if isinstance(starts, list) else []

@@ -5,7 +5,6 @@ It is a path of a mounted file system; on several hosts, of one they share.
 
 import contextlib
 import dataclasses
-import glob
 import json
 import os
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moe_jax import files
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
@@ -55,7 +55,7 @@ class RunDir:
 
     def check() -> None:
       refuse_url(path)
-      _refuse_pattern(path)
+      files.refuse_pattern('workdir', path)
       saved = _saved_config(path)
       if saved is not None:
         new = config.to_dict()
@@ -79,11 +79,13 @@ class RunDir:
       remedy: What an error is to advise instead of the usual.
 
     Raises:
-      UserError: It holds no run, or one of another model.
+      UserError: It holds no run, or one of another model, or has a path that
+        may be another's.
     """
 
     def check() -> None:
       saved, new = config_of(path, remedy), config.to_dict()
+      files.refuse_ambiguous('workdir', path)
       keys = saved_config.changed_model(saved, new)
       _refuse(path, keys, saved, new, remedy)
 
@@ -157,21 +159,6 @@ def refuse_url(workdir: str) -> None:
     )
 
 
-def _refuse_pattern(workdir: str) -> None:
-  """Raises a UserError if the path, made absolute, could be a glob pattern.
-
-  Orbax finds by glob what the processes wrote, to merge it: in `a[1]` nothing
-  is found, which makes the checkpoint worthless without an error, and `a*` also
-  finds what belongs to other runs.
-  """
-  path = os.path.abspath(workdir)
-  if glob.escape(path) != path:
-    raise UserError(
-      f'workdir {path} has one of the characters * ? [ in its path, with which'
-      ' no checkpoint can be written; choose another --workdir'
-    )
-
-
 def config_path(workdir: str) -> str:
   """Returns the file that holds the config of the run in `workdir`."""
   return os.path.join(workdir, saved_config.CONFIG_FILE)
@@ -221,9 +208,7 @@ def _saved_config(workdir: str) -> dict[str, Any] | None:
   """Returns the config that the run there was made with, None without one."""
   path = config_path(workdir)
   try:
-    with open(path, encoding='utf-8') as file:
-      text = file.read()
-    return saved_config.from_json(text).to_dict()
+    return saved_config.from_json(files.read_text(path)).to_dict()
   except FileNotFoundError:
     return None
   except ValueError as error:

@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from moe_jax.analysis import plots, runs
+from moe_jax.analysis import plots, report, runs
 from moe_jax.errors import UserError
 from moe_jax.training.logger import MetricsWriter
 
@@ -183,3 +183,25 @@ def test_an_output_that_cannot_be_written(
   for name in ('nowhere/a.png', 'a.xyz'):
     assert plots.main([workdir, f'--output={tmp_path / name}']) == 2
     assert capsys.readouterr().err.startswith('error: --output: ')
+
+
+def test_the_file_that_was_written_is_named(
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  make_run(tmp_path / 'mine')
+  assert plots.main(['~/mine', '--output=~/both']) == 0
+  assert capsys.readouterr().out == f'written to {tmp_path}/both.png\n'
+  assert (tmp_path / 'both.png').exists()
+
+
+def test_a_folder_is_no_output(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  workdir = make_run(tmp_path / 'mine')
+  for main, name in ((plots.main, 'curve.png'), (report.main, 'report.html')):
+    assert main([workdir, f'--output={tmp_path}']) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f'is a folder; name a file, such as {tmp_path}/{name}' in line

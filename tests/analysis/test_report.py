@@ -6,6 +6,7 @@ How pages look in a browser is tested in test_report_browser.py.
 import base64
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -553,3 +554,25 @@ def test_a_missing_package_is_one_line_with_the_command(
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
   assert f"{package}: pip install 'moe_jax[eval]'" in line
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'compare.json', 'run.json'])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+  workdir = workdirs.make_workdir(tmp_path / 'mine', tokens=20)
+  (tmp_path / 'mine' / name).unlink(missing_ok=True)
+  os.mkfifo(tmp_path / 'mine' / name)
+  with pytest.raises(UserError, match=f'{name} .*ot a regular file'):
+    report.read([workdir])
+
+
+@pytest.mark.parametrize('text', ['[1]', '{"starts": 3}', '{"starts": [1]}'])
+def test_a_record_that_is_none_is_left_out(text: str, tmp_path: Path) -> None:
+  workdir = workdirs.make_workdir(tmp_path / 'mine', tokens=20)
+  (tmp_path / 'mine' / 'run.json').write_text(text)
+  report.read([workdir])
+
+
+def test_metrics_that_are_nested_too_deeply_are_named(tmp_path: Path) -> None:
+  (tmp_path / 'metrics.jsonl').write_text('[' * 10**5 + '\n{}\n')
+  with pytest.raises(UserError, match='metrics.jsonl:1 is not a JSON object'):
+    report.read([str(tmp_path)])

@@ -44,9 +44,25 @@ BAD = {
   ),
   'steps beyond int32': (
     {'optimizer__warmup_steps': 3_000_000_000},
-    ['optimizer.warmup_steps = 3000000000', 'at most 2147483647'],
+    ['optimizer.warmup_steps = 3000000000', 'and 2147483646'],
   ),
-  'tokens beyond int32': ({'data__seq_len': 10**11}, ['at most 2147483647']),
+  'a long sequence': ({'data__seq_len': 10**11}, ['between 1 and 16777216']),
+  'tokens beyond int32': (
+    {'data__seq_len': 2**24, 'train__batch_size': 128},
+    ['train.batch_size x data.seq_len = 128 x 16777216', '2147483647'],
+  ),
+  'evaluated tokens beyond int32': (
+    {'data__seq_len': 2**24, 'eval__batch_size': 1024},
+    ['eval.batch_size x data.seq_len = 1024 x 16777216', '2147483647'],
+  ),
+  'a large batch': (
+    {'eval__batch_size': 2**63},
+    ['eval.batch_size = 9223372036854775808', 'between 0 and 1048576'],
+  ),
+  'more digits than a float has': (
+    {'train__steps': 10**400},
+    ['train.steps = 1000', 'at most 2147483647'],
+  ),
   'evaluations': (
     {'eval__evaluations': 'perplexity, perplexit'},
     ["eval.evaluations = 'perplexit'", "did you mean 'perplexity'?"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax import cli
 from moe_jax import config as config_lib
 from moe_jax.config import loading, saved, user_code
 from moe_jax.errors import UserError
@@ -143,3 +144,61 @@ def test_configs_can_be_imported_outside_of_a_clone(tmp_path: Path) -> None:
     env=os.environ | {'PYTHONPATH': str(user_code.PACKAGE.parent)},
     check=True,
   )
+
+
+@pytest.mark.parametrize('place', ['run/mine.py', 'run/sub/mine.py', 'link.py'])
+def test_code_that_came_with_a_run_is_not_run(
+  place: str, tmp_path: Path
+) -> None:
+  """A stranger's workdir would choose what runs here."""
+  write_run(tmp_path / 'run', 'stranger', tmp_path / place)
+  (tmp_path / 'run' / 'sub').mkdir()
+  (tmp_path / 'link.py').symlink_to('run/mine.py')
+  with pytest.raises(UserError, match='came with the workdir, and it is not'):
+    loading.of_run(str(tmp_path / 'run'))
+  record = {'extensions': ['run/mine.py']}
+  (tmp_path / 'run' / 'run.json').write_text(json.dumps(record))
+  with pytest.raises(UserError, match='came with the workdir, and it is not'):
+    loading.load(str(tmp_path / 'run' / 'config.json'))
+
+
+def test_a_saved_config_allows_no_community(tmp_path: Path) -> None:
+  """It may be a stranger's; a file in Python and a flag are the user's own."""
+  config = config_lib.get_config()
+  config.data.allow_community = True
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  (workdir / 'config.json').write_text(saved.to_json(config))
+  assert not loading.of_run(str(workdir)).data.allow_community
+  assert not loading.load(f'{workdir}/config.json').data.allow_community
+  flag = '--config.data.allow_community=True'
+  allowed, _ = cli.parse(['prog', f'--workdir={workdir}', flag])
+  assert allowed.data.allow_community
+  assert loading.load('base').data.allow_community is False
+  assert not saved.changed_meaning(
+    config.to_dict(), config_lib.get_config().to_dict()
+  )
+
+
+@pytest.mark.parametrize('text', ['[' * 10**5, '{"a":' * 900 + '1' + '}' * 900])
+def test_a_config_that_is_nested_too_deeply(text: str, tmp_path: Path) -> None:
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match='config.json is not the JSON of'):
+    loading.of_run(str(tmp_path))
+
+
+@pytest.mark.parametrize('text', ['[1]', '{"extensions": 3}', '[' * 10**5])
+def test_a_record_that_is_none(text: str, tmp_path: Path) -> None:
+  (tmp_path / 'config.json').write_text(saved.to_json(config_lib.get_config()))
+  (tmp_path / 'run.json').write_text(text)
+  with pytest.raises(UserError, match='run.json cannot be read'):
+    loading.of_run(str(tmp_path))
+
+
+def test_a_config_that_is_a_pipe(tmp_path: Path) -> None:
+  os.mkfifo(tmp_path / 'config.json')
+  with pytest.raises(UserError, match='there is no file or preset'):
+    loading.load(str(tmp_path / 'config.json'))
+  assert not loading.holds_run(str(tmp_path))
+  with pytest.raises(UserError, match='Not a regular file'):
+    loading.of_run(str(tmp_path))
