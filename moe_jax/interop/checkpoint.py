@@ -17,6 +17,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import loading
 from moe_jax.data import tokenizers
 from moe_jax.errors import UserError, choose
+from moe_jax.files import expand
 from moe_jax.interop import formats, released
 from moe_jax.interop.formats.base import is_file, read_json
 from moe_jax.parallel import mesh as mesh_lib
@@ -56,7 +57,7 @@ def read(directory: str | Path, step: int | None = None) -> Checkpoint:
     UserError: The folder holds neither, or no checkpoint of that step; or it
       is damaged, or of a kind that is not supported.
   """
-  directory = Path(directory)
+  directory = Path(expand(str(directory)))
   if is_run(directory):
     return read_run(directory, step)
   config, params = released.load(directory, formats.FORMATS)

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict
 
-from moe_jax import cli, runtime
-from moe_jax.errors import UserError
+from moe_jax import cli, files, runtime
+from moe_jax.errors import UserError, said
 from moe_jax.interop import formats, safetensors
 
 _UPCYCLE = 'upcycle'
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   try:
     _run(vars(_parser().parse_args(arguments)))
   except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    print('error:', said(error), file=sys.stderr)
     sys.exit(2)
   sys.exit(0)
 
@@ -77,7 +77,7 @@ def _run_upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
 
   if not dense:
     raise UserError('--dense is missing: a workdir or the folder of a Llama')
-  print(convert.upcycle(Path(dense), config, Path(workdir)))
+  print(convert.upcycle(_path(dense), config, Path(workdir)))
 
 
 def _run(arguments: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=about, allow_abbrev=False)
     command.set_defaults(command=function)
     for path in paths:
-      command.add_argument(path, type=Path)
+      command.add_argument(path, type=_path)
     return command
 
   about = 'makes a workdir of a released checkpoint'
@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
   about = 'begins a workdir from a dense model; see upcycle --help'
   add(_UPCYCLE, _UPCYCLE, about)
   return parser
+
+
+def _path(text: str) -> Path:
+  """Returns a path with ~ expanded."""
+  return Path(files.expand(text))
 
 
 def _size(text: str) -> int:

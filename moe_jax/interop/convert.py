@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
+from moe_jax.files import refuse_pattern
 from moe_jax.interop import checkpoint as checkpoint_lib
 from moe_jax.interop import formats, released, safetensors
 from moe_jax.interop import upcycle as upcycle_lib
@@ -40,6 +41,7 @@ def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
   """
   format, _ = formats.read(checkpoint)
   checkpoint_lib.check_tokenizer(tokenizer)
+  refuse_pattern('workdir', str(workdir))
   check_output(workdir)
   sections, params = released.load(checkpoint)
   longest = read_json(checkpoint / 'config.json').get(_LONGEST)
@@ -137,6 +139,7 @@ def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
     UserError: Besides mistakes, logits differ by more than rounding may make
       of a start that is exact.
   """
+  refuse_pattern('workdir', str(workdir))
   check_output(workdir)
   config_lib.validate(config, jax.device_count())
   source = checkpoint_lib.read(dense).model

@@ -17,6 +17,7 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError, choose
+from moe_jax.files import expand
 from moe_jax.interop import formats, mapping, safetensors
 from moe_jax.model.decoder import Decoder
 
@@ -81,7 +82,8 @@ def load(
     UserError: A file cannot be read, the config is not supported, or a tensor
       is missing, left over, or of the wrong shape or dtype.
   """
-  format, config = formats.read(Path(directory), allowed)
+  directory = Path(expand(str(directory)))
+  format, config = formats.read(directory, allowed)
   _, shapes = abstract(config)
   leaves = _leaves(shapes, config, format)
   wanted = {
@@ -90,7 +92,7 @@ def load(
     for name in leaf.names.flat
   }
   unread = formats.FORMATS[format].unread(config)
-  tensors = safetensors.read(Path(directory), wanted, unread, config)
+  tensors = safetensors.read(directory, wanted, unread, config)
   params = {key: leaf.gather(tensors) for key, leaf in leaves.items()}
   return config, traverse_util.unflatten_dict(params)
 

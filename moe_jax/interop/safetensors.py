@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_jax import config as config_lib
-from moe_jax.errors import UserError, choose
+from moe_jax.errors import UserError, choose, printable
+from moe_jax.files import check_regular
 from moe_jax.interop.formats.base import read_json
 
 SINGLE = 'model.safetensors'
@@ -36,6 +37,7 @@ _READABLE = ('F64', 'F32', 'F16', 'BF16')
 _METADATA = {'format': 'pt'}
 _FREQUENCIES = r'model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq'
 _MOST_NAMED = 4  # tensors of one kind that an error lists
+_LONGEST_NAME = 200
 
 
 def read(
@@ -55,7 +57,7 @@ def read(
 
   Raises:
     UserError: A file cannot be read; or a tensor is missing, left over, or
-      of another shape, or holds something else than floats.
+      of another shape, or holds something else than finite floats.
   """
   sharded = not (directory / SINGLE).exists() and (directory / INDEX).exists()
   path = directory / (INDEX if sharded else SINGLE)
@@ -63,6 +65,7 @@ def read(
   tensors = {name: t for name, t in tensors.items() if name not in unread}
   tensors = _without_repeats(path, tensors, config)
   _check(path, tensors, wanted)
+  _check_finite(path, tensors)
   return tensors
 
 
@@ -70,7 +73,7 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
   """Returns every tensor of the index, each from the file that it names."""
   places = read_json(index).get('weight_map')
   if not isinstance(places, dict) or not all(
-    isinstance(name, str) and Path(name).name == name
+    isinstance(name, str) and name and Path(name).name == name
     for name in places.values()
   ):
     raise UserError(
@@ -91,6 +94,7 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
 def _load(path: Path) -> dict[str, np.ndarray]:
   """Returns every tensor of the file, if all are floats."""
   try:
+    check_regular(path)
     with safe_open(path, framework='numpy') as file:
       names = file.keys()
       dtypes = {name: file.get_slice(name).get_dtype() for name in names}
@@ -173,9 +177,21 @@ def _check(
     raise UserError(f'{path} does not fit config.json: {"; ".join(problems)}')
 
 
+def _check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Refuses NaN and infinity, with which no logits could be compared."""
+  odd = [name for name, t in tensors.items() if not np.isfinite(t).all()]
+  if odd:
+    raise UserError(
+      f'{path} has {_listed("values that are no numbers in ", odd)[0]}'
+    )
+
+
 def _listed(title: str, names: Iterable[str]) -> list[str]:
-  """Returns one line that has the first few by name; none for none."""
-  names = sorted(names)
+  """Returns one line that has the first few by name; none for none.
+
+  The names may be a stranger's.
+  """
+  names = [printable(name, _LONGEST_NAME) for name in sorted(names)]
   more = len(names) - _MOST_NAMED
   tail = f' and {more} more' if more > 0 else ''
   return [title + ', '.join(names[:_MOST_NAMED]) + tail] if names else []

@@ -1,5 +1,7 @@
 """Files that are missing, damaged or of another model are refused by name."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,3 +147,90 @@ def test_half_precision_is_read_as_float32(copy: Callable[..., Path]) -> None:
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {'float32'}
   embedding = half['model.embed_tokens.weight'].astype(np.float32)
   np.testing.assert_array_equal(params['embed_VD'], embedding)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_pipe_is_not_waited_for(name: str, copy: Callable[..., Path]) -> None:
+  folder = copy('rmoe_gru')
+  (folder / name).unlink()
+  os.mkfifo(folder / name)
+  with pytest.raises(UserError, match=name):
+    hf.load(folder)
+
+
+def test_an_index_of_pipes_and_of_no_files(copy: Callable[..., Path]) -> None:
+  folder = copy('rmoe_gru')
+  (folder / 'model.safetensors').unlink()
+  index = folder / 'model.safetensors.index.json'
+  os.mkfifo(folder / 'pipe')
+  for places, said in (
+    ({'t': 'pipe'}, 'pipe is not a whole safetensors file: .*regular'),
+    ({'t': ''}, 'has no weight_map'),
+    ({'t': '..'}, 'has no weight_map|is not a whole'),
+    ({'t': '/dev/zero'}, 'has no weight_map'),
+    ({'t': 3}, 'has no weight_map'),
+  ):
+    index.write_text(json.dumps({'weight_map': places}))
+    with pytest.raises(UserError, match=said):
+      hf.load(folder)
+  index.write_text('{"weight_map":' * 3000)
+  with pytest.raises(UserError, match='is not JSON'):
+    hf.load(folder)
+
+
+def test_names_of_a_stranger_are_escaped(copy: Callable[..., Path]) -> None:
+  folder = copy('rmoe_gru')
+  tensors = load_file(folder / 'model.safetensors')
+  tensors['a\x1b[31m\x07' + 'b' * 1000] = np.zeros(2, 'f4')
+  save(folder, tensors)
+  with pytest.raises(UserError) as caught:
+    hf.load(folder)
+  said = str(caught.value)
+  assert said.isprintable() and len(said) < 500
+  assert r'left over: a\x1b[31m\x07bb' in said
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_tensors_of_no_numbers_are_named(
+  value: float, copy: Callable[..., Path]
+) -> None:
+  folder = copy('cartesian')
+  tensors = load_file(folder / 'model.safetensors')
+  tensors['model.norm.weight'][1] = value
+  save(folder, tensors)
+  with pytest.raises(UserError, match='no numbers in model.norm.weight$'):
+    hf.load(folder)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'num_hidden_layers': 10**12}, 'num_hidden_layers = 10+ must be at most'),
+    ({'num_local_experts': 10**12}, 'num_local_experts = 10+ must be at most'),
+    (
+      {'num_local_experts': 10**9},
+      '4 layers of 1 x 1000000000 experts;',
+    ),
+    ({'hidden_size': 10**400}, 'hidden_size = 10+.* must be at most 2147'),
+    ({'rope_theta': 10**400}, 'rope_theta = 10+.* must be a number'),
+    ({'rope_theta': 0.0}, 'rope_theta = 0.0 must be above 0'),
+    ({'rms_norm_eps': float('inf')}, 'rms_norm_eps = Infinity must be'),
+    ({'hidden_act': [['x'] * 999]}, r'hidden_act = .*\.\.\. is not supp'),
+  ],
+)
+def test_absurd_sizes_are_refused_at_once(
+  changes: dict[str, object], said: str, copy: Callable[..., Path]
+) -> None:
+  with pytest.raises(UserError, match=said):
+    hf.load(copy('rmoe_gru', **changes))
+
+
+def test_what_changes_nothing_is_read(copy: Callable[..., Path]) -> None:
+  folder = copy(
+    'rmoe_gru',
+    rope_scaling={'rope_type': 'default'},
+    rope_parameters={'rope_theta': 10_000.0, 'partial_rotary_factor': 1.0},
+  )
+  path = folder / 'config.json'
+  path.write_text(path.read_text(), 'utf-8-sig')
+  hf.load(folder)

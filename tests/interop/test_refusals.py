@@ -18,6 +18,7 @@ from moe_jax.interop import (
   upcycle,
   verify,
 )
+from moe_jax.interop import cli as interop_cli
 from tests.helpers import tiny
 from tests.helpers.released import RELEASED
 
@@ -191,3 +192,26 @@ def test_rounding_grows_with_depth() -> None:
   assert verify.rounding(shallow) == verify.TOLERANCE
   # 96 x sqrt(48) x 2^-23
   np.testing.assert_allclose(verify.rounding(deep), 7.9287e-5, rtol=1e-3)
+
+
+@pytest.mark.usefixtures('unread')
+def test_a_workdir_whose_path_is_a_pattern(tmp_path: Path) -> None:
+  """Orbax would lose the checkpoint there; an export is no business of its."""
+  target = tmp_path / 'exp[1]' / 'w'
+  first, export, last = commands(target)
+  for run_it in (first, last):
+    with pytest.raises(UserError, match='has one of the characters'):
+      run_it()
+  with pytest.raises(AssertionError, match='a model was read'):
+    export()
+  assert not list(tmp_path.iterdir())
+
+
+def test_home_is_expanded(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  monkeypatch.setenv('HOME', str(tmp_path))
+  for command in ('import', 'export', 'verify'):
+    with pytest.raises(SystemExit):
+      interop_cli.main([command, '~/a', '~/b'])
+    assert f'error: {tmp_path}/a' in capsys.readouterr().err

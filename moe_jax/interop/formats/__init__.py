@@ -28,6 +28,9 @@ _SUPPORTED = (
   'supported: "llama_moe_rnn", which is RMoE; "llama" with the key'
   ' c2_fine_grain, which is CartesianMoE; "mixtral"'
 )
+# Ten times what any published model has: their tensors are listed by name
+# before a file is read.
+_MOST_EXPERTS = 2**18
 _PICKLES = ('*.bin', '*.bin.index.json', '*.pt', '*.pth', '*.ckpt')
 
 
@@ -66,9 +69,22 @@ def read(
 
 
 def parse(path: Path, values: dict[str, Any], name: str) -> ConfigDict:
-  """Returns the config that these values of a `config.json` mean."""
+  """Returns the config that these values of a `config.json` mean.
+
+  Raises:
+    UserError: A key is missing or has a value that is not supported.
+  """
   keys = Keys(path, FORMATS[name].defaults | values)
-  return canonical.config_of(**FORMATS[name].read(keys))
+  config = canonical.config_of(**FORMATS[name].read(keys))
+  model, moe = config.model, config.moe
+  experts = model.num_layers * moe.factors * moe.num_experts
+  if experts > _MOST_EXPERTS:
+    raise UserError(
+      f'{path} has {model.num_layers} layers of {moe.factors} x'
+      f' {moe.num_experts} experts; no more than {_MOST_EXPERTS} altogether can'
+      ' be read, as each is tensors of its own'
+    )
+  return config
 
 
 def write(config: ConfigDict, name: str) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from moe_jax.errors import UserError
+from moe_jax import files
+from moe_jax.config.keys import LARGEST
+from moe_jax.config.schema import KEYS
+from moe_jax.errors import UserError, printable
 from moe_jax.interop.mapping import Rules
+
+_MOST = sys.float_info.max
+_MOST_LAYERS = int(KEYS['model.num_layers'].high or LARGEST)
 
 # What the released configuration classes fill in for an absent key.
 DEFAULTS = {
@@ -46,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     UserError: The file is not there or holds something else.
   """
   try:
-    values = json.loads(path.read_text('utf-8'))
+    values = files.read_json(path)
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}') from error
   except ValueError as error:
@@ -74,7 +80,7 @@ class Keys:
 
   def fail(self, key: str, wanted: str) -> UserError:
     """Returns the error of a key whose value is not what is wanted."""
-    value = json.dumps(self.values[key])
+    value = printable(json.dumps(self.values[key]), 200)
     return UserError(f'{self.path}: {key} = {value} {wanted}')
 
   def __getitem__(self, key: str) -> Any:
@@ -85,13 +91,20 @@ class Keys:
   def integer(
     self, key: str, least: int | None = 1, most: int | None = None
   ) -> int:
-    """Returns an integer between `least` and `most`; None is no bound."""
+    """Returns an integer between `least` and `most`.
+
+    Args:
+      key: The key.
+      least: The least; None is no bound but that of int32.
+      most: The most; None is the most that int32 holds.
+    """
     value = self[key]
     if type(value) is not int:
       raise self.fail(key, 'must be an integer')
     if least is not None and value < least:
       raise self.fail(key, f'is not supported; it must be at least {least}')
-    if most is not None and value > most:
+    most = LARGEST if most is None else most
+    if not -LARGEST <= value <= most:
       raise self.fail(key, f'must be at most {most}')
     return value
 
@@ -102,7 +115,7 @@ class Keys:
   def number(self, key: str) -> float:
     """Returns a number of at least 0."""
     value = self[key]
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
+    if type(value) not in (int, float) or not 0 <= value <= _MOST:
       raise self.fail(key, 'must be a number of at least 0')
     return float(value)
 
@@ -147,7 +160,7 @@ class Format(NamedTuple):
 def read(keys: Keys) -> dict[str, Any]:
   """Returns our section `model`, without what a format may not say."""
   keys.only('hidden_act', 'silu')
-  keys.only('rope_scaling', None)
+  keys.only('rope_scaling', None, {'rope_type': 'default'})
   keys.only('attention_bias', False)
   keys.only('mlp_bias', False)
   hidden_size = keys.integer('hidden_size')
@@ -166,7 +179,7 @@ def read(keys: Keys) -> dict[str, Any]:
       'num_key_value_heads', f'must divide num_attention_heads = {num_heads}'
     )
   return {
-    'num_layers': keys.integer('num_hidden_layers'),
+    'num_layers': keys.integer('num_hidden_layers', 1, _MOST_LAYERS),
     'hidden_size': hidden_size,
     'num_heads': num_heads,
     'num_kv_heads': num_kv_heads,
@@ -183,17 +196,27 @@ def _rope_theta(keys: Keys) -> float:
   """Reads its own key, or as transformers 5 writes it, `rope_parameters`."""
   parameters = keys['rope_parameters']
   if parameters is None:
-    return keys.number('rope_theta')
-  plain = {'rope_type': 'default', 'rope_theta': None}
-  is_dict = isinstance(parameters, dict)
-  theta: Any = parameters.get('rope_theta') if is_dict else None
-  if type(theta) not in (int, float) or plain | parameters != plain | {
-    'rope_theta': theta
-  }:
+    return _positive(keys, 'rope_theta')
+  plain = {
+    'rope_type': 'default',
+    'partial_rotary_factor': 1.0,
+    'rope_theta': None,
+  }
+  theta = parameters.get('rope_theta') if isinstance(parameters, dict) else None
+  if theta is None or plain | parameters != plain | {'rope_theta': theta}:
     raise keys.fail(
       'rope_parameters', 'is not supported (supported: null, rope_theta alone)'
     )
-  return float(theta)
+  inside = dataclasses.replace(keys, values=parameters)
+  return _positive(inside, 'rope_theta')
+
+
+def _positive(keys: Keys, key: str) -> float:
+  """Returns a number above 0."""
+  value = keys.number(key)
+  if not value:
+    raise keys.fail(key, 'must be above 0')
+  return value
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
