@@ -6,6 +6,7 @@ what was read: a change in the folder makes new data, never stale data.
 """
 
 import ast
+import codecs
 import hashlib
 import os
 import pathlib
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
-from moe_jax import errors
+from moe_jax import errors, files
 from moe_jax.data.progress import counted
 
 SPLITS = ('train', 'validation', 'test')  # 90, 5 and 5 of 100 names
@@ -144,17 +145,23 @@ class PythonDocs(PythonStdlib):
 
 
 class TextFolder(FolderBuilder):
-  """Every regular, non-hidden file of a folder and its sub-folders."""
+  """Every regular, non-hidden file of a folder and its sub-folders.
+
+  Symbolic links to files and folders are followed. A byte order mark is no part
+  of a text.
+  """
+
+  VERSION = tfds.core.Version('1.1.0')
 
   def __init__(self, *, path: str, **kwargs: object) -> None:
     """Finds the files below `path`; UserError if there are none."""
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(files.expand(path))
     if not path or not folder.is_dir():
       raise errors.UserError(
         f'data.path = {path!r} is not a folder;'
         " data.name = 'text_folder' reads the text files in data.path"
       )
-    names = list(_files(folder))
+    names = list(_files(folder, links=True))
     if not names:
       raise errors.UserError(
         f'data.path = {path!r} holds no text: put at least one non-empty,'
@@ -162,6 +169,10 @@ class TextFolder(FolderBuilder):
       )
     key = _fingerprint(folder, names, times=True)
     super().__init__(folder=folder, names=names, key=key, **kwargs)
+
+  def _document(self, name: str, content: bytes) -> bytes:
+    del name
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 class GivenTexts(
@@ -210,16 +221,31 @@ class GivenTexts(
       yield i, {'text': text}
 
 
-def _files(folder: pathlib.Path, skip: tuple[str, ...] = ()) -> Iterator[str]:
-  """Yields the relative posix names of the non-empty files, in fixed order."""
-  for parent, folders, files in os.walk(folder, onerror=_raise):
-    folders[:] = sorted(
-      f for f in folders if not f.startswith('.') and f not in skip
-    )
-    for file in sorted(f for f in files if not f.startswith('.')):
-      path = pathlib.Path(parent, file)
-      if path.is_file() and path.stat().st_size:
-        yield path.relative_to(folder).as_posix()
+def _files(
+  folder: pathlib.Path, skip: tuple[str, ...] = (), links: bool = False
+) -> Iterator[str]:
+  """Yields the relative posix names of the non-empty files, in fixed order.
+
+  What lies behind symbolic links to folders comes last, and only if `links`. No
+  folder is read twice, so links may go round in circles.
+  """
+  waiting, read = [str(folder)], set()
+  while waiting:
+    for parent, folders, names in os.walk(waiting.pop(0), onerror=_raise):
+      if os.path.realpath(parent) in read:
+        folders.clear()
+        continue
+      read.add(os.path.realpath(parent))
+      folders[:] = sorted(
+        f for f in folders if not f.startswith('.') and f not in skip
+      )
+      if links:
+        paths = [os.path.join(parent, name) for name in folders]
+        waiting += filter(os.path.islink, paths)
+      for name in sorted(n for n in names if not n.startswith('.')):
+        path = pathlib.Path(parent, name)
+        if path.is_file() and path.stat().st_size:
+          yield path.relative_to(folder).as_posix()
 
 
 def _docstrings(module: ast.Module) -> Iterator[str]:

@@ -75,7 +75,8 @@ def _load(path: epath.Path, documents: int) -> np.ndarray | None:
       found = np.load(file)
   except (OSError, EOFError, ValueError):
     return None
-  return found if found.shape == (documents, 2) else None
+  right = found.shape == (documents, 2) and found.dtype == np.int64
+  return found if right and (found >= 0).all() else None
 
 
 def _save(path: epath.Path, measured: np.ndarray) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.data.orders import ORDERS, EvaluationRows
 from moe_jax.data.sequences import TokenSequences
+from moe_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -43,8 +44,13 @@ def train_batches(
     order: A key of `ORDERS`.
 
   Raises:
-    UserError: The split is too small for that order.
+    UserError: The split has no token to predict, or too few for that order.
   """
+  if not len(sequences):
+    raise UserError(
+      f'split {sequences.split!r} has no token to predict; name another'
+      ' data.train_split'
+    )
   rows = [int(row) for row in rows]
   sequence = ORDERS[order](sequences, batch_size, seed % 2**32)
 

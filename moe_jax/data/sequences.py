@@ -16,6 +16,7 @@ from moe_jax.data import sources
 from moe_jax.data.lengths import document_lengths
 from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import UserError
 
 # 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
 # and in a contiguous order 'segment_start' bool [].
@@ -32,6 +33,7 @@ class TokenSequences:
   sequence is filled up with zeros, where its mask is False.
 
   Attributes:
+    split: The split, in TFDS's notation.
     seq_len: L.
     num_tokens: The targets in all sequences.
     num_stream_tokens: The tokens of the stream; one more.
@@ -45,6 +47,7 @@ class TokenSequences:
     measured = document_lengths(documents, tokenizer)
     self._documents = documents
     self._tokenizer = tokenizer
+    self.split = documents.split
     self.seq_len = seq_len
     # Piece d of the stream is eos and document d; one more eos ends it. In one
     # text it is document d.
@@ -112,12 +115,29 @@ class TokenSequences:
     return np.concatenate(parts)
 
   def _make_piece(self, d: int) -> np.ndarray:
-    """Returns piece `d`, in the smallest type that holds its ids."""
+    """Returns piece `d`, in the smallest type that holds its ids.
+
+    Raises:
+      UserError: The document is not as long as it was when it was measured.
+    """
     ids = [np.array([self._tokenizer.eos_id])] if self._separated else []
     if d < len(self._documents):
       ids.append(self._tokenizer.encode(self._documents[d]))
-    dtype = np.min_scalar_type(self._tokenizer.vocab_size - 1)
-    return np.concatenate(ids).astype(dtype)
+    piece = np.concatenate(ids)
+    if d < len(self._documents):
+      self._check_length(d, len(piece))
+    return piece.astype(np.min_scalar_type(self._tokenizer.vocab_size - 1))
+
+  def _check_length(self, d: int, found: int) -> None:
+    """Refuses other data than was measured: all positions would be shifted."""
+    expected = int(self._starts[d + 1] - self._starts[d])
+    if found != expected:
+      raise UserError(
+        f'document {d} of {self._documents.full_name}, split'
+        f' {self._documents.split!r}, has {found - self._separated} tokens, and'
+        f' {expected - self._separated} when it was measured; remove the files'
+        f' lengths-* in {self._documents.folder}, and it is measured anew'
+      )
 
 
 class _Cache:

@@ -17,18 +17,19 @@ import dataclasses
 import importlib
 import io
 import logging
-import os
 import re
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from etils import epath
 from ml_collections import ConfigDict
+from tensorflow_datasets.core.utils import file_utils
 
-from moe_jax import errors
+from moe_jax import errors, files
 from moe_jax.data import folders, texts
+from moe_jax.data.checks import check_name, one_line, prepared_files, undamaged
 from moe_jax.data.folders import GivenTexts
 from moe_jax.registry import DATA_SOURCES
 
@@ -88,8 +89,15 @@ class Documents:
     return len(self.records)
 
   def __getitem__(self, i: int) -> str:
-    """Returns document `i`; UserError where its text is not UTF-8."""
-    record = self.records[i]
+    """Returns document `i`.
+
+    Raises:
+      UserError: Its text is not UTF-8, or the prepared data is damaged.
+    """
+    with undamaged(self.folder):
+      record = self.records[i]
+      if record[self.text_key] is None:
+        raise EOFError(f'document {i} of split {self.split!r} is not there')
     mistakes = 'surrogateescape' if self.single_document else 'strict'
     try:
       return record[self.text_key].decode(errors=mistakes)
@@ -110,18 +118,20 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
   the first to finish is kept and the others use it.
 
   Args:
-    data: The section `config.data`: name, dir, path, text_key.
+    data: The section `config.data`: name, dir, path, text_key,
+      allow_community.
     split: A split in TFDS's notation: 'train', 'train[:10%]', 'train+test'.
 
   Raises:
     UserError: The data set, split or text feature is not known, is empty, or
-      could not be prepared.
+      could not be prepared; or what was prepared earlier is damaged.
   """
   with _quiet():
     builder = _prepared(data)
     _check_split(builder, split)
     _check_text_key(builder, data.text_key)
-    records = builder.as_data_source(split)
+    with undamaged(builder.data_path):
+      records = builder.as_data_source(split)
   info = builder.info
   return Documents(
     records,
@@ -149,24 +159,48 @@ def open_splits(data: ConfigDict) -> list[Documents]:
 def _prepared(data: ConfigDict) -> tfds.core.DatasetBuilder:
   """Returns the builder of a data set that is on disk."""
   builder = _builder(data)
-  if builder.is_prepared():
-    return builder
-  _prepare(builder, data)
-  # A builder reads what is prepared only when it is made.
-  return _builder(data)
+  if not builder.is_prepared():
+    _prepare(builder, data)
+    # A builder reads what is prepared only when it is made.
+    builder = _builder(data)
+  if not builder.info.splits:
+    with undamaged(builder.data_path):
+      raise FileNotFoundError('its dataset_info.json names no split')
+  return builder
 
 
 def _builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
   """Returns the builder that the config names; UserError if there is none."""
   own = data.name in DATA_SOURCES
   make = DATA_SOURCES[data.name] if own else _registered
-  where = os.path.expanduser(data.dir) or None
+  where = files.expand(data.dir) or None
+  if where:
+    files.refuse_ambiguous('data.dir', where)
   try:
     return make(data, data_dir=where, file_format='array_record')
+  except errors.UserError:
+    raise
   except OSError as error:
-    raise _one_line(
+    raise one_line(
       f'data.name = {data.name!r} cannot be read', error
     ) from error
+  except Exception as error:  # of the parsers of what is prepared
+    folder = _folder(make, data) if own else None
+    if folder is None or not folder.exists():
+      raise
+    with undamaged(folder):
+      raise error
+
+
+def _folder(make: Callable, data: ConfigDict) -> epath.Path | None:
+  """Returns where a data set is prepared; None if its maker fails anyway."""
+  root = file_utils.list_data_dirs(files.expand(data.dir) or None)[0]
+  with tempfile.TemporaryDirectory() as empty:
+    try:
+      elsewhere = make(data, data_dir=empty, file_format='array_record')
+    except Exception:  # whatever it is, it is not of damaged files
+      return None
+    return epath.Path(root) / elsewhere.data_path.relative_to(empty)
 
 
 def _registered(
@@ -177,6 +211,7 @@ def _registered(
     importlib.import_module(f'tensorflow_datasets.{area}')
   where = f'data.name = {data.name!r}'
   try:
+    check_name(data, kwargs['data_dir'])
     return tfds.builder(data.name, **kwargs)
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
@@ -185,8 +220,16 @@ def _registered(
       f'{errors.nearest(data.name, [*DATA_SOURCES, *known])}'
       f' ({", ".join(DATA_SOURCES)}, or one of {len(known)} TFDS data sets)'
     ) from error
-  except (ValueError, ImportError) as error:
-    raise _one_line(f'{where} cannot be opened', error) from error
+  except (OSError, errors.UserError):
+    raise
+  except Exception as error:  # of its many builders, and of prepared files
+    mistake = one_line(f'{where} cannot be opened', error)
+    found = list(prepared_files(data.name, kwargs['data_dir']))
+    if found:
+      mistake = errors.UserError(
+        f'{mistake}; if {found[0].parent} is damaged, remove that folder'
+      )
+    raise mistake from error
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, data: ConfigDict) -> None:
@@ -200,7 +243,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, data: ConfigDict) -> None:
     # TFDS writes aside and renames: whoever comes second finds the name taken.
     if not builder.is_prepared():
       where = f'data.name = {data.name!r} cannot be prepared'
-      raise _one_line(f'{where} in {builder.data_path}', error) from error
+      raise one_line(f'{where} in {builder.data_path}', error) from error
 
 
 def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
@@ -221,14 +264,26 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
       ):
         return
     except ValueError as error:
-      raise _one_line(where, error) from error
+      raise one_line(where, error) from error
   elif builder.name not in DATA_SOURCES or base not in folders.SPLITS:
     raise errors.UserError(
       f'{where} is not known{errors.nearest(base, known)} ({listed})'
     )
-  raise errors.UserError(
-    f'{where} is empty ({listed}); take part of another split,'
-    " as in 'train[90%:]', or add documents"
+  raise errors.UserError(f'{where} is empty ({listed}); {_advice(known)}')
+
+
+def _advice(known: dict[str, int]) -> str:
+  """Returns what to do about an empty split of these numbers of documents."""
+  name = max(known, key=known.__getitem__)
+  part = max(1, known[name] // 10)
+  if known[name] > part:
+    return (
+      f"take part of another split, as in '{name}[-{part}:]' with"
+      f" data.train_split = '{name}[:-{part}]', or add documents"
+    )
+  return (
+    'a document is not cut: write the text as several files, or train on all'
+    " of it, with data.train_split = 'all' and eval.every = 0"
   )
 
 
@@ -251,12 +306,6 @@ def _check_text_key(builder: tfds.core.DatasetBuilder, key: str) -> None:
       f' {builder.info.full_name}{errors.nearest(key, known)}'
       f' (text features: {", ".join(known) or "none"})'
     )
-
-
-def _one_line(where: str, error: Exception) -> errors.UserError:
-  """Returns the error of a library as one line that says where it arose."""
-  said = f'{type(error).__name__}: {error}'
-  return errors.UserError(f'{where}: {textwrap.shorten(said, 400)}')
 
 
 @contextlib.contextmanager

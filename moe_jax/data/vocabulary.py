@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from etils import epath
 
-from moe_jax import errors
+from moe_jax import errors, files
 from moe_jax.data.progress import counted
 
 EOS = '<eos>'
@@ -98,6 +98,8 @@ class EnwikTokenizer(VocabularyTokenizer):
   def __init__(self, tokens: Sequence[str]) -> None:
     super().__init__(tokens)
     self._values = [10 if t == EOS else int(t) for t in self.tokens]
+    if min(self._values) < 0 or max(self._values) > 255:
+      raise ValueError('a token is no byte')
     self._ids = np.full(256, -1, np.int32)
     self._ids[self._values] = np.arange(self.vocab_size)
 
@@ -134,7 +136,8 @@ def load_or_make(
   """Returns the tokenizer of a data set.
 
   The first call reads all splits and leaves the vocabulary beside the prepared
-  data, for the next run and for other processes.
+  data, for the next run and for other processes. What is there and is none is
+  made anew.
 
   Args:
     kind: The class of the tokenizer.
@@ -145,15 +148,26 @@ def load_or_make(
   """
   feature = urllib.parse.quote(text_key, safe='')
   path = folder / f'dictionary-{feature}-{kind.name}.json'
-  try:
-    return kind(json.loads(path.read_text()))
-  except (OSError, ValueError):
-    found: dict[str, None] = {}
-    for documents in splits:
-      for i in counted(f'the vocabulary of {kind.name}', range(len(documents))):
-        found |= dict.fromkeys(kind.distinct(documents[i]))
-    _save(path, list(found))
-    return kind(list(found))
+  with contextlib.suppress(OSError, ValueError):
+    return kind(_read(path))
+  found: dict[str, None] = {}
+  for documents in splits:
+    for i in counted(f'the vocabulary of {kind.name}', range(len(documents))):
+      found |= dict.fromkeys(kind.distinct(documents[i]))
+  _save(path, list(found))
+  return kind(list(found))
+
+
+def _read(path: epath.Path) -> list[str]:
+  """Returns the tokens in a file; ValueError if it holds anything else."""
+  tokens = files.read_json(path)
+  if not isinstance(tokens, list) or not all(
+    isinstance(token, str) for token in tokens
+  ):
+    raise ValueError(f'{path} is no list of tokens')
+  if not tokens or len(set(tokens)) < len(tokens):
+    raise ValueError(f'{path} is no vocabulary')
+  return tokens
 
 
 def _save(path: epath.Path, tokens: list[str]) -> None:

@@ -148,7 +148,7 @@ def test_split_without_files_is_called_empty(
 ) -> None:
   data = make_data({names_of('train', 1)[0]: b'text'})
   message = (
-    r"'test' of text_folder.* is empty \(train: 1 documents\); take part"
+    r"'test' of text_folder.* is empty \(train: 1 documents\); a document is"
   )
   with pytest.raises(errors.UserError, match=message):
     sources.open_documents(data, 'test')
@@ -331,7 +331,7 @@ def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
     'from ml_collections import ConfigDict\n'
     'from moe_jax.data import sources, pipeline, tokenizers\n'
     "assert not any(m.startswith('moe_jax.') and m.split('.')[1] not in"
-    " ('data', 'errors', 'registry') for m in sys.modules)\n"
+    " ('data', 'errors', 'files', 'registry') for m in sys.modules)\n"
     f'data = ConfigDict({stdlib.to_dict()!r})\n'
     "documents = sources.open_documents(data, 'validation')\n"
     'tokenizer = tokenizers.ByteTokenizer()\n'

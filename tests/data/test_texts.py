@@ -1,6 +1,7 @@
 """Corpora of one text, their dictionaries, and rows that go on and on."""
 
 import collections
+import hashlib
 import json
 import pathlib
 import zipfile
@@ -260,8 +261,28 @@ def test_downloads_are_read(
   monkeypatch.setattr(
     tfds.download.DownloadManager, 'download', lambda self, url: enwik8.path
   )
+  digest = hashlib.sha256(pathlib.Path(enwik8.path).read_bytes()).hexdigest()
+  monkeypatch.setattr(texts.Enwik8, 'SHA256', digest)
   data = data_config(name='enwik8', tokenizer='enwik8')
   assert open_sequences(data, 'train').num_bytes == 900
+
+
+def test_a_download_of_another_file_is_refused(
+  enwik8: ConfigDict, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """It is removed, too: TFDS would take it the next time."""
+  monkeypatch.setattr(
+    tfds.download.DownloadManager, 'download', lambda self, url: enwik8.path
+  )
+  with pytest.raises(errors.UserError, match='another file, of SHA-256 .*5479'):
+    sources.open_documents(data_config(name='enwik8'), 'train')
+  assert not pathlib.Path(enwik8.path).exists()
+
+
+def test_downloads_are_encrypted_and_pinned() -> None:
+  for builder in texts.BUILDERS.values():
+    assert builder.URL.startswith('https://')
+    assert len(bytes.fromhex(builder.SHA256)) == 32
 
 
 def epochs(
