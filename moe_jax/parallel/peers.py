@@ -102,6 +102,7 @@ class Watch:
     self._hosts: dict[int, str] = {}
     self._statuses: dict[int, int] = {}  # of those that said that they end
     self._left: int | None = None  # the status that this process ends with
+    self._left_at = math.inf
     self._deadline = math.inf  # to end even so, because of `_cause`
     self._cause = 0
 
@@ -133,7 +134,7 @@ class Watch:
     ends nevertheless, after seconds.
     """
     with self._lock:
-      self._left = status
+      self._left, self._left_at = status, time.monotonic()
       self._tell({'status': status})
       if status:
         self._end_within(_GRACE_SECONDS + _LEAVE_SECONDS)
@@ -147,7 +148,7 @@ class Watch:
         with self._lock:
           key.data()
       with self._lock:
-        if time.monotonic() > self._deadline:
+        if time.monotonic() >= self._deadline:
           self._lost(self._cause)
 
   def _add(self, link: _Link) -> None:
@@ -199,7 +200,7 @@ class Watch:
       self._lost(id)
     else:
       # It may have ended well, as this process is about to.
-      self._end_within(_LEAVE_SECONDS)
+      self._end_within(_LEAVE_SECONDS - (time.monotonic() - self._left_at))
 
   def _end_within(self, seconds: float, cause: int = 0) -> None:
     deadline = time.monotonic() + seconds
@@ -230,7 +231,8 @@ class Watch:
     """Ends the process, which would wait for its peers if it ended itself."""
     timer = threading.Timer(_SAY_SECONDS, os._exit, [status])
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # the interpreter shuts down
+      timer.start()
     with contextlib.suppress(OSError, ValueError):
       sys.stdout.flush()
     if line:

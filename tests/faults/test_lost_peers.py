@@ -81,8 +81,12 @@ def undisturbed(
 ) -> Path:
   """The directory of a run of two processes that nobody kills."""
   workdir = tmp_path_factory.mktemp('undisturbed')
-  with start(nursery, config, workdir) as pair:
+  watched = config.copy_and_resolve_references()
+  watched.train.watchdog = 1
+  with start(nursery, watched, workdir) as pair:
     assert pair.wait() == [0, 0], pair.report()
+    for i in (0, 1):  # its first step is compiled, which takes longer
+      assert ' has not ended for 1 seconds (train.watchdog)' in pair.errors(i)
   return workdir
 
 

@@ -164,6 +164,25 @@ def test_the_kernel_looks_after_hosts_that_have_gone() -> None:
   assert seconds < 15
 
 
+def test_process_0_is_found_where_no_flag_names_its_host() -> None:
+  with peers.listen('') as server:
+    link = peers._connect(peers._names(), server.getsockname()[1])
+    assert link
+    link.close()
+
+
+def test_who_cannot_be_watched_is_said(
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  with peers.listen('127.0.0.1') as server:
+    port = server.getsockname()[1]
+  assert peers._connect(['127.0.0.1', 'localhost'], port) is None
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(
+    f'note: process 0 cannot be reached at 127.0.0.1 or localhost, port {port}'
+  )
+
+
 @pytest.mark.parametrize(
   ('host', 'is_loopback'),
   [
