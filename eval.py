@@ -3,7 +3,15 @@
 python eval.py --workdir=runs/quickstart
 """
 
-from moe_jax.programs import eval
+from moe_jax import exits
+
+
+def main() -> None:
+  """Imports the program, which a signal may end, and runs it."""
+  from moe_jax.programs import eval
+
+  eval.main()
+
 
 if __name__ == '__main__':
-  eval.main()
+  exits.exit_with(main)

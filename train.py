@@ -3,7 +3,15 @@
 python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from moe_jax.programs import train
+from moe_jax import exits
+
+
+def main() -> None:
+  """Imports the program, which a signal may end, and runs it."""
+  from moe_jax.programs import train
+
+  train.main()
+
 
 if __name__ == '__main__':
-  train.main()
+  exits.exit_with(main)

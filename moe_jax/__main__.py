@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from moe_jax import cli
+from moe_jax import exits
 from moe_jax.errors import UserError, nearest
 
 
@@ -40,7 +40,7 @@ PROGRAMS = {
 
 def main() -> None:
   """Runs the program that the command line names, and exits."""
-  cli.exit_with(run)
+  exits.exit_with(run)
 
 
 def run() -> None:

@@ -1,14 +1,11 @@
 """The command line that training, evaluation and other programs share.
 
-A user's mistake becomes one line on stderr and exit status 2; a programming
-error keeps its traceback. Nothing here imports jax: the allocator has to be
-set before it, and a mistake should be told at once.
+Nothing here imports jax: the allocator has to be set before it, and a mistake
+should be told at once.
 """
 
 import os
 import re
-import select
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -21,7 +18,8 @@ from moe_jax.config import help as config_help
 from moe_jax.config import loading
 from moe_jax.config.keys import Value
 from moe_jax.config.schema import KEYS
-from moe_jax.errors import RetryableError, UserError, nearest, said
+from moe_jax.errors import UserError, nearest
+from moe_jax.exits import exit_with
 
 DefineFlags = Callable[[flags.FlagValues], None]
 
@@ -87,47 +85,6 @@ def _prepare() -> None:
 def _documented(run: Callable[..., None]) -> str:
   """Returns what the module of a program says about it."""
   return sys.modules[run.__module__].__doc__ or ''
-
-
-def exit_with(run: Callable[[], None]) -> NoReturn:
-  """Calls `run` and exits.
-
-  The status is 0, 2 after a user's mistake, 75 after a fault of the world that
-  the same command may overcome, and 128 + the number of a signal.
-  """
-  try:
-    run()
-    sys.stdout.flush()
-  except UserError as error:
-    print('error:', said(error), file=sys.stderr)
-    sys.exit(2)
-  except RetryableError as error:
-    print('error:', said(error), file=sys.stderr)
-    sys.exit(os.EX_TEMPFAIL)
-  except RuntimeError as error:
-    # JAX's, which cannot be imported here.
-    message = ' '.join(str(error).split())
-    if not message.startswith('Unable to initialize backend'):
-      raise
-    chosen = os.environ.get('JAX_PLATFORMS', 'not set')
-    print(f'error: JAX_PLATFORMS is {chosen}: {message[:300]}', file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(130)
-  except BrokenPipeError:
-    if not _unread():
-      raise
-    # Python flushes once more at the end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(128 + signal.SIGPIPE)
-  sys.exit(0)
-
-
-def _unread() -> bool:
-  """Returns whether the reader of stdout has gone, as `head` does."""
-  poll = select.poll()
-  poll.register(sys.stdout.fileno(), 0)  # for errors alone
-  return bool(poll.poll(0))
 
 
 def define_process_flags(values: flags.FlagValues) -> None:

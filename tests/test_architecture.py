@@ -33,9 +33,12 @@ ROOMS = {
   'files': Room('errors'),
   'registry': Room('errors'),
   'runtime': Room(),
+  'disk': Room('errors'),
+  'signals': Room(),
+  'exits': Room('errors disk signals'),
   # A mistake in a config is told before jax is imported.
   'config': Room('errors files registry', 'ml_collections'),
-  'cli': Room('config errors files runtime', 'absl ml_collections'),
+  'cli': Room('config errors files runtime exits', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'parameter': Room('', 'jax flax'),
   'routing': Room('errors registry parameter', 'jax flax'),
@@ -59,7 +62,7 @@ ROOMS = {
   'parallel.launch': Room('errors parallel.peers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
-    'errors files registry',
+    'errors disk files registry',
     'tensorflow_datasets grain numpy etils ml_collections',
   ),
   'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
@@ -68,11 +71,11 @@ ROOMS = {
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'training': Room(
-    f'{_MODEL} data parallel.multihost model',
+    f'{_MODEL} disk signals data parallel.multihost model',
     f'{_STATE} tensorboardX',
   ),
   'evaluation': Room(
-    f'{_CONFIG} registry data parallel.mesh parallel.multihost training',
+    f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training',
     'jax ml_collections',
   ),
   # The one page that knows everyone.
@@ -87,7 +90,8 @@ ROOMS = {
     'jax ml_collections numpy',
   ),
   'interop.convert': Room(
-    f'{_CONFIG} interop interop.checkpoint', 'jax flax ml_collections numpy'
+    f'{_CONFIG} disk interop interop.checkpoint',
+    'jax flax ml_collections numpy',
   ),
   'interop.cli': Room(
     'cli errors files interop interop.convert runtime', 'absl ml_collections'
@@ -101,7 +105,7 @@ ROOMS = {
     'jax flax ml_collections numpy',
   ),
   'analysis': Room(
-    'config errors files',
+    'config errors disk exits files',
     'altair jinja2 matplotlib ml_collections numpy vl_convert',
   ),
   # Of a `Routing` alone, and of the documents of a split.
@@ -111,8 +115,8 @@ ROOMS = {
     'config parameter model analysis.routing', 'jax flax ml_collections'
   ),
   'analysis.analyze': Room(
-    f'{_CONFIG} data routing experts parallel.mesh parallel.multihost model'
-    ' training analysis analysis.routing analysis.token_classes'
+    f'{_CONFIG} disk data routing experts parallel.mesh parallel.multihost'
+    ' model training analysis analysis.routing analysis.token_classes'
     ' analysis.parameters',
     'jax flax ml_collections numpy',
   ),
@@ -128,7 +132,7 @@ ROOMS = {
   'analysis.compare': Room(f'{_CONFIG} model planning', 'ml_collections'),
   'analysis.compare_table': Room('analysis.compare training'),
   'analysis.comparison': Room(
-    f'{_CONFIG} analysis analysis.compare evaluation training', 'scipy'
+    f'{_CONFIG} disk analysis analysis.compare evaluation training', 'scipy'
   ),
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
@@ -141,9 +145,9 @@ ROOMS = {
     'absl ml_collections',
   ),
   'plan': Room('cli planning', 'absl ml_collections'),
-  '__main__': Room('cli errors'),
+  '__main__': Room('exits errors'),
   'programs.child': Room('__main__'),
-  'programs.pool': Room('errors runtime'),
+  'programs.pool': Room('errors runtime signals'),
   'programs.comparing': Room(
     f'{_CONFIG} analysis analysis.compare analysis.compare_table'
     ' analysis.comparison data programs.pool training',

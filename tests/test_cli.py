@@ -200,18 +200,6 @@ def test_output_that_nobody_reads_to_its_end(length: int) -> None:
   assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, '')
 
 
-def test_another_pipe_that_breaks_is_an_error(
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  def fail(config: ConfigDict, workdir: str) -> None:
-    raise BrokenPipeError
-
-  monkeypatch.setattr(sys, 'argv', ['prog', BASE, '--workdir=x'])
-  monkeypatch.setenv(runtime.SWITCH, '0')
-  with pytest.raises(BrokenPipeError):
-    cli.main(fail)
-
-
 def test_a_programming_error_keeps_its_traceback(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,6 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax import disk
 from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
@@ -684,11 +685,10 @@ def _write(result: dict[str, Any], workdir: str) -> list[str]:
   folder = os.path.join(workdir, 'analysis')
   path = os.path.join(folder, f'{result["step"]}.json')
   text = json.dumps(result, allow_nan=False) + '\n'
-  try:
+
+  def write() -> list[str]:
     os.makedirs(folder, exist_ok=True)
     run_dir.replace(path, text)
-    pictures = figures.save(result, folder)
-  except OSError as error:
-    where = error.filename or path
-    raise UserError(f'{where} cannot be written: {error.strerror}') from error
-  return [path, *pictures]
+    return figures.save(result, folder)
+
+  return [path, *disk.retried(folder, write)]

@@ -16,7 +16,7 @@ from typing import Any
 from scipy import stats
 
 from moe_jax import config as config_lib
-from moe_jax import files
+from moe_jax import disk, files
 from moe_jax.analysis import compare, runs
 from moe_jax.analysis.compare import Overrides, Point, Row
 from moe_jax.config.keys import Value
@@ -206,7 +206,8 @@ class Comparison:
     """Writes compare.json and returns what it holds."""
     result = self.result()
     path = os.path.join(self.workdir, FILE)
-    run_dir.replace(path, json.dumps(result, indent=2) + '\n')
+    text = json.dumps(result, indent=2) + '\n'
+    disk.retried(path, lambda: run_dir.replace(path, text))
     return result
 
   def _runs(self, row: Row) -> list[dict[str, Any]]:

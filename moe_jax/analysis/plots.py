@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import disk, exits
 from moe_jax.analysis.runs import Run, read, smooth
 from moe_jax.errors import UserError, said
 from moe_jax.files import check_output, expand
@@ -201,12 +202,11 @@ def _cycle(count: int) -> list[str]:
 def _save(figure: Figure, output: str) -> None:
   try:
     figure.savefig(output, dpi=200)
-  except (OSError, ValueError) as error:  # ValueError: an unknown ending
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(
-      f'--output: {output} cannot be written: {reason}'
-    ) from error
+  except OSError as error:
+    raise disk.refused(f'--output: {output}', error) from error
+  except ValueError as error:  # an unknown ending
+    raise UserError(f'--output: {output} cannot be written: {error}') from error
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.exit_with(lambda: sys.exit(main()))

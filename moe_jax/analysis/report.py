@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moe_jax import disk, exits
 from moe_jax.errors import UserError, said
 from moe_jax.files import check_output, expand, read_json
 
@@ -873,10 +874,8 @@ def _save(text: str, output: str) -> None:
     with open(output, 'w', encoding='utf-8', errors='xmlcharrefreplace') as f:
       f.write(text)
   except OSError as error:
-    raise UserError(
-      f'--output: {output} cannot be written: {error.strerror}'
-    ) from error
+    raise disk.refused(f'--output: {output}', error) from error
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.exit_with(lambda: sys.exit(main()))

@@ -19,7 +19,7 @@ from moe_jax.config.user_code import (
   load_extensions,
   shipped,
 )
-from moe_jax.errors import UserError, nearest
+from moe_jax.errors import UserError, nearest, said
 
 __all__ = [
   'expand_paths',
@@ -52,9 +52,9 @@ def load(argument: str) -> ConfigDict:
     return of_run(os.path.dirname(path), path)
   try:
     config = _call(path, import_file(path), names)
-  except UserError:
+  except (UserError, SystemExit, KeyboardInterrupt):
     raise
-  except Exception as error:  # it is the user's program: all it does is input
+  except BaseException as error:  # of the user's program: all it does is input
     raise UserError(_blame(path, error)) from error
   return _checked(path, config)
 
@@ -104,9 +104,9 @@ def variants(argument: str) -> dict[str, str]:
     return {}
   try:
     known = getattr(import_file(path), 'VARIANTS', {})
-  except UserError:
+  except (UserError, SystemExit, KeyboardInterrupt):
     raise
-  except Exception as error:  # it is the user's program
+  except BaseException as error:  # of the user's program
     raise UserError(_blame(path, error)) from error
   return {
     str(name): (change.__doc__ or '').strip().split('\n')[0]
@@ -224,7 +224,7 @@ def _call(path: str, module: ModuleType, names: list[str]) -> ConfigDict:
   return get_config(*names)
 
 
-def _blame(path: str, error: Exception) -> str:
+def _blame(path: str, error: BaseException) -> str:
   """Returns `FILE:LINE: what is wrong`, with the nearest to a misspelt key."""
   if isinstance(error, SyntaxError):
     return f'{error.filename}:{error.lineno}: {error.msg}'
@@ -234,10 +234,10 @@ def _blame(path: str, error: Exception) -> str:
   where = f'{path}:{lines[-1]}' if lines else path
   if 'ml_collections' in frames[-1].filename:
     # Its messages begin: Key "topk" does not exist / 'topk'.
-    name = re.match(r"""['"\\]*(?:Key ")?(\w+)['"\\]""", str(error))
+    name = re.match(r"""['"\\]*(?:Key ")?(\w+)['"\\]""", said(error))
     if name and isinstance(error, AttributeError | KeyError):
       return f"{where}: there is no config key '{name[1]}'{_nearest(name[1])}"
-  return f'{where}: {type(error).__name__}: {error}'
+  return f'{where}: {type(error).__name__}: {said(error)}'
 
 
 def _nearest(name: str) -> str:

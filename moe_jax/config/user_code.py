@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moe_jax import registry
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, said
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -83,10 +83,11 @@ def load_extensions(paths: Iterable[str], source: str) -> None:
       )
     try:
       import_file(path)
-    except UserError:
+    except (UserError, SystemExit, KeyboardInterrupt):
       raise
-    except Exception as error:  # it is the user's program
-      raise UserError(f'{path}: {type(error).__name__}: {error}') from error
+    except BaseException as error:  # of the user's program
+      name = type(error).__name__
+      raise UserError(f'{path}: {name}: {said(error)}') from error
 
 
 def _offer_presets() -> None:

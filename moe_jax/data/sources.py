@@ -14,9 +14,11 @@ that returns one, registered in a config file:
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorflow_datasets.core.utils import file_utils
 
-from moe_jax import errors, files
+from moe_jax import disk, errors, files
 from moe_jax.data import folders, texts
 from moe_jax.data.checks import check_name, one_line, prepared_files, undamaged
 from moe_jax.data.folders import GivenTexts
@@ -239,9 +241,12 @@ def _prepare(builder: tfds.core.DatasetBuilder, data: ConfigDict) -> None:
     print(f'downloading {name} to {folder}', file=sys.stderr)
   try:
     builder.download_and_prepare(file_format='array_record')
-  except (OSError, ImportError, AssertionError) as error:
+  except (OSError, ImportError, AssertionError, RuntimeError) as error:
     # TFDS writes aside and renames: whoever comes second finds the name taken.
     if not builder.is_prepared():
+      if disk.is_full(error):  # in array_record's words, perhaps
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise disk.refused(str(builder.data_path), full) from error
       where = f'data.name = {data.name!r} cannot be prepared'
       raise one_line(f'{where} in {builder.data_path}', error) from error
 

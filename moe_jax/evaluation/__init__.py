@@ -11,6 +11,9 @@ file, which `eval.evaluations` then names:
 
     def __call__(self, params, max_batches=0):
       return [Result('mine', {'accuracy': 0.5})]
+
+One that takes longer than a few seconds calls `signals.check()` of
+`moe_jax.training` now and then, so that a signal to stop need not wait for it.
 """
 
 from typing import Any, NamedTuple, Protocol

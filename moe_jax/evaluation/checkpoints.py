@@ -5,8 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from moe_jax import evaluation
-from moe_jax.errors import UserError
+from moe_jax import disk, evaluation
 from moe_jax.evaluation import Result
 from moe_jax.parallel import multihost
 from moe_jax.training import run_dir, state, terminal
@@ -81,9 +80,10 @@ def _write(result: Result, workdir: str, step: int) -> str:
   """Writes a result as JSON and returns its path."""
   path = result_path(workdir, result.split, step, result.variant)
   row = {'split': result.split, 'step': step} | result.metrics
-  try:
+
+  def write() -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     run_dir.replace(path, json_line(row))
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from error
+
+  disk.retried(path, write)
   return path

@@ -12,6 +12,7 @@ from moe_jax.evaluation import Result
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.registry import EVALUATIONS
+from moe_jax.training import signals
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step
 from moe_jax.training.watchdog import waits_for
@@ -57,6 +58,7 @@ class Perplexity:
     rows, batches = self._batches()
     for batch in itertools.islice(batches, max_batches or None):
       waits_for('a batch of an evaluation')
+      signals.check()
       sums = self._eval_step(params, rows.join(batch), attention_state)
       attention_state = sums['attention_state']
       # Python's float is float64: sums over many batches stay exact.

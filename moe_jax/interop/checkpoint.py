@@ -156,7 +156,7 @@ def write_run(
   )
   state = setup.init(placed)
   run = RunDir.new_or_resumed(str(workdir), config)
-  with Checkpointer(run, vocabulary) as checkpointer:
+  with run.held(), Checkpointer(run, vocabulary) as checkpointer:
     run.claim()
     checkpointer.save(0, state)
 

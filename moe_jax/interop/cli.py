@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli, files, runtime
-from moe_jax.errors import UserError, said
+from moe_jax.errors import UserError
 from moe_jax.interop import formats, safetensors
 
 _UPCYCLE = 'upcycle'
@@ -37,8 +37,6 @@ logits differ.
 def main(argv: Sequence[str] | None = None) -> NoReturn:
   """Parses the command line, runs the command and exits.
 
-  A user's mistake becomes one line on stderr and exit status 2.
-
   Args:
     argv: The arguments after the name of the program; None for those of this
       process.
@@ -46,12 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   arguments = list(sys.argv[1:] if argv is None else argv)
   if arguments[:1] == [_UPCYCLE]:
     _upcycle(arguments[1:])
-  try:
-    _run(vars(_parser().parse_args(arguments)))
-  except UserError as error:
-    print('error:', said(error), file=sys.stderr)
-    sys.exit(2)
-  sys.exit(0)
+  cli.exit_with(lambda: _run(vars(_parser().parse_args(arguments))))
 
 
 def _upcycle(argv: Sequence[str]) -> NoReturn:

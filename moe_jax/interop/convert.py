@@ -17,6 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax import disk
 from moe_jax.errors import UserError
 from moe_jax.files import refuse_pattern
 from moe_jax.interop import checkpoint as checkpoint_lib
@@ -222,7 +223,7 @@ def writing(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from error
+    raise disk.refused(str(path), error) from error
 
 
 def _rounded(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Carries a comparison out: plans its runs, trains them, tells of them."""
 
 import contextlib
-import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from moe_jax.config.keys import Value
 from moe_jax.data import sources
 from moe_jax.errors import UserError, choose
 from moe_jax.programs import pool
-from moe_jax.training import run_dir, terminal
+from moe_jax.training import lock, run_dir, terminal
 from moe_jax.training.run_dir import RunDir
 
 
@@ -31,6 +30,7 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
 
   Raises:
     UserError: Anything is wrong with them, before anything is trained.
+    RetryableError: Another comparison works in the directory.
     SystemExit: 1 if a run failed; 128 + the number of the signal that stopped
       the comparison.
   """
@@ -42,7 +42,7 @@ def run(workdir: str, jobs: int | None, dry_run: bool, **what: Any) -> None:
     )
   # Nothing is computed here, and the runs need the memory of their devices.
   jax.config.update('jax_platforms', 'cpu')
-  with contextlib.nullcontext() if dry_run else _claimed(workdir):
+  with contextlib.nullcontext() if dry_run else lock.held(workdir):
     earlier = comparison.read(workdir)
     made = _plan(earlier, workdir, **what)
     _refuse_changes(made, earlier)
@@ -307,31 +307,3 @@ def _announcement(made: Comparison) -> str:
 def _counted(number: int, noun: str) -> str:
   """Returns `1 run` or `2 runs`."""
   return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
-
-
-@contextlib.contextmanager
-def _claimed(workdir: str) -> Iterator[None]:
-  """Holds the directory, which no second comparison may work in meanwhile.
-
-  Raises:
-    UserError: Another one does, or the directory cannot be written.
-  """
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    file = open(  # noqa: SIM115 (closed below)
-      os.path.join(workdir, '.lock'), 'a', encoding='utf-8'
-    )
-  except OSError as error:
-    raise UserError(
-      f'workdir {workdir} is not writable: {error.strerror};'
-      ' choose another --workdir'
-    ) from error
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise UserError(
-        f'workdir {workdir} is in use by another moe_jax compare; wait for it,'
-        ' stop it, or choose another --workdir'
-      ) from error
-    yield

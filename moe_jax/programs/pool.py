@@ -4,6 +4,7 @@ A job is programs one after another; its output goes to a file. A signal stops
 all of them as a user would: training saves a checkpoint first.
 """
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -12,13 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
-from typing import Any
 
-from moe_jax import runtime
+from moe_jax import runtime, signals
 from moe_jax.errors import UserError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
@@ -116,11 +114,8 @@ class Pool:
   """Runs jobs, as many at a time as there are shares.
 
   It catches SIGINT, SIGTERM and SIGHUP while it is entered: the first ends the
-  programs with SIGTERM, a second kills them. However this process ends, the
-  programs do not outlive it.
-
-  Attributes:
-    signal: The number of the signal that stopped the jobs, None before.
+  programs with SIGTERM, a late one (`signals.Stop`) kills them. However this
+  process ends, the programs do not outlive it.
   """
 
   def __init__(self, shares: Sequence[Share], env: Mapping[str, str]) -> None:
@@ -130,25 +125,27 @@ class Pool:
       shares: The shares of the machine, one for each job at a time.
       env: The environment of all programs.
     """
-    self.signal: int | None = None
+    self._stop = signals.Stop('stopping, and saving', end=self._kill)
     self._stop_with = signal.SIGTERM
     self._free = list(shares)
     self._env = env
     self._running: list[_Running] = []
-    self._previous: dict[int, Any] = {}
+    self._catching = contextlib.ExitStack()
+
+  @property
+  def signal(self) -> int | None:
+    """The number of the signal that stopped the jobs, None before."""
+    return self._stop.signal
 
   def __enter__(self) -> 'Pool':
-    for number in _SIGNALS:
-      if signal.getsignal(number) != signal.SIG_IGN:
-        self._previous[number] = signal.signal(number, self._catch)
+    self._catching.enter_context(signals.watched(self._stop.receive))
     return self
 
   def __exit__(self, *_: object) -> None:
     for running in self._running:
       running.process.kill()
       running.process.wait()
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+    self._catching.close()
 
   def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
     """Runs jobs in order, and yields each twice: as it starts and as it ends.
@@ -204,10 +201,9 @@ class Pool:
       )
     return _Running(job, share, place, process, written)
 
-  def _catch(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    self._stop_with = signal.SIGKILL if self.signal else signal.SIGTERM
-    self.signal = self.signal or number
+  def _kill(self, number: int) -> None:
+    del number
+    self._stop_with = signal.SIGKILL
 
   def _pass_signal_on(self) -> None:
     """Signals every program once: a second time would interrupt its saving."""

@@ -1,27 +1,20 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
+import contextlib
 import math
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
-import tensorboardX
 
-from moe_jax import files
 from moe_jax.config import saved
-from moe_jax.errors import UserError
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
-from moe_jax.training import device_peaks, run_dir, terminal
-from moe_jax.training.metrics import (
-  check_finite,
-  json_line,
-  routing_metrics,
-)
+from moe_jax.training import device_peaks, terminal
+from moe_jax.training.metrics import check_finite, routing_metrics
+from moe_jax.training.metrics_writer import MetricsWriter
 from moe_jax.training.state import Setup
 
 
@@ -44,7 +37,13 @@ class Logger:
     self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start
     self._active = multihost.is_main_process()
-    self._writer = MetricsWriter(workdir, start or None, self._active)
+    self._writer = MetricsWriter(
+      workdir,
+      start or None,
+      self._active,
+      {'train': config.train.log_every, 'evaluation': config.eval.every},
+      self.say,
+    )
     self._writer.text('config', saved.to_json(config), start)
     self._began = self._since = time.perf_counter()
     self._first_seconds = math.nan
@@ -59,9 +58,17 @@ class Logger:
     self._writer.close()
 
   def say(self, text: str) -> None:
-    """Prints on one process of the run."""
+    """Prints on one process of the run; that it cannot ends nothing."""
     if self._active:
-      print(text, flush=True)
+      with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+  def evaluated(self) -> bool:
+    """Returns whether the step gone on from has been evaluated.
+
+    All processes of a run call this alike.
+    """
+    return bool(multihost.broadcast_from_first(int(self._writer.evaluated)))
 
   def compiling(self) -> None:
     """Tells that nothing is heard for a while, which may be minutes."""
@@ -155,96 +162,3 @@ class Logger:
     tokens = (step - self._read_at) * self._tokens_per_step
     self._read_at, self._since, self._paused = step, now, 0.0
     return tokens / seconds
-
-
-class MetricsWriter:
-  """Appends to DIR/metrics.jsonl and to the event files in DIR/tensorboard.
-
-  One JSON object a line, `step` and `split` first; `metrics.json_line` says how
-  floats are written. Every line is flushed as it is written.
-  """
-
-  def __init__(
-    self, workdir: str, resume_step: int | None, active: bool = True
-  ) -> None:
-    """Opens the files and takes back what a resumed run will write again.
-
-    Args:
-      workdir: The run's directory, which exists.
-      resume_step: The step of the checkpoint gone on from; what was written
-        of later steps is dropped. None is a new start; everything is dropped.
-      active: Whether anything is written, as it is by one process alone.
-
-    Raises:
-      UserError: metrics.jsonl has a line that is not JSON, not being the last.
-    """
-    self._active = active
-    if not active:
-      return
-    last_step = -1 if resume_step is None else resume_step
-    path = os.path.join(workdir, 'metrics.jsonl')
-    _forget_after(path, last_step)
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed below)
-    self._events = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'),
-      purge_step=last_step + 1,
-      # Files are named by the second: two starts within one need the suffix.
-      filename_suffix=f'.{last_step + 1}',
-    )
-
-  def __enter__(self) -> 'MetricsWriter':
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
-  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Writes one line; a scalar also to TensorBoard, as `split/name`.
-
-    Args:
-      step: The number of steps done.
-      split: 'train', or the name of an evaluation.
-      values: Numbers, or arrays of them, such as one per layer; on the
-        device or not.
-    """
-    if not self._active:
-      return
-    plain = {name: np.asarray(value).tolist() for name, value in values.items()}
-    self._file.write(json_line({'step': step, 'split': split} | plain))
-    self._file.flush()
-    for name, value in plain.items():
-      if isinstance(value, int | float):
-        self._events.add_scalar(f'{split}/{name}', value, step)
-
-  def text(self, name: str, text: str, step: int) -> None:
-    """Writes a text to TensorBoard, as it stands."""
-    if self._active:
-      indented = ''.join(f'    {line}\n' for line in text.splitlines())
-      self._events.add_text(name, indented, step)  # code, in its Markdown
-
-  def close(self) -> None:
-    """Closes the files; what was written last is then on disk."""
-    if self._active:
-      self._file.close()
-      self._events.close()
-
-
-def _forget_after(path: str, last_step: int) -> None:
-  """Drops the lines of steps after `last_step` and a last line cut short."""
-  if not os.path.exists(path):
-    return
-  with open(path, encoding='utf-8', errors='replace') as file:
-    lines = file.read().splitlines()
-  kept = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      step = files.parse_json(line)['step']
-    except (ValueError, TypeError, KeyError) as error:
-      if number == len(lines):
-        break
-      raise UserError(
-        f'{path}:{number} is not a JSON object with a step; mend or remove it'
-      ) from error
-    if step <= last_step:
-      kept.append(line)
-  run_dir.replace(path, ''.join(f'{line}\n' for line in kept))

@@ -75,8 +75,9 @@ def train(config: ConfigDict, workdir: str) -> None:
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
-    Checkpointer(run, setup.vocabulary) as checkpointer,
+    run.held(),
     SignalHandler() as signals,
+    Checkpointer(run, setup.vocabulary) as checkpointer,
     _too_large_in_one_line(),
   ):
     peers.set_outlook(checkpointer.outlook)
@@ -142,6 +143,8 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
   setup, batches, _, checkpointer, logger, profiler, signals = run
   config, steps = setup.config, setup.config.train.steps
   train_step = make_train_step(setup)
+  if start and _evaluates(run, start) and not logger.evaluated():
+    _evaluate(run, state, start)  # a signal had cut that evaluation short
   if start < steps:
     logger.compiling()
   for step in range(start + 1, steps + 1):
@@ -154,15 +157,18 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
     if step == start + 1:
       logger.compiled(metrics)
       runtime.trim_malloc()  # what compiling took
+      signals.catch()  # before this there is nothing to save
 
-    stopped = signals.stops(step)
+    stopped = signals.stops()
     last = stopped or step == steps
     if _due(config.train.log_every, step, last):
       logger.note(step, metrics)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
-    if run.evaluations and _due(config.eval.every, step, step == steps):
+    if not stopped and _evaluates(run, step):
       _evaluate(run, state, step)
+      stopped = signals.stops()
+      last |= stopped
     if _due(config.checkpoint.every, step, last):
       # Last: what is written of a step outlives a kill during the save.
       logger.write()
@@ -175,16 +181,26 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
   return int(state['step'])
 
 
+def _evaluates(run: _Run, step: int) -> bool:
+  config = run.setup.config
+  last = step == config.train.steps
+  return bool(run.evaluations) and _due(config.eval.every, step, last)
+
+
 def _evaluate(run: _Run, state: TrainState, step: int) -> None:
-  """Evaluates in the midst of training, which pauses."""
+  """Evaluates in the midst of training, which pauses; all of it or nothing."""
   config, logger = run.setup.config, run.logger
   logger.write()
   jax.block_until_ready(state)  # or its steps would count as evaluation
-  for evaluate in run.evaluations:
-    began = time.perf_counter()
-    results = evaluate(state['params'], config.eval.batches)
-    metrics = {result.name: result.metrics for result in results}
-    logger.evaluation(step, metrics, time.perf_counter() - began)
+  found = []
+  with run.signals.leaving():
+    for evaluate in run.evaluations:
+      began = time.perf_counter()
+      results = evaluate(state['params'], config.eval.batches)
+      metrics = {result.name: result.metrics for result in results}
+      found.append((metrics, time.perf_counter() - began))
+    for metrics, seconds in found:
+      logger.evaluation(step, metrics, seconds)
   runtime.trim_malloc()  # the first time, evaluation is compiled
 
 

@@ -1,11 +1,13 @@
 """Traces of some steps of a run, for TensorBoard and Perfetto."""
 
 import os
+import sys
 from typing import Any
 
 import jax
 
 from moe_jax.config import profiled_steps
+from moe_jax.errors import said
 
 
 class Profiler:
@@ -13,7 +15,8 @@ class Profiler:
 
   Every process of a run writes its own. `tensorboard --logdir=DIR` opens it
   with TensorBoard's profile plugin, and ui.perfetto.dev the file
-  `perfetto_trace.json.gz` in it.
+  `perfetto_trace.json.gz` in it. A trace that cannot be written is told of, and
+  the run goes on.
   """
 
   def __init__(self, steps: str, workdir: str) -> None:
@@ -51,6 +54,13 @@ class Profiler:
       self._stop()
 
   def _stop(self) -> None:
-    if self._is_tracing:
-      self._is_tracing = False
+    if not self._is_tracing:
+      return
+    self._is_tracing = False
+    try:
       jax.profiler.stop_trace()
+    except (OSError, RuntimeError) as error:  # a full disk, in XLA's words too
+      print(
+        f'note: {self._folder} has no whole trace: {said(error)[:200]}',
+        file=sys.stderr,
+      )

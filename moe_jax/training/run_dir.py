@@ -9,15 +9,18 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import files
+from moe_jax import disk, files
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
+from moe_jax.training import lock
+
+_REMEDY = 'choose another --workdir'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +59,7 @@ class RunDir:
     def check() -> None:
       refuse_url(path)
       files.refuse_pattern('workdir', path)
-      saved = _saved_config(path)
-      if saved is not None:
-        new = config.to_dict()
-        _refuse(path, saved_config.changed_meaning(saved, new), saved, new)
+      _check_same_run(path, config)
       _check_writable(path)
 
     multihost.fail_together(check)
@@ -92,6 +92,27 @@ class RunDir:
     multihost.fail_together(check)
     return cls(path, config, True, remedy)
 
+  @contextlib.contextmanager
+  def held(self) -> Iterator[None]:
+    """Keeps other programs from writing here; `lock.held` says how.
+
+    All processes of a run enter it alike, before anything is cleaned up or
+    written; one of them holds the lock.
+
+    Raises:
+      RetryableError: Another run, or a conversion, holds the directory.
+      UserError: It has become that of another run meanwhile.
+    """
+    with contextlib.ExitStack() as holding:
+
+      def take() -> None:
+        if multihost.is_main_process():
+          holding.enter_context(lock.held(self.path))
+          _check_same_run(self.path, self.config)
+
+      multihost.fail_together(take)
+      yield
+
   def claim(self, record: Mapping[str, Any] | None = None) -> None:
     """Makes the directory that of this run: config.json and run.json.
 
@@ -111,18 +132,21 @@ class RunDir:
   def _make(self) -> None:
     """Makes the directory and the folder of checkpoints."""
     if multihost.is_main_process():
-      with _writing(self.path):
-        os.makedirs(self.checkpoints, exist_ok=True)
+      self._written(lambda: os.makedirs(self.checkpoints, exist_ok=True))
 
   def _write(self, record: Mapping[str, Any] | None) -> None:
     """Writes config.json and run.json."""
     if not multihost.is_main_process():
       return
-    with _writing(self.path):
-      replace(config_path(self.path), saved_config.to_json(self.config))
-      if record is not None:
-        text = json.dumps(record, indent=2) + '\n'
-        replace(os.path.join(self.path, saved_config.RECORD_FILE), text)
+    config = saved_config.to_json(self.config)
+    self._written(lambda: replace(config_path(self.path), config))
+    if record is not None:
+      text = json.dumps(record, indent=2) + '\n'
+      path = os.path.join(self.path, saved_config.RECORD_FILE)
+      self._written(lambda: replace(path, text))
+
+  def _written(self, write: Callable[[], None]) -> None:
+    disk.retried(self.path, write, _REMEDY)
 
   @property
   def checkpoints(self) -> str:
@@ -167,11 +191,16 @@ def config_path(workdir: str) -> str:
 def replace(path: str, text: str) -> None:
   """Writes a file at once: a crash leaves the old text or the new one."""
   temporary = f'{path}.tmp'
-  with open(temporary, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    with contextlib.suppress(OSError):  # a part of it, on a full disk
+      os.remove(temporary)
+    raise
 
 
 def _check_shared(workdir: str) -> None:
@@ -222,6 +251,14 @@ def _saved_config(workdir: str) -> dict[str, Any] | None:
     ) from error
 
 
+def _check_same_run(workdir: str, config: ConfigDict) -> None:
+  """Refuses the directory of a run that `config` cannot go on with."""
+  saved = _saved_config(workdir)
+  if saved is not None:
+    new = config.to_dict()
+    _refuse(workdir, saved_config.changed_meaning(saved, new), saved, new)
+
+
 def _refuse(
   workdir: str, keys: list[str], old: dict, new: dict, remedy: str = ''
 ) -> None:
@@ -241,17 +278,9 @@ def _check_writable(workdir: str) -> None:
   above = os.path.abspath(workdir)
   while not os.path.lexists(above):
     above = os.path.dirname(above)
-  with _writing(workdir), tempfile.TemporaryFile(dir=above):
-    pass
 
+  def make() -> None:
+    with tempfile.TemporaryFile(dir=above):
+      pass
 
-@contextlib.contextmanager
-def _writing(workdir: str) -> Iterator[None]:
-  """Reports what the file system refuses in one line."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(
-      f'workdir {workdir} is not writable: {error.strerror};'
-      ' choose another --workdir'
-    ) from error
+  disk.retried(workdir, make, _REMEDY)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax import config as config_lib
 from moe_jax.config import saved
-from moe_jax.training.logger import MetricsWriter
+from moe_jax.training.metrics_writer import MetricsWriter
 
 CLASSES = ['name', 'keyword', 'number', 'operator', 'string', 'comment']
 

@@ -358,7 +358,7 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
   (tmp_path / 'checkpoints').write_text('')
   run = RunDir.new_or_resumed(str(tmp_path), make())
-  with pytest.raises(UserError, match='is not writable: File exists'):
+  with pytest.raises(UserError, match='cannot be written: File exists'):
     run.claim()
   assert not (tmp_path / 'config.json').exists()
 
@@ -378,5 +378,5 @@ def test_a_run_that_was_moved_to_such_a_path_is_still_read(
 @pytest.mark.skipif(os.geteuid() == 0, reason='root writes anywhere')
 def test_a_read_only_workdir(tmp_path: Path) -> None:
   tmp_path.chmod(0o500)
-  with pytest.raises(UserError, match='is not writable: Permission denied'):
+  with pytest.raises(UserError, match='cannot be written: Permission denied'):
     RunDir.new_or_resumed(str(tmp_path), make())

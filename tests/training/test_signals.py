@@ -1,12 +1,16 @@
 """Signals between steps: of one process, and of one among several."""
 
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
 from jax.experimental import multihost_utils
 
+from moe_jax import signals as watching
+from moe_jax.training import signals
 from moe_jax.training.signals import SignalHandler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -16,37 +20,48 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def received() -> Iterator[list[int]]:
   """The signals that nobody else caught, in place of the end of the tests."""
   found: list[int] = []
-  before = {
-    number: signal.signal(number, lambda number, frame: found.append(number))
-    for number in SIGNALS
-  }
-  yield found
-  for number, handler in before.items():
-    signal.signal(number, handler)
+  with watching.watched(found.append):
+    yield found
+
+
+def wait_until(true: Callable[[], object]) -> None:
+  deadline = time.monotonic() + 20
+  while not true() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert true()
 
 
 @pytest.mark.parametrize('number', SIGNALS)
-def test_catches_the_first_signal_only(
+def test_catches_signals_when_there_is_something_to_save(
   number: signal.Signals, received: list[int]
 ) -> None:
-  with SignalHandler() as interrupt:
-    assert not interrupt.stops(1)
+  with SignalHandler() as handler:
     signal.raise_signal(number)
-    assert interrupt.stops(2) and interrupt.signal == number
-    assert received == []
+    wait_until(lambda: received)
+    assert not handler.stops()
+    handler.catch()
+    assert not handler.stops()
     signal.raise_signal(number)
+    wait_until(handler.stops)
+    signal.raise_signal(number)  # too soon to count
+    assert handler.signal == number and handler.stops()
     assert received == [number]
   signal.raise_signal(number)
-  assert received == [number, number]
+  wait_until(lambda: received == [number, number])
 
 
-def test_leaves_what_is_ignored(received: list[int]) -> None:
-  """As under nohup."""
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  with SignalHandler() as interrupt:
-    signal.raise_signal(signal.SIGHUP)
-    assert not interrupt.stops(1)
-  assert received == []
+def test_leaves_an_evaluation() -> None:
+  with SignalHandler() as handler:
+    handler.catch()
+    with handler.leaving():
+      signals.check()
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(handler.stops)
+    signals.check()  # outside of one it does nothing
+    with handler.leaving():
+      signals.check()
+      raise AssertionError('it went on')
+  assert handler.signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
@@ -54,25 +69,34 @@ def test_several_processes_hand_signals_to_the_preemption_service(
   number: signal.Signals, received: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """It catches SIGTERM, and says when all have come to the same step."""
-  agreed = 7
+  agreed = 2
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', lambda s: s == agreed
   )
-  with SignalHandler() as interrupt:
-    signal.raise_signal(number)
-    assert received == [signal.SIGTERM]
-    assert [interrupt.stops(step) for step in (6, 7)] == [False, True]
-    assert interrupt.signal == number
+  service: list[int] = []
+  before = signal.signal(
+    signal.SIGTERM, lambda number, frame: service.append(number)
+  )
+  try:
+    with SignalHandler() as handler:
+      handler.catch()
+      signal.raise_signal(number)
+      wait_until(lambda: service)
+      # Once it has said so, it is not asked again.
+      assert [handler.stops() for _ in range(3)] == [False, True, True]
+      assert handler.signal == number
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert received == []
 
 
 def test_a_signal_to_another_process_is_a_sigterm_here(
-  received: list[int], monkeypatch: pytest.MonkeyPatch
+  monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(
     multihost_utils, 'reached_preemption_sync_point', lambda step: True
   )
-  with SignalHandler() as interrupt:
-    assert interrupt.stops(1) and interrupt.signal == signal.SIGTERM
-  assert received == []
+  with SignalHandler() as handler:
+    assert handler.stops() and handler.signal == signal.SIGTERM
