@@ -5,6 +5,7 @@ of one text, that text.
 """
 
 import collections
+import hashlib
 import threading
 from collections.abc import Callable
 from typing import Self
@@ -24,6 +25,8 @@ TokenSequence = dict[str, np.ndarray]
 
 # Encoded documents that a split keeps at hand; python_stdlib fits whole.
 _CACHE_BYTES = 64 * 2**20
+# How many documents a fingerprint reads, at the most, and how large.
+_SAMPLED, _SAMPLED_BYTES = 64, 2**20
 
 
 class TokenSequences:
@@ -46,6 +49,7 @@ class TokenSequences:
     """Measures the documents; UserError if one of them is not UTF-8."""
     measured = document_lengths(documents, tokenizer)
     self._documents = documents
+    self._measured = measured
     self._tokenizer = tokenizer
     self.split = documents.split
     self.seq_len = seq_len
@@ -69,6 +73,28 @@ class TokenSequences:
       tokenizer: That of the config.
     """
     return cls(sources.open_documents(data, split), tokenizer, data.seq_len)
+
+  def fingerprint(self) -> dict[str, str | int]:
+    """Returns what tells this stream from others, as JSON can hold it.
+
+    `content` is a hash of the lengths of all documents, and of the text of some
+    that are spread evenly and not long: what can be had without reading all.
+    """
+    documents = self._documents
+    content = hashlib.blake2b(self._measured.tobytes(), digest_size=8)
+    count = len(documents)
+    for d in sorted({i * count // _SAMPLED for i in range(_SAMPLED)}):
+      if self._measured[d, 1] <= _SAMPLED_BYTES:
+        content.update(documents[d].encode(errors='surrogateescape'))
+    return {
+      'name': documents.full_name,
+      'split': documents.split,
+      'documents': count,
+      'tokens': self.num_stream_tokens,
+      'bytes': self.num_bytes,
+      'tokenizer': self._tokenizer.name,
+      'content': content.hexdigest(),
+    }
 
   def __len__(self) -> int:
     return -(-self.num_tokens // self.seq_len)

@@ -301,3 +301,24 @@ def test_real_text(stdlib: ConfigDict) -> None:
   batches = pipeline.eval_batches(sequences, batch_size=64, rows=range(64))
   got = np.concatenate([b['targets'][b['padding_mask']] for b in batches])
   np.testing.assert_array_equal(got, _stream(documents)[1:])
+
+
+def test_a_fingerprint_tells_texts_and_not_where_they_lie(
+  make_data: MakeData, names_of: NamesOf
+) -> None:
+  names = names_of('train', 3)
+  texts = dict(zip(names, [b'one', b'two', b'three'], strict=True))
+
+  def fingerprint(**changed: bytes) -> dict[str, str | int]:
+    data = make_data(texts | changed)
+    documents = sources.open_documents(data, 'train')
+    return pipeline.TokenSequences(documents, TOKENIZER, L).fingerprint()
+
+  first = fingerprint()
+  assert first['documents'] == 3 and first['tokenizer'] == 'bytes'
+  assert (first['tokens'], first['bytes']) == (11 + 4, 11)
+  again = fingerprint()  # the files are newer, and so the name is another
+  assert again['name'] != first['name']
+  assert again | {'name': first['name']} == first
+  for other in (b'owe', b'', b'longer'):
+    assert fingerprint(**{names[0]: other})['content'] != first['content']
