@@ -24,7 +24,7 @@ class Room(NamedTuple):
 
 _CONFIG = 'config errors files'
 _MODEL = f'{_CONFIG} registry parameter routing experts parallel.mesh'
-_STATE = 'jax flax optax orbax ml_collections numpy'
+_STATE = 'jax flax optax orbax etils ml_collections numpy'
 
 # A room imports only from those before it.
 ROOMS = {
@@ -137,6 +137,7 @@ ROOMS = {
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
+  'programs.doctor': Room('cli runtime training', 'absl jax'),
   'programs.eval': Room(
     'cli parallel.launch evaluation', 'absl ml_collections'
   ),

@@ -94,7 +94,7 @@ def analyze(
 
     def params_of(step: int | None) -> Params:
       wanted = {'params': analysis.setup.abstract['params']}
-      return checkpointer.restore(wanted, step)['params']
+      return checkpointer.restore(wanted, step).state['params']
 
     # One set of parameters is in memory at a time. The first one read is that
     # asked for, so that a missing step is told before anything is computed.

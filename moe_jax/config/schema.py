@@ -551,6 +551,12 @@ KEYS = {
     'Sequences in a random order, or rows of text that are read on and on.',
     ('shuffled', 'contiguous'),
   ),
+  'data.changed': Key(
+    'refuse',
+    'Whether a run goes on where its data are others than before.',
+    ('refuse', 'allow'),
+    resume=True,
+  ),
   'data.threads': Key(
     1,
     'The threads that read ahead of the device.',
@@ -566,6 +572,14 @@ KEYS = {
   ),
   'checkpoint.keep_every': Key(
     0, '... and that of every step that is a multiple of n.', resume=True
+  ),
+  'checkpoint.fallback': Key(
+    'auto',
+    'Whether a damaged newest checkpoint is set aside and the run goes on from'
+    ' the newest sound one. auto: unless a person sees it, who has stdin and'
+    ' stdout on a terminal.',
+    ('auto', 'on', 'off'),
+    resume=True,
   ),
   'eval.every': Key(
     200, 'Steps between two evaluations; the last step has one.', resume=True

@@ -48,10 +48,9 @@ def evaluate(
     evaluations = multihost.first_process_first(
       lambda: evaluation.make(setup, split or config.eval.split)
     )
-    step = checkpointer.latest() if step is None else step
-    wanted = {key: setup.abstract[key] for key in ('step', 'params')}
-    params = checkpointer.restore(wanted, step)['params']
-    assert step is not None  # restore refuses a run without checkpoints
+    wanted = {'params': setup.abstract['params']}
+    restored = checkpointer.restore(wanted, step)
+    params, step = restored.state['params'], restored.step
     results = [result for each in evaluations for result in each(params)]
   rows: dict[str, dict[str, float]] = {
     result.name: {'step': step} | result.metrics for result in results

@@ -89,7 +89,7 @@ def read_run(workdir: Path, step: int | None = None) -> Checkpoint:
     config = with_vocab_size(config)
     step = checkpointer.latest() if step is None else step
     wanted = {'params': _setup(config).abstract['params']}
-    state = checkpointer.restore(wanted, step)
+    state = checkpointer.restore(wanted, step).state
   params = jax.tree.map(np.asarray, state['params'])
   return Checkpoint(config, params, step)
 
@@ -158,7 +158,7 @@ def write_run(
   run = RunDir.new_or_resumed(str(workdir), config)
   with run.held(), Checkpointer(run, vocabulary) as checkpointer:
     run.claim()
-    checkpointer.save(0, state)
+    checkpointer.save(0, state, wait=True)
 
 
 def initial_params(config: ConfigDict) -> dict[str, Any]:

@@ -112,6 +112,13 @@ def first_process_first(make: Callable[[], T]) -> T:
   return first if is_main_process() else rest  # type: ignore[return-value]
 
 
+def any_process(flag: bool) -> bool:
+  """Returns whether any process calls this with True; all call it alike."""
+  if is_single_process():
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
 def broadcast_from_first(number: int) -> int:
   """Returns the number, below 2^31, that process 0 calls this with."""
   return int(multihost_utils.broadcast_one_to_all(np.array(number)))

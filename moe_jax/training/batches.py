@@ -8,12 +8,17 @@ from moe_jax.training.step import Batch
 
 
 class Batches:
-  """The batches of a run from a step on, as arrays over the mesh."""
+  """The batches of a run from a position on, as arrays over the mesh.
+
+  Attributes:
+    position: The number of batches of the stream that lie behind.
+  """
 
   def __init__(
     self, setup: Setup, sequences: TokenSequences, start: int
   ) -> None:
     """Begins to read; UserError if the split is too small for its order."""
+    self.position = start
     config = setup.config
     size = config.train.batch_size
     self._rows = multihost.Rows(mesh_lib.batch_sharding(setup.mesh), size)
@@ -28,7 +33,9 @@ class Batches:
     )
 
   def __next__(self) -> Batch:
-    return self._rows.join(next(self._stream))
+    batch = self._rows.join(next(self._stream))
+    self.position += 1
+    return batch
 
   def close(self) -> None:
     """Ends the threads that read ahead."""

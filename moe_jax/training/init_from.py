@@ -58,7 +58,7 @@ def params(setup: Setup) -> dict[str, Any] | None:
     run = RunDir.existing(origin, config, _REMEDY)
     with Checkpointer(run, setup.vocabulary) as checkpointer:
       abstract = {'params': traverse_util.unflatten_dict(kept)}
-      restored = checkpointer.restore(abstract)
+      restored = checkpointer.restore(abstract).state
   except UserError as error:
     raise UserError(f'train.init_from: {error}') from error
   params = traverse_util.flatten_dict(restored['params']) | {

@@ -77,20 +77,20 @@ def train(config: ConfigDict, workdir: str) -> None:
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
     run.held(),
     SignalHandler() as signals,
-    Checkpointer(run, setup.vocabulary) as checkpointer,
+    Checkpointer(
+      run, setup.vocabulary, sequences.fingerprint()
+    ) as checkpointer,
     _too_large_in_one_line(),
   ):
     peers.set_outlook(checkpointer.outlook)
-    newest = checkpointer.latest()
-    start = newest or 0
     # All that can be refused, before the workdir becomes this run's.
-    params = init_from.params(setup) if newest is None else None
-    with contextlib.closing(Batches(setup, sequences, start)) as batches:
+    restored = checkpointer.resume(setup.abstract)
+    params = None if restored else init_from.params(setup)
+    start, position = (restored.step, restored.position) if restored else (0, 0)
+    with contextlib.closing(Batches(setup, sequences, position)) as batches:
       run.claim(record(setup, workdir, start))
-      if newest is None:
-        state = setup.init(params)
-      else:
-        state = checkpointer.restore(setup.abstract, newest)
+      state = restored.state if restored else setup.init(params)
+      del restored, params  # the steps will take their memory
       with (
         multihost.fail_together(
           lambda: Logger(setup, workdir, start)
@@ -169,12 +169,12 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
       _evaluate(run, state, step)
       stopped = signals.stops()
       last |= stopped
-    if _due(config.checkpoint.every, step, last):
+    if _due(config.checkpoint.every, step, last) or checkpointer.failed():
       # Last: what is written of a step outlives a kill during the save.
       logger.write()
       check_finite(float(metrics['loss']), step)
       waits_for(f'the save of step {step}')
-      checkpointer.save(step, state)
+      checkpointer.save(step, state, batches.position, wait=last)
     if stopped:
       break
   logger.write()

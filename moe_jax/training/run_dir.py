@@ -5,6 +5,7 @@ It is a path of a mounted file system; on several hosts, of one they share.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -60,6 +61,7 @@ class RunDir:
       refuse_url(path)
       files.refuse_pattern('workdir', path)
       _check_same_run(path, config)
+      _check_kinds(path)
       _check_writable(path)
 
     multihost.fail_together(check)
@@ -152,6 +154,19 @@ class RunDir:
   def checkpoints(self) -> str:
     """The absolute path of the folder of the run's checkpoints."""
     return os.path.abspath(os.path.join(self.path, 'checkpoints'))
+
+  @property
+  def damaged(self) -> str:
+    """The absolute path of the folder of checkpoints that were set aside."""
+    return os.path.abspath(os.path.join(self.path, 'checkpoints-damaged'))
+
+  def aside(self, step: int) -> str:
+    """Returns where to set the checkpoint of a step aside: a free path."""
+    path = os.path.join(self.damaged, str(step))
+    names = itertools.chain(
+      [path], (f'{path}-{number}' for number in itertools.count(2))
+    )
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def config_of(workdir: str, remedy: str = '') -> dict[str, Any]:
@@ -268,6 +283,18 @@ def _refuse(
       f' {saved_config.describe(keys, old, new)};'
       f' {remedy or "give the old values or another --workdir"}'
     )
+
+
+def _check_kinds(workdir: str) -> None:
+  """Refuses files where folders belong, and the other way round."""
+  for name, is_right, kind in (
+    ('metrics.jsonl', os.path.isfile, 'file'),
+    ('tensorboard', os.path.isdir, 'folder'),
+    ('checkpoints-damaged', os.path.isdir, 'folder'),
+  ):
+    path = os.path.join(workdir, name)
+    if os.path.lexists(path) and not is_right(path):
+      raise UserError(f'{path} is no {kind}; move it away')
 
 
 def _check_writable(workdir: str) -> None:

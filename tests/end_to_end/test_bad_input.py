@@ -259,6 +259,28 @@ def test_evaluation_without_a_run(
   assert str(tmp_path / 'new') in line and 'holds no run' in line
 
 
+def test_a_run_on_other_data(
+  config: ConfigDict,
+  texts: Path,
+  trained: Path,
+  tmp_path: Path,
+  refuse: Callable[..., str],
+) -> None:
+  workdir, folder = tmp_path / 'run', tmp_path / 'texts'
+  shutil.copytree(trained, workdir)
+  shutil.copytree(texts, folder)  # with other times, which do not count
+  moved = ['--config.data.path=' + str(folder), '--config.train.steps=2']
+  flags = runs.arguments(config, workdir) + moved
+  assert runs.call('train.py', flags) == 0
+  names = (f'more-{i}.txt' for i in range(50))
+  name = next(name for name in names if folders.split_of(name) == 'train')
+  (folder / name).write_text('one more')
+  line = refuse('train.py', flags)
+  for part in ('other data', 'documents 5 -> 6', '--config.data.changed=allow'):
+    assert part in line
+  assert runs.call('train.py', [*flags, '--config.data.changed=allow']) == 0
+
+
 def test_evaluation_without_checkpoints(
   config: ConfigDict,
   trained: Path,

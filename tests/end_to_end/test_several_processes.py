@@ -100,6 +100,31 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
   assert_same_losses(workdir, alone)
 
 
+@pytest.mark.slow
+def test_two_processes_fall_back_together(
+  config: ConfigDict,
+  alone: Path,
+  together: tuple[Path, list[str]],
+  tmp_path: Path,
+) -> None:
+  workdir = tmp_path / 'damaged'
+  shutil.copytree(together[0], workdir)
+  # The arrays of process 1 alone, which process 0 does not write.
+  parts = workdir / f'checkpoints/{STEPS}/state/ocdbt.process_1/d'
+  largest = max(parts.iterdir(), key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  again = [*flags(config, workdir), '--config.checkpoint.fallback=on']
+  with Pair('train.py', again) as pair:
+    assert pair.wait() == [0, 0], pair.report()
+    told = [pair.errors(i).count('is set aside as') for i in (0, 1)]
+  assert told == [1, 0]
+  assert runs.checkpoints(workdir) == [HALF, STEPS]
+  assert (workdir / f'checkpoints-damaged/{STEPS}').is_dir()
+  assert_same_losses(workdir, alone)
+
+
 # On CPU a collective gives up after 30 seconds.
 @pytest.mark.parametrize(
   'patience', ['0.5', pytest.param('35', marks=pytest.mark.slow)]

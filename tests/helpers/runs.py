@@ -73,7 +73,7 @@ def restore(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any]:
   """The whole state of a checkpoint, as numpy arrays."""
   abstract = loop.prepare(config).setup.abstract
   with Checkpointer(RunDir.existing(str(workdir), config)) as checkpointer:
-    state = checkpointer.restore(abstract, step)
+    state = checkpointer.restore(abstract, step).state
   assert state['step'] == step
   return jax.tree.map(np.asarray, state)
 
