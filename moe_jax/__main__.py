@@ -33,6 +33,9 @@ PROGRAMS = {
   'compare': Program(
     'programs.compare', 'trains variants x seeds and compares them'
   ),
+  'doctor': Program(
+    'programs.doctor', 'checks checkpoints, says what the next start would do'
+  ),
   'plots': Program('analysis.plots', 'draws the curves of runs'),
   'report': Program('analysis.report', 'makes an HTML page of runs'),
 }

@@ -1,0 +1,264 @@
+"""What is in the directory of a run, and what its next start would do.
+
+Nothing is written, no data are read and no device is used. Whatever is damaged
+is told and passed over.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax.config import saved as saved_config
+from moe_jax.errors import UserError
+from moe_jax.training import run_dir
+from moe_jax.training.saved_step import DamagedError, SavedStep
+
+Tell = Callable[[str], None]
+
+_STEP = re.compile(r'0|[1-9]\d*')
+_LARGEST_HOLES = 20  # in JSON; a run that lacks more has lost the file
+
+
+class _Plan(NamedTuple):
+  """Keys of the config that decide what happens next."""
+
+  steps: int
+  log_every: int
+  fallback: str
+
+
+def examine(workdir: str, tell: Tell = lambda line: None) -> dict[str, Any]:
+  """Returns what is found, as JSON can hold it.
+
+  Every checkpoint is read whole, one array at a time, and held to its digests.
+
+  Args:
+    workdir: The directory of a run.
+    tell: Called with a line before something that may take long.
+
+  Returns:
+    `config` ('' if it is whole, else what is wrong), `checkpoints` (a list:
+    `step`, `health`, which is sound, unverified, damaged or unreadable,
+    `reason`, and what else is known of each), `set_aside` and `unfinished`
+    (paths), `metrics`, `lock` (who holds the directory, None if nobody does),
+    `crash` (the last line of crash.txt, '' without) and `next`.
+
+  Raises:
+    UserError: There is no such directory.
+  """
+  if not os.path.isdir(workdir):
+    raise UserError(f'workdir {workdir} is no folder; give that of a run')
+  plan, wrong = _plan(workdir)
+  folder = os.path.join(os.path.abspath(workdir), 'checkpoints')
+  saved = [_checkpoint(folder, step, tell) for step in _steps(folder)]
+  found: dict[str, Any] = {
+    'workdir': workdir,
+    'config': wrong,
+    'checkpoints': saved,
+    'set_aside': _paths(f'{folder}-damaged', ''),
+    'unfinished': _paths(folder, '.orbax-checkpoint-tmp'),
+    'metrics': _metrics(workdir, plan, _newest(saved)),
+    'lock': _holder(os.path.join(workdir, '.lock')),
+    'crash': _last_line(os.path.join(workdir, 'crash.txt')),
+  }
+  return found | {'next': _next(found, plan, folder)}
+
+
+def text(found: dict[str, Any]) -> str:
+  """Returns what `examine` found, for people."""
+  lines = [f'workdir      {found["workdir"]}']
+  lines.append(f'config       {found["config"] or "whole"}')
+  lines += [
+    f'checkpoint   {each["step"]}: {_described(each)}'
+    for each in found['checkpoints']
+  ]
+  if not found['checkpoints']:
+    lines.append('checkpoints  none')
+  lines += [f'set aside    {path}' for path in found['set_aside']]
+  lines += [f'unfinished   {path}' for path in found['unfinished']]
+  lines.append(f'metrics      {_described_metrics(found["metrics"])}')
+  if found['lock']:
+    lines.append(f'in use by    {found["lock"]}')
+  if found['crash']:
+    lines.append(f'last crash   {found["crash"]}')
+  return '\n'.join([*lines, f'next start   {found["next"]}'])
+
+
+def _plan(workdir: str) -> tuple[_Plan | None, str]:
+  """Returns what the config of the run plans, and what is wrong with it."""
+  path = run_dir.config_path(workdir)
+  try:
+    config = saved_config.from_json(Path(path).read_text(encoding='utf-8'))
+    return _Plan(
+      int(config.train.steps),
+      int(config.train.log_every),
+      str(config.checkpoint.fallback),
+    ), ''
+  except FileNotFoundError:
+    return None, f'{path} is missing'
+  except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+    return None, f'{path} is damaged: {" ".join(str(e).split())[:200]}'
+
+
+def _steps(folder: str) -> list[int]:
+  """Returns the steps that anything is named by, ascending."""
+  try:
+    names = os.listdir(folder)
+  except OSError:
+    return []
+  return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def _checkpoint(folder: str, step: int, tell: Tell) -> dict[str, Any]:
+  """Returns the health of a checkpoint, and what it says of itself."""
+  tell(f'reading checkpoint {step} ...')
+  saved = SavedStep(folder, step)
+  found: dict[str, Any] = {'step': step, 'path': saved.path, 'reason': ''}
+  try:
+    item = saved.data
+    found['position'] = item.get('position', step)
+    found['skipped'] = item.get('skipped', [])
+    found['data'] = item.get('data')
+    found['health'] = 'sound' if saved.verify_all() else 'unverified'
+    found['arrays'] = len(saved.leaves)
+  except DamagedError as error:
+    found |= {'health': 'damaged', 'reason': str(error)}
+  except UserError as error:
+    found |= {'health': 'unreadable', 'reason': str(error)}
+  return found
+
+
+def _described(each: dict[str, Any]) -> str:
+  if each['reason']:
+    return each['reason'].partition(f'{each["path"]} ')[2]
+  digests = {
+    'sound': 'all as they were saved',
+    'unverified': 'readable; it is older than digests',
+  }
+  data = each['data']
+  of = f', {data["name"]}, {data["documents"]} documents' if data else ''
+  left_out = sum(count for _, count in each['skipped'])
+  skipped = f', {left_out} batches left out' if left_out else ''
+  return (
+    f'{each["arrays"]} arrays, {digests[each["health"]]}; data position'
+    f' {each["position"]}{skipped}{of}'
+  )
+
+
+def _newest(saved: list[dict[str, Any]]) -> int | None:
+  """Returns the newest step that can be gone on from."""
+  sound = [each['step'] for each in saved if not each['reason']]
+  return max(sound, default=None)
+
+
+def _paths(folder: str, ending: str) -> list[str]:
+  try:
+    names = sorted(os.listdir(folder))
+  except OSError:
+    return []
+  return [os.path.join(folder, name) for name in names if name.endswith(ending)]
+
+
+def _metrics(
+  workdir: str, plan: _Plan | None, newest: int | None
+) -> dict[str, Any]:
+  """Returns which steps metrics.jsonl has, and which it lacks."""
+  path = os.path.join(workdir, 'metrics.jsonl')
+  found: dict[str, Any] = {'rows': 0, 'last_step': 0, 'holes': [], 'wrong': ''}
+  steps = set()
+  try:
+    lines = Path(path).read_bytes().splitlines()
+  except OSError as error:
+    return found | {'wrong': f'{path}: {error.strerror}'}
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      if row['split'] == 'train':
+        steps.add(int(row['step']))
+    except (ValueError, TypeError, KeyError, RecursionError):
+      cut = ', cut short, which is the last' if number == len(lines) else ''
+      found['wrong'] = f'{path}:{number} is not a JSON object with a step{cut}'
+  found |= {'rows': len(lines), 'last_step': max(steps, default=0)}
+  if plan is not None:
+    end = max(found['last_step'], newest or 0)
+    every = plan.log_every
+    found['holes'] = list(_holes(steps, every, end))[:_LARGEST_HOLES]
+  return found
+
+
+def _holes(steps: set[int], every: int, end: int) -> Iterator[list[int]]:
+  """Yields the first and last step of each stretch that is not logged."""
+  first = None
+  for step in range(every, end + 1, every) if every else ():
+    if step not in steps and first is None:
+      first = step
+    elif step in steps and first is not None:
+      yield [first, step - every]
+      first = None
+  if first is not None:
+    yield [first, end // every * every]
+
+
+def _described_metrics(metrics: dict[str, Any]) -> str:
+  told = [f'{metrics["rows"]} lines, to step {metrics["last_step"]}']
+  told += [metrics['wrong']] if metrics['wrong'] else []
+  told += [f'steps {first} to {last} lack' for first, last in metrics['holes']]
+  return '; '.join(told)
+
+
+def _holder(path: str) -> str | None:
+  """Returns what the lock says of its holder, None if nobody holds it."""
+  try:
+    status = os.stat(path)
+    place = f'{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}'
+    locks = Path('/proc/locks').read_text()
+    if f' {place}:{status.st_ino} ' not in locks:
+      return None
+    return Path(path).read_text(errors='replace').strip() or 'a process'
+  except OSError:
+    return None
+
+
+def _last_line(path: str) -> str:
+  try:
+    lines = Path(path).read_text(errors='replace').strip().splitlines()
+  except OSError:
+    return ''
+  return lines[-1] if lines else ''
+
+
+def _next(found: dict[str, Any], plan: _Plan | None, folder: str) -> str:
+  """Returns what the command of the run would do now."""
+  saved = found['checkpoints']
+  if found['lock']:
+    return 'ends at once, for the directory is in use'
+  if found['config'] and os.path.lexists(run_dir.config_path(found['workdir'])):
+    return 'is refused, for the config that the run was made with is damaged'
+  if os.path.lexists(folder) and not os.path.isdir(folder):
+    return f'is refused, for {folder} is no folder'
+  if not saved:
+    return 'begins anew'
+  newest = _newest(saved)
+  if saved[-1]['health'] == 'unreadable':
+    return f'ends with an error: {saved[-1]["reason"]}'
+  if newest is None:
+    return 'ends with an error, for no checkpoint is sound'
+  done = plan is not None and newest >= plan.steps
+  goes_on = (
+    f'has nothing to do, for {newest} steps are done'
+    if done
+    else f'goes on from step {newest}'
+  )
+  after = [str(each['step']) for each in saved if each['step'] > newest]
+  if not after:
+    return goes_on
+  fallback = 'auto' if plan is None else plan.fallback
+  when = {
+    'on': 'sets',
+    'auto': 'without a terminal, or with checkpoint.fallback=on, sets',
+    'off': 'ends with an error; with checkpoint.fallback=on it sets',
+  }.get(fallback, 'sets')
+  return f'{when} {", ".join(after)} aside and {goes_on}'
