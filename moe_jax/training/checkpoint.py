@@ -1,15 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, restored onto any mesh."""
 
 import contextlib
-import errno
-import functools
-import logging
 import os
-import re
-import shutil
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,22 +10,21 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_jax.errors import RetryableError, UserError
+from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 from moe_jax.training import digests
-from moe_jax.training.run_dir import RunDir
+from moe_jax.training.run_dir import RunDir, check_kinds
 from moe_jax.training.saved_step import (
   VOCABULARY,
   DamagedError,
   Restored,
   SavedStep,
   data_item,
-  os_error,
+  named_steps,
 )
+from moe_jax.training.saving import Saver
 
 _DATA = 'data'  # the entry that describes the data
-_TEMPORARY = '.orbax-checkpoint-tmp'  # ends the name of an unfinished save
-_CLEANING_SECONDS = 60  # at the most, to remove what cut saves left
 
 
 class Checkpointer:
@@ -69,46 +61,26 @@ class Checkpointer:
     self._run = run
     self._vocabulary = vocabulary
     self._data = data
-    self._failures = 0  # in a row, of saving
-    self._in_flight: int | None = None
-    if os.path.lexists(run.checkpoints) and not os.path.isdir(run.checkpoints):
-      raise UserError(
-        f'{run.checkpoints} is no folder, which is to hold the checkpoints;'
-        ' move it away'
-      )
-    _silence_failed_saves()
-    before = {*threading.enumerate()}
-    self._manager = _manager(run)
-    self._cleaning = {*threading.enumerate()} - before
+    check_kinds(run.path)
+    self._saver = Saver(run)
     try:
       multihost.fail_together(self._check_newest)
     except BaseException:
-      self._close()
+      self._saver.close()
       raise
 
   def __enter__(self) -> 'Checkpointer':
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      if kind is None:  # or it would hide what ended the run
-        raise self._cannot_save(error) from error
-    finally:
-      self._close()
-
-  def _close(self) -> None:
-    self._manager.close()
-    # Orbax itself waits for its removal of cut saves only when it saves. Where
-    # the program ended before, that would write a traceback. What fails in it
-    # is raised by its own `join`, and by the next save.
-    for thread in self._cleaning:
-      _join(thread)
+    if kind is None:
+      self._saver.finish()
+    else:  # a failed save would hide what ended the run
+      self._saver.close()
 
   def steps(self) -> list[int]:
     """Returns the steps there are checkpoints of, ascending."""
-    return sorted({*self._manager.all_steps(), *_no_folders(self._run)})
+    return sorted({*self._saver.steps(), *_no_folders(self._run)})
 
   def latest(self) -> int | None:
     """Returns the newest step saved; None before the first.
@@ -160,7 +132,7 @@ class Checkpointer:
     Raises:
       RetryableError: This is the second failure in a row.
     """
-    if self._settled() and step in self._manager.all_steps():
+    if self._saver.settled() and step in self._saver.steps():
       return False
     more: dict[str, Any] = {}
     if self._data is not None:
@@ -173,26 +145,15 @@ class Checkpointer:
       data=ocp.args.JsonSave(data_item(step, state, position, skipped, **more)),
       config=ocp.args.JsonSave(self._run.config.to_dict()),
     )
-    self._begin(step, items)
-    if wait and not self._settled():
-      self._begin(step, items)
-      self._settled()
+    self._saver.begin(step, items)
+    if wait and not self._saver.settled():
+      self._saver.begin(step, items)
+      self._saver.settled()
     return True
 
   def failed(self) -> bool:
-    """Returns whether the last save has failed, as far as that is known.
-
-    To be asked after every step: what is in memory is then to be saved at once.
-    With several processes it is only known when the next save begins.
-
-    Raises:
-      RetryableError: So has the save before it.
-    """
-    if self._in_flight is None:
-      return self._failures > 0
-    if not multihost.is_single_process():
-      return False
-    return not self._manager.is_saving_in_progress() and not self._settled()
+    """Returns whether the last save has failed, see `Saver.failed`."""
+    return self._saver.failed()
 
   def set_aside(self, step: int) -> str:
     """Moves a checkpoint out of the way; returns where it is kept.
@@ -209,12 +170,12 @@ class Checkpointer:
       return target
 
     target = multihost.fail_together(move)
-    self._manager.reload()
+    self._saver.reload()
     return target
 
   def wait(self) -> None:
     """Blocks until nothing is being saved; raises what a save failed with."""
-    self._manager.wait_until_finished()
+    self._saver.wait()
 
   def restore(
     self, abstract_state: dict[str, Any], step: int | None = None
@@ -288,65 +249,6 @@ class Checkpointer:
     if not steps:
       return 'there is no checkpoint yet, so the same command begins anew'
     return f'the same command goes on from step {max(steps)}'
-
-  def _begin(self, step: int, items: ocp.args.Composite) -> None:
-    """Begins to save; a failure at once is one like any other."""
-    self._in_flight = step
-    failure = None
-    try:
-      # Orbax would skip a step while an earlier save is in flight.
-      self._manager.save(step, args=items, force=True)
-    except Exception as error:
-      failure = error
-    if multihost.any_process(failure is not None):
-      self._judge(failure)
-
-  def _settled(self) -> bool:
-    """Waits for the save in flight; returns whether the last one did well."""
-    if self._in_flight is None:
-      return not self._failures
-    error = None
-    try:
-      self._manager.wait_until_finished()
-    except Exception as caught:
-      error = caught
-    return self._judge(error)
-
-  def _judge(self, error: Exception | None) -> bool:
-    """Returns whether a save did well; a second failure in a row is raised."""
-    if not multihost.any_process(error is not None):
-      self._in_flight, self._failures = None, 0
-      return True
-    error = error or OSError(errno.EIO, "another process's part failed")
-    failure = self._cannot_save(error)
-    self._failures += 1
-    if self._failures > 1:
-      raise failure from error
-    self._forget_cut_save()
-    self._in_flight = None
-    return False
-
-  def _forget_cut_save(self) -> None:
-    """Frees the space that the failed save took."""
-    if multihost.is_main_process():
-      name = f'{self._in_flight}{_TEMPORARY}'
-      path = os.path.join(self._run.checkpoints, name)
-      shutil.rmtree(path, ignore_errors=True)
-    self._manager.reload()  # the old ones that it would have replaced
-
-  def _cannot_save(self, error: Exception) -> Exception:
-    """Returns the failure of a save; a fault of ours as it is."""
-    answer = os_error(error)
-    if answer is None:
-      return error
-    self._manager.reload()
-    steps = [step for step in self.steps() if step != self._in_flight]
-    begins = f'goes on from step {steps[-1]}' if steps else 'begins anew'
-    path = os.path.join(self._run.checkpoints, str(self._in_flight))
-    return RetryableError(
-      f'checkpoint {path} cannot be written: {os.strerror(answer)}; mend that,'
-      f' and the same command {begins}'
-    )
 
   def _restored(
     self, saved: SavedStep, abstract_state: dict[str, Any]
@@ -488,64 +390,12 @@ def _with_step(
 
 def _no_folders(run: RunDir) -> list[int]:
   """Returns the steps whose name something has that is no folder."""
-  try:
-    names = os.listdir(run.checkpoints)
-  except FileNotFoundError:
-    return []
+  folder = run.checkpoints
   return [
-    int(name)
-    for name in names
-    if re.fullmatch(r'0|[1-9]\d*', name)
-    and not os.path.isdir(os.path.join(run.checkpoints, name))
+    step
+    for step in named_steps(folder)
+    if not os.path.isdir(os.path.join(folder, str(step)))
   ]
-
-
-@functools.cache
-def _silence_failed_saves() -> None:
-  """Keeps tracebacks that Orbax logs of failed saves from the user.
-
-  What they say is raised.
-  """
-
-  def unheard(record: logging.LogRecord) -> bool:
-    return f'{os.sep}orbax{os.sep}' not in record.pathname
-
-  logging.getLogger('absl').addFilter(unheard)
-
-
-def _join(thread: threading.Thread) -> None:
-  """Waits for a thread's end, also of one that is only about to start."""
-  deadline = time.monotonic() + _CLEANING_SECONDS
-  while time.monotonic() < deadline:
-    try:
-      threading.Thread.join(thread, _CLEANING_SECONDS)
-    except RuntimeError:  # it has not started yet
-      time.sleep(0.01)
-    else:
-      return
-
-
-def _manager(run: RunDir) -> ocp.CheckpointManager:
-  """Returns the manager of a run's checkpoints."""
-  # Not Orbax's own read_only, which prints a warning: without a save, only
-  # cleaning up would write. The folder is made when the run is claimed.
-  checkpoint = run.config.checkpoint
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=checkpoint.keep,
-    keep_period=checkpoint.keep_every or None,
-    create=False,
-    cleanup_tmp_directories=not run.read_only,
-    save_root_metadata=False,
-  )
-  return ocp.CheckpointManager(
-    run.checkpoints,
-    options=options,
-    item_handlers={
-      'state': ocp.PyTreeCheckpointHandler(),
-      'data': ocp.JsonCheckpointHandler(),
-      'config': ocp.JsonCheckpointHandler(),
-    },
-  )
 
 
 def _kind(leaf: Any) -> str:

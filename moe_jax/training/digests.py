@@ -11,8 +11,9 @@ They tell damage, not malice.
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 # The finaliser of MurmurHash3, 32 bits (A. Appleby, public domain).
 _FACTORS = (0x85EBCA6B, 0xC2B2AE35)
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: neighbouring places lie far apart
-_CHUNK = 2**15  # words that NumPy mixes at a time, which caches hold
-_SMALL_BYTES = 2**20
+_CHUNK, _BATCH = 2**13, 64  # words, and how many of such a program reads
+_SMALL_BYTES = 2**20  # below it, compiling costs more than it saves
 
 
 def of_tree(tree: Any) -> dict[str, str]:
@@ -37,11 +38,14 @@ def of_tree(tree: Any) -> dict[str, str]:
   Args:
     tree: A pytree of jax.Array whose dtypes have 1, 2 or 4 bytes.
   """
-  sums = {
-    path: on_host(leaf) if _is_small(leaf) else on_devices(leaf)
-    for path, leaf in flatten(tree).items()
+  leaves = flatten(tree)
+  small = {path: leaf for path, leaf in leaves.items() if _is_small(leaf)}
+  sums: dict[str, Any] = {
+    path: on_devices(leaf) for path, leaf in leaves.items() if path not in small
   }
-  return {path: _hex(each) for path, each in jax.device_get(sums).items()}
+  sums |= zip(small, on_host(list(small.values())), strict=True)
+  found = jax.device_get(sums)
+  return {path: _hex(found[path]) for path in leaves}
 
 
 def on_devices(leaf: jax.Array) -> jax.Array:
@@ -49,22 +53,34 @@ def on_devices(leaf: jax.Array) -> jax.Array:
   return _jitted(everywhere(leaf.sharding))(leaf)
 
 
-def on_host(leaf: jax.Array) -> np.ndarray:
-  """Returns the digest of an array as uint32 [2], computed by NumPy."""
-  sums = np.zeros(2, np.uint32)
-  for shard in leaf.addressable_shards:
-    if shard.replica_id == 0:
-      starts = [side.start or 0 for side in shard.index]
-      sums += _sums_of_part(np.asarray(shard.data), starts, leaf.shape)
-  if leaf.is_fully_addressable:
+def on_host(leaves: Sequence[jax.Array]) -> np.ndarray:
+  """Returns the digests of arrays as uint32 [leaves, 2], read by the hosts.
+
+  In a run of several processes the arrays lie on the devices of all.
+  """
+  sums = _summed(
+    len(leaves),
+    (
+      (number, *chunk)
+      for number, leaf in enumerate(leaves)
+      for shard in leaf.addressable_shards
+      if shard.replica_id == 0
+      for chunk in _chunks(
+        np.asarray(shard.data),
+        [side.start or 0 for side in shard.index],
+        leaf.shape,
+      )
+    ),
+  )
+  if all(leaf.is_fully_addressable for leaf in leaves):
     return sums
-  parts = multihost_utils.process_allgather(sums)
-  return parts.sum(0, dtype=np.uint32)
+  return multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
 
 
 def of_array(array: np.ndarray) -> str:
   """Returns the digest of one whole array in the memory of this host."""
-  return _hex(_sums_of_part(array, [0] * array.ndim, array.shape))
+  chunks = _chunks(array, [0] * array.ndim, array.shape)
+  return _hex(_summed(1, ((0, *chunk) for chunk in chunks))[0])
 
 
 def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -103,7 +119,7 @@ def _jitted(sharding: Sharding) -> Any:
 
 
 def _is_small(leaf: jax.Array) -> bool:
-  """Returns whether NumPy is done before a program would be compiled."""
+  """Returns whether it is not worth a program of its own."""
   on_cpu = {device.platform for device in leaf.devices()} == {'cpu'}
   return on_cpu and leaf.nbytes <= _SMALL_BYTES
 
@@ -125,30 +141,61 @@ def _sums(array: jax.Array) -> jax.Array:
   for axis, stride in enumerate(_strides(array.shape)):
     along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
     places += along * stride
+  return _added(bits.astype(jnp.uint32), places)
+
+
+def _added(words: jax.Array, places: jax.Array) -> jax.Array:
+  """Returns the sums of the hashes of words in their places, uint32 [2]."""
   # Both at once: as two sums, each would read and mix anew.
   zero = np.uint32(0)
   sums = jax.lax.reduce(
-    _mixed(bits.astype(jnp.uint32), places),
+    _mixed(words, places),
     (zero, zero),
     lambda one, other: (one[0] + other[0], one[1] + other[1]),
-    tuple(range(array.ndim)),
+    tuple(range(words.ndim)),
   )
   return jnp.stack(sums)
 
 
-def _sums_of_part(
-  part: np.ndarray, starts: Sequence[int], shape: Sequence[int]
+_added_chunks = jax.jit(jax.vmap(_added))
+
+
+def _summed(
+  count: int, chunks: Iterable[tuple[int, np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-  """Returns what a part of an array adds to its digest, uint32 [2].
+  """Returns digests uint32 [count, 2] from chunks of what they are of.
+
+  One small program reads them all, so little is compiled and little waits.
+
+  Args:
+    count: The number of digests.
+    chunks: Of which one, the words and their places, at most `_CHUNK`.
+  """
+  sums = np.zeros((count, 2), np.uint32)
+  waiting = iter(chunks)
+  while batch := list(itertools.islice(waiting, _BATCH)):
+    # What is left over is a word 0 in place 0, which adds 0.
+    words, places = np.zeros((2, _BATCH, _CHUNK), np.uint32)
+    for i, (_, some, where) in enumerate(batch):
+      words[i, : some.size] = some.reshape(-1)
+      places[i, : some.size] = where.reshape(-1)
+    added = np.asarray(_added_chunks(words, places))
+    np.add.at(sums, [number for number, *_ in batch], added[: len(batch)])
+  return sums
+
+
+def _chunks(
+  part: np.ndarray, starts: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the words of a part of an array and their places in the array.
 
   Args:
     part: The part.
     starts: Where it begins in the array, along each axis.
     shape: The shape of the array.
   """
-  sums = np.zeros(2, np.uint32)
   if not part.size:
-    return sums
+    return
   # Rows along the first axis; what is in a row lies alike in each.
   rows = len(part) if part.ndim else 1
   words = np.ascontiguousarray(part).reshape(rows, -1)
@@ -166,13 +213,8 @@ def _sums_of_part(
   height = max(1, _CHUNK // len(inside))
   for row in range(0, rows, height):
     for column in range(0, len(inside), _CHUNK):
-      chunk = words[row : row + height, column : column + _CHUNK]
-      places = np.add.outer(
-        first[row : row + height], inside[column : column + _CHUNK]
-      )
-      mixed = _mixed(chunk.astype(np.uint32), places)
-      sums += np.array([each.sum(dtype=np.uint32) for each in mixed])
-  return sums
+      down, across = slice(row, row + height), slice(column, column + _CHUNK)
+      yield words[down, across], np.add.outer(first[down], inside[across])
 
 
 def _strides(shape: Sequence[int]) -> list[np.uint32]:

@@ -6,19 +6,17 @@ is told and passed over.
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
-from moe_jax.training import run_dir
-from moe_jax.training.saved_step import DamagedError, SavedStep
+from moe_jax.training import lock, run_dir
+from moe_jax.training.saved_step import DamagedError, SavedStep, named_steps
 
 Tell = Callable[[str], None]
 
-_STEP = re.compile(r'0|[1-9]\d*')
 _LARGEST_HOLES = 20  # in JSON; a run that lacks more has lost the file
 
 
@@ -53,7 +51,7 @@ def examine(workdir: str, tell: Tell = lambda line: None) -> dict[str, Any]:
     raise UserError(f'workdir {workdir} is no folder; give that of a run')
   plan, wrong = _plan(workdir)
   folder = os.path.join(os.path.abspath(workdir), 'checkpoints')
-  saved = [_checkpoint(folder, step, tell) for step in _steps(folder)]
+  saved = [_checkpoint(folder, step, tell) for step in named_steps(folder)]
   found: dict[str, Any] = {
     'workdir': workdir,
     'config': wrong,
@@ -61,7 +59,7 @@ def examine(workdir: str, tell: Tell = lambda line: None) -> dict[str, Any]:
     'set_aside': _paths(f'{folder}-damaged', ''),
     'unfinished': _paths(folder, '.orbax-checkpoint-tmp'),
     'metrics': _metrics(workdir, plan, _newest(saved)),
-    'lock': _holder(os.path.join(workdir, '.lock')),
+    'lock': lock.holder(workdir),
     'crash': _last_line(os.path.join(workdir, 'crash.txt')),
   }
   return found | {'next': _next(found, plan, folder)}
@@ -101,15 +99,6 @@ def _plan(workdir: str) -> tuple[_Plan | None, str]:
     return None, f'{path} is missing'
   except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
     return None, f'{path} is damaged: {" ".join(str(e).split())[:200]}'
-
-
-def _steps(folder: str) -> list[int]:
-  """Returns the steps that anything is named by, ascending."""
-  try:
-    names = os.listdir(folder)
-  except OSError:
-    return []
-  return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def _checkpoint(folder: str, step: int, tell: Tell) -> dict[str, Any]:
@@ -167,20 +156,21 @@ def _metrics(
 ) -> dict[str, Any]:
   """Returns which steps metrics.jsonl has, and which it lacks."""
   path = os.path.join(workdir, 'metrics.jsonl')
-  found: dict[str, Any] = {'rows': 0, 'last_step': 0, 'holes': [], 'wrong': ''}
-  steps = set()
+  found: dict[str, Any] = {'holes': [], 'wrong': '', 'garbled': False}
+  steps: set[int] = set()
+  lines: list[bytes] = []
   try:
     lines = Path(path).read_bytes().splitlines()
   except OSError as error:
-    return found | {'wrong': f'{path}: {error.strerror}'}
+    found['wrong'] = f'{path}: {error.strerror}'
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
       if row['split'] == 'train':
         steps.add(int(row['step']))
     except (ValueError, TypeError, KeyError, RecursionError):
-      cut = ', cut short, which is the last' if number == len(lines) else ''
-      found['wrong'] = f'{path}:{number} is not a JSON object with a step{cut}'
+      found['wrong'] = f'{path}:{number} is not a JSON object with a step'
+      found['garbled'] |= number < len(lines)  # the last may be cut short
   found |= {'rows': len(lines), 'last_step': max(steps, default=0)}
   if plan is not None:
     end = max(found['last_step'], newest or 0)
@@ -209,19 +199,6 @@ def _described_metrics(metrics: dict[str, Any]) -> str:
   return '; '.join(told)
 
 
-def _holder(path: str) -> str | None:
-  """Returns what the lock says of its holder, None if nobody holds it."""
-  try:
-    status = os.stat(path)
-    place = f'{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}'
-    locks = Path('/proc/locks').read_text()
-    if f' {place}:{status.st_ino} ' not in locks:
-      return None
-    return Path(path).read_text(errors='replace').strip() or 'a process'
-  except OSError:
-    return None
-
-
 def _last_line(path: str) -> str:
   try:
     lines = Path(path).read_text(errors='replace').strip().splitlines()
@@ -237,8 +214,12 @@ def _next(found: dict[str, Any], plan: _Plan | None, folder: str) -> str:
     return 'ends at once, for the directory is in use'
   if found['config'] and os.path.lexists(run_dir.config_path(found['workdir'])):
     return 'is refused, for the config that the run was made with is damaged'
-  if os.path.lexists(folder) and not os.path.isdir(folder):
-    return f'is refused, for {folder} is no folder'
+  try:
+    run_dir.check_kinds(found['workdir'])
+  except UserError as error:
+    return f'is refused: {error}'
+  if found['metrics']['garbled']:
+    return f'is refused, for {found["metrics"]["wrong"]}'
   if not saved:
     return 'begins anew'
   newest = _newest(saved)

@@ -132,6 +132,22 @@ def _name_holder(file: IO[str]) -> None:
     os.fsync(file.fileno())
 
 
+def holder(folder: str) -> str | None:
+  """Returns who holds a directory, None if nobody does; nothing is written.
+
+  For a moment it is held here, which others wait out.
+  """
+  try:
+    with open(os.path.join(folder, NAME), encoding='utf-8') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      except OSError as error:
+        return _holder(file) if error.errno in _TAKEN else None
+  except OSError:
+    pass
+  return None
+
+
 def _holder(file: IO[str]) -> str:
   """Returns who holds the lock, as far as it has said so."""
   try:

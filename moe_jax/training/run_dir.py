@@ -61,7 +61,7 @@ class RunDir:
       refuse_url(path)
       files.refuse_pattern('workdir', path)
       _check_same_run(path, config)
-      _check_kinds(path)
+      check_kinds(path)
       _check_writable(path)
 
     multihost.fail_together(check)
@@ -285,9 +285,10 @@ def _refuse(
     )
 
 
-def _check_kinds(workdir: str) -> None:
-  """Refuses files where folders belong, and the other way round."""
+def check_kinds(workdir: str) -> None:
+  """Raises a UserError for a file where a folder belongs, or a folder."""
   for name, is_right, kind in (
+    ('checkpoints', os.path.isdir, 'folder'),
     ('metrics.jsonl', os.path.isfile, 'file'),
     ('tensorboard', os.path.isdir, 'folder'),
     ('checkpoints-damaged', os.path.isdir, 'folder'),

@@ -26,6 +26,7 @@ from moe_jax.training import digests
 VOCABULARY = 'dictionary'  # how checkpoints have always spelt it
 _CHECKSUM = 'checksum'
 _MARKER = 'commit_success.txt'  # what Orbax writes last
+_NUMBER = re.compile(r'0|[1-9]\d*')
 _ITEMS = ('state', 'data', 'config')
 _GIVEN_UP = 'Event loop is closed'  # what reads say that end after a failure
 # Of all that a file system answers, what tells of damage; with any other answer
@@ -52,6 +53,15 @@ class Restored(NamedTuple):
   state: dict[str, Any]
   position: int
   skipped: tuple[tuple[int, int], ...] = ()
+
+
+def named_steps(checkpoints: str) -> list[int]:
+  """Returns the steps that anything in a folder is named by, ascending."""
+  try:
+    names = os.listdir(checkpoints)
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
 
 
 def data_item(

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
   analysis,
+  checkpoints,
   common,
   compile_depth,
   exchanges,
@@ -43,6 +44,20 @@ def test_train_step_reports_a_step_that_trains() -> None:
   assert np.isfinite(row['loss'])
   assert row['device'] == jax.devices()[0].device_kind
   assert row['versions']['jax'] == jax.__version__
+  json.dumps(row)
+
+
+@pytest.mark.slow
+def test_checkpoints_report_what_digests_cost(tmp_path: Path) -> None:
+  row = checkpoints.measure(tiny.config(), rounds=1, folder=str(tmp_path))
+  state = jax.tree.leaves(state_lib.from_config(tiny.config()).abstract)
+  assert row['state_bytes'] == sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state
+  )
+  assert row['arrays'] == len(state)
+  assert 0 < row['save_blocking_seconds'] < row['save_seconds']
+  assert row['restore_seconds'] > 0 and row['digest_share_of_save'] > 0
+  assert not list(tmp_path.iterdir())
   json.dumps(row)
 
 

@@ -7,6 +7,7 @@ with `checkpoint.fallback` on the run goes on and ends as if nothing had been.
 import json
 import os
 import random
+import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.data import folders
 from moe_jax.errors import UserError
-from moe_jax.training import health, saved_step
+from moe_jax.training import health, loop, saved_step
+from moe_jax.training.state import Setup
 from tests.helpers import runs, tiny
 
 pytestmark = pytest.mark.slow
@@ -212,9 +214,7 @@ ARRAYS = {
   'cut in half': Kind(
     lambda at: os.truncate(big(at), big(at).stat().st_size // 2), 'array '
   ),
-  'cut by a byte': Kind(
-    lambda at: os.truncate(big(at), big(at).stat().st_size - 1), IS
-  ),
+  'a byte more': harmless(lambda at: rewrite(big(at), lambda b: b.append(1))),
   'emptied': Kind(lambda at: os.truncate(big(at), 0), 'array '),
   'garbage': Kind(lambda at: big(at).write_bytes(b'x' * 9999), 'array '),
   'deleted': Kind(lambda at: big(at).unlink(), 'array '),
@@ -340,7 +340,7 @@ FOLDERS = {
     lambda at: of(58, at).touch(), 'checkpoints/58', start=NEWEST
   ),
   'other names': harmless(stray),
-  'all of them': refused(in_all, 'another --workdir'),
+  'all of them': refused(in_all, IS),
 }
 WORKDIR = {
   'checkpoints a file': refused(
@@ -415,6 +415,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
       'eval.every': 0,
     }
   )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once() -> Iterator[None]:
+  """All runs here are of one config; one of them compiles its step."""
+  make = loop.make_train_step
+  steps: list[Any] = []
+
+  def make_once(setup: Setup) -> Any:
+    if not steps:
+      steps.append(make(setup))
+    return steps[0]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'make_train_step', make_once)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -510,3 +526,34 @@ def test_each_kind_is_told_and_survived(
   assert timeless(workdir) == timeless(straight)
   assert digests_of(workdir, STEPS) == digests_of(straight, STEPS)
   figures['goes on from the one before' if kind.told else 'harmless'] += 1
+
+
+def test_a_full_disk_costs_one_save(
+  config: ConfigDict,
+  tmp_path: Path,
+  straight: Path,
+  capfd: pytest.CaptureFixture[str],
+) -> None:
+  """Files may not grow beyond a size, so what is large cannot be saved."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(straight, workdir)
+  for step in (NEWEST, STEPS):
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  flags = runs.arguments(config, workdir)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  size = big(workdir / f'checkpoints/{BEFORE}').stat().st_size
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+  try:
+    status = runs.call('train.py', flags)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  out, err = capfd.readouterr()
+  assert status == os.EX_TEMPFAIL
+  line = err.splitlines()[-1]
+  for part in ('error: checkpoint', 'File too large', f'from step {BEFORE}'):
+    assert part in line
+  assert 'Traceback' not in err
+  assert runs.checkpoints(workdir) == [2, BEFORE]
+  assert runs.call('train.py', flags) == 0
+  assert timeless(workdir) == timeless(straight)
+  assert digests_of(workdir, STEPS) == digests_of(straight, STEPS)

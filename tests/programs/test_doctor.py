@@ -1,6 +1,5 @@
 """What the doctor finds in workdirs, sound and damaged."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.programs import doctor
-from moe_jax.training import health
+from moe_jax.training import health, lock
 from tests.helpers import runs
 
 
@@ -96,7 +95,12 @@ def test_what_metrics_lack(workdir: Path) -> None:
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write('{"step"')
   wrong = health.examine(str(workdir))['metrics']['wrong']
-  assert 'metrics.jsonl:4 is not a JSON object with a step, cut' in wrong
+  assert 'metrics.jsonl:4 is not a JSON object with a step' in wrong
+  log(workdir, range(1, 7))
+  with (workdir / 'metrics.jsonl').open('r+') as file:
+    file.write('garbled')
+  found = health.examine(str(workdir))
+  assert found['next'].startswith('is refused') and 'jsonl:1' in found['next']
   (workdir / 'metrics.jsonl').unlink()
   found = health.examine(str(workdir))['metrics']
   assert 'No such file' in found['wrong'] and found['holes'] == [[1, 6]]
@@ -106,17 +110,18 @@ def test_what_else_lies_there(workdir: Path) -> None:
   (workdir / 'checkpoints/8.orbax-checkpoint-tmp').mkdir()
   (workdir / 'checkpoints-damaged/3').mkdir(parents=True)
   (workdir / 'crash.txt').write_text('Traceback ...\nOSError: gone\n')
-  with (workdir / '.lock').open('w') as lock:
-    lock.write('process 7 on there')
-    lock.flush()
-    assert health.examine(str(workdir))['lock'] is None
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with lock.held(str(workdir)):
     found = health.examine(str(workdir))
-  assert found['lock'] == 'process 7 on there'
+  assert found['lock'].startswith(f'process {os.getpid()} on ')
+  assert health.examine(str(workdir))['lock'] is None
   assert found['next'].startswith('ends at once')
   assert found['crash'] == 'OSError: gone'
   told = health.text(found)
-  for part in ('8.orbax-checkpoint-tmp', 'checkpoints-damaged/3', 'process 7'):
+  for part in (
+    '8.orbax-checkpoint-tmp',
+    'checkpoints-damaged/3',
+    f'process {os.getpid()} on',
+  ):
     assert part in told
 
 
@@ -129,7 +134,8 @@ def test_workdirs_that_are_none(tmp_path: Path, workdir: Path) -> None:
   assert found['next'] == 'begins anew' and not os.listdir(empty)
   shutil.rmtree(workdir / 'checkpoints')
   (workdir / 'checkpoints').write_text('')
-  assert 'is refused' in health.examine(str(workdir))['next']
+  found = health.examine(str(workdir))
+  assert found['next'].endswith('checkpoints is no folder; move it away')
   for text in ('{', '[]', '{"train": 3}', '[' * 99999):
     (workdir / 'config.json').write_text(text)
     found = health.examine(str(workdir))

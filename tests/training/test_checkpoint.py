@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.errors import RetryableError, UserError
-from moe_jax.training import checkpoint, saved_step
+from moe_jax.training import saved_step, saving
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.saved_step import DamagedError
@@ -177,7 +177,7 @@ def test_a_thread_that_is_about_to_start_is_waited_for() -> None:
   thread = threading.Thread(target=work)
   starter = threading.Timer(0.1, thread.start)
   starter.start()
-  checkpoint._join(thread)
+  saving._join(thread)
   assert ended
 
 
@@ -448,7 +448,7 @@ def test_other_data_are_refused_unless_allowed(tmp_path: Path) -> None:
     store.save(1, make_state(1))
   # A folder that was moved has another name and the same texts.
   for same in ({'name': 'texts/2'}, {}):
-    open_with(**same)._close()
+    open_with(**same).__exit__(None)
   more = {'name': 'texts/3', 'documents': 61, 'tokens': 40000}
   with pytest.raises(UserError) as error:
     open_with(**more)
@@ -500,7 +500,7 @@ def test_a_failed_save_is_known_at_once_and_done_again(
     disk(None)
     assert store.failed()
     assert store.save(3, make_real_state(3))
-    _until(lambda: not store._manager.is_saving_in_progress())
+    _until(lambda: not store._saver._manager.is_saving_in_progress())
     assert not store.failed() and store.steps() == [3]
     assert store.restore(target).step == 3
   assert capfd.readouterr().err == ''
@@ -688,12 +688,16 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     RunDir.new_or_resumed(str(broken), make())
 
 
-def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
-  (tmp_path / 'checkpoints').write_text('')
-  run = RunDir.new_or_resumed(str(tmp_path), make())
-  with pytest.raises(UserError, match='cannot be written: File exists'):
-    run.claim()
-  assert not (tmp_path / 'config.json').exists()
+@pytest.mark.parametrize('name', ['checkpoints', 'tensorboard'])
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, name: str) -> None:
+  (tmp_path / name).write_text('')
+  with pytest.raises(UserError, match=f'{name} is no folder; move it away'):
+    RunDir.new_or_resumed(str(tmp_path), make())
+  (tmp_path / name).unlink()
+  (tmp_path / 'metrics.jsonl').mkdir()
+  with pytest.raises(UserError, match='metrics.jsonl is no file; move it away'):
+    RunDir.new_or_resumed(str(tmp_path), make())
+  assert os.listdir(tmp_path) == ['metrics.jsonl']
 
 
 def test_a_run_that_was_moved_to_such_a_path_is_still_read(
