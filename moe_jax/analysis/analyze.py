@@ -377,9 +377,7 @@ class _Analysis:
   ) -> tuple[dict[str, Any], AttentionState]:
     """Returns choices, and the gradients of both losses in the routers."""
     del left
-    config = self.config.copy_and_resolve_references()
-    with config.unlocked():
-      config.train.accumulation = 1
+    config = self.config
     routers, rest = parameters.split(params, parameters.ROUTER)
     mask_BL = batch['padding_mask']
     weights_BL = mask_BL / mask_BL.sum()

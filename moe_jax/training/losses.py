@@ -4,7 +4,7 @@ The terms are computed elsewhere, `moe_jax.model.loss` and
 `moe_jax.routing.balance`; here, and nowhere else, they are weighted and added.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +18,24 @@ from moe_jax.routing.balance import Load
 Metrics = dict[str, Any]
 
 
+class Share(NamedTuple):
+  """How much of the global batch a micro-batch is.
+
+  Attributes:
+    tokens: Its share of the real tokens.
+    sequences: Its share of the sequences with a real token.
+    batch_load: The routing statistics of the whole batch if its shares are to
+      be even, else None.
+  """
+
+  tokens: jax.Array | float
+  sequences: jax.Array | float
+  batch_load: Load | None
+
+
+WHOLE = Share(1.0, 1.0, None)
+
+
 def total_loss(
   config: ConfigDict,
   mesh: Mesh,
@@ -25,23 +43,23 @@ def total_loss(
   head: Head,
   targets: Targets,
   load: Load | None,
-  batch_load: Load | None = None,
+  share: Share = WHOLE,
 ) -> tuple[jax.Array, Metrics]:
   """Returns the part of the loss that a micro-batch has, and its metrics.
 
   It is the cross-entropy, `loss.balance_weight` times the balance loss,
   `loss.z_weight` times the z-loss, and a 0 whose gradient is the update of the
-  expert biases. The parts of a batch's micro-batches add up to its loss.
+  expert biases. The parts of a batch's micro-batches add up to its loss: each
+  counts by its tokens or, where sequences are balanced, by its sequences.
 
   Args:
-    config: The whole config; reads `loss` and `train.accumulation`.
+    config: The whole config; reads `loss`.
     mesh: Where the arrays are.
     x_BLD: What the head reads.
     head: The output head.
     targets: The next tokens, with weights that add up to 1 over the batch.
     load: The routing statistics of the micro-batch; None without MoE layers.
-    batch_load: Those of the whole batch if its shares are to be even, else
-      None.
+    share: What part of the batch the micro-batch is; all of it if left out.
 
   Returns:
     The loss, and `loss`, `balance_loss`, `z_loss` (unweighted) and `load`.
@@ -51,8 +69,7 @@ def total_loss(
   metrics = {'loss': loss, 'load': load}
   if load is None:
     return loss, metrics
-  share = 1 / config.train.accumulation
-  metrics |= _router_losses(config, load, share, batch_load)
+  metrics |= _router_losses(config, load, share)
   weighted = (
     config.loss.balance_weight * metrics['balance_loss']
     + config.loss.z_weight * metrics['z_loss']
@@ -60,24 +77,19 @@ def total_loss(
   return loss + (weighted + load.bias_gradient.sum()), metrics
 
 
-def _router_losses(
-  config: ConfigDict, load: Load, share: float, batch_load: Load | None
-) -> Metrics:
-  """Returns the balance loss and the z-loss, both unweighted.
-
-  Args:
-    config: The whole config; reads `loss`.
-    load: The routing statistics of a micro-batch.
-    share: The share of the micro-batch in a mean over micro-batches.
-    batch_load: As in `total_loss`.
-  """
+def _router_losses(config: ConfigDict, load: Load, share: Share) -> Metrics:
+  """Returns the balance loss and the z-loss, both unweighted."""
+  batch_load = share.batch_load
   if config.loss.balance_layers == 'joined':
     load = balance.joined(load)
     batch_load = batch_load and balance.joined(batch_load)
   if config.loss.balance_scope == 'sequence':
-    balance_loss = share * balance.sequence_balance_loss(load)
+    balance_loss = share.sequences * balance.sequence_balance_loss(load)
   elif batch_load is not None:
     balance_loss = balance.balance_loss(load, batch_load)
   else:
-    balance_loss = share * balance.balance_loss(load)
-  return {'balance_loss': balance_loss, 'z_loss': share * balance.z_loss(load)}
+    balance_loss = share.tokens * balance.balance_loss(load)
+  return {
+    'balance_loss': balance_loss,
+    'z_loss': share.tokens * balance.z_loss(load),
+  }

@@ -16,7 +16,7 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.routing.gates import GATES
 from moe_jax.training import micro_batches, optimizer
-from moe_jax.training.losses import Metrics, total_loss
+from moe_jax.training.losses import WHOLE, Metrics, Share, total_loss
 from moe_jax.training.state import Setup, TrainState
 
 # {'token_ids': int32 [B, L], 'targets': int32 [B, L], 'padding_mask': bool
@@ -153,12 +153,12 @@ def _gradient(
   setup: Setup, params: Any, inputs: _Inputs
 ) -> tuple[Any, Metrics, AttentionState]:
   """Returns a batch's gradient, its metrics and the next attention state."""
-  num_targets = inputs.batch['padding_mask'].sum().astype(jnp.float32)
+  num_targets, num_sequences = _size(inputs.batch)
   gradient_of = jax.grad(_loss, argnums=1, has_aux=True)
   count = setup.config.train.accumulation
   if count == 1:
     grads, (metrics, remembered) = gradient_of(
-      setup, params, inputs, num_targets
+      setup, params, inputs, num_targets, WHOLE
     )
     return grads, metrics, remembered
 
@@ -169,8 +169,10 @@ def _gradient(
     return _run(_model(setup, params), with_step(part)).aux, None
 
   def gradient_of_part(part: _Inputs) -> tuple[Any, AttentionState]:
+    tokens, sequences = _size(part.batch)
+    share = Share(tokens / num_targets, sequences / num_sequences, batch_load)
     grads, (metrics, remembered) = gradient_of(
-      setup, params, with_step(part), num_targets, batch_load
+      setup, params, with_step(part), num_targets, share
     )
     return (grads, metrics), remembered
 
@@ -186,7 +188,7 @@ def _loss(
   params: Any,
   inputs: _Inputs,
   num_targets: jax.Array,
-  batch_load: Load | None = None,
+  share: Share,
 ) -> tuple[jax.Array, tuple[Metrics, AttentionState]]:
   """Returns a micro-batch's part of the loss, metrics and attention state.
 
@@ -195,15 +197,24 @@ def _loss(
     params: The model's parameters.
     inputs: The micro-batch.
     num_targets: The number of targets in the global batch.
-    batch_load: As in `total_loss`.
+    share: As in `total_loss`.
   """
   model, batch = _model(setup, params), inputs.batch
   x_BLD, load, remembered = _run(model, inputs)
   targets = Targets(batch['targets'], batch['padding_mask'] / num_targets)
   loss, metrics = total_loss(
-    setup.config, setup.mesh, x_BLD, model.head(), targets, load, batch_load
+    setup.config, setup.mesh, x_BLD, model.head(), targets, load, share
   )
   return loss, (metrics, remembered)
+
+
+def _size(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns the real tokens of a batch, and its sequences that have any."""
+  mask_BL = batch['padding_mask']
+  return (
+    mask_BL.sum().astype(jnp.float32),
+    mask_BL.any(-1).sum().astype(jnp.float32),
+  )
 
 
 def _model(setup: Setup, params: Any) -> Decoder:

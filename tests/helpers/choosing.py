@@ -105,18 +105,17 @@ Batch = list[list[Chosen]]
 def balance_loss(micro_batches: list[Batch], scope: str, num: int) -> float:
   """N sum_n f_n P_n (arXiv 2101.03961 eq. 4-6), f_n over what `scope` says.
 
-  The global batch is one batch, whatever the micro-batches; the other scopes
-  are averaged over them.
+  The global batch is one batch, and sequences are sequences, whatever the
+  micro-batches; what is taken over these is their mean, token by token.
   """
   if scope == 'global_batch':
     return uneven(sum((sum(batch, []) for batch in micro_batches), []), num)
-  losses = []
-  for batch in micro_batches:
-    if scope == 'sequence':  # arXiv 2412.19437 eq. 17-20, without its 1 / K
-      losses.append(np.mean([uneven(seq, num) for seq in batch if seq]))
-    else:
-      losses.append(uneven(sum(batch, []), num))
-  return float(np.mean(losses))
+  if scope == 'sequence':  # arXiv 2412.19437 eq. 17-20, without its 1 / K
+    sequences = sum(micro_batches, [])
+    return float(np.mean([uneven(seq, num) for seq in sequences if seq]))
+  parts = [tokens for batch in micro_batches if (tokens := sum(batch, []))]
+  losses = [uneven(part, num) for part in parts]
+  return float(np.average(losses, weights=list(map(len, parts))))
 
 
 def uneven(tokens: list[Chosen], num: int) -> float:

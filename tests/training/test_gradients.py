@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
+from moe_jax.training.metrics import routing_metrics
 from moe_jax.training.step import make_train_step
 from tests.helpers import choosing, gradients, oracle, tiny
 from tests.helpers.marks import fast_only
-from tests.helpers.steps import init, setup
+from tests.helpers.steps import init, setup, trainer
 
 SIZES = {
   'model.hidden_size': 8,
@@ -36,6 +38,11 @@ CASES = {
     'loss.balance_scope': 'sequence',
     'train.accumulation': 2,
   },
+  'sequence, four micro-batches': {
+    'loss.balance_scope': 'sequence',
+    'train.accumulation': 4,
+  },
+  'micro-batch, four of them': {'train.accumulation': 4},
   'micro-batch, two of them, gru': {
     'train.accumulation': 2,
     'router.recurrent': 'gru',
@@ -77,7 +84,7 @@ def losses(config: ConfigDict, params: Any, before: Any) -> dict[str, float]:
     balance += choosing.balance_loss(
       routed, config.loss.balance_scope, config.moe.num_experts
     )
-    z += np.mean([partitions(each, layer) for each in micro_batches])
+    z += partitions(sequences, layer)
   return {'loss': nll / sum(LENGTHS), 'balance_loss': balance, 'z_loss': z}
 
 
@@ -88,8 +95,8 @@ def tokens(sequence: oracle.Sequence, layer: int) -> list[choosing.Chosen]:
   return [choosing.Chosen(experts, np.ones(2), p_N) for p_N, experts in routed]
 
 
-def partitions(micro_batch: list[oracle.Sequence], layer: int) -> float:
-  logits = [s.routers.logits[layer] for s in micro_batch if s.routed]
+def partitions(sequences: list[oracle.Sequence], layer: int) -> float:
+  logits = [s.routers.logits[layer] for s in sequences if s.routed]
   return choosing.z_loss(np.concatenate(logits))
 
 
@@ -129,3 +136,32 @@ def first_gradient(state: Any, config: ConfigDict) -> Any:
   tree = jax.tree.structure(state['params'])
   scaled = [np.asarray(m) / (1 - config.optimizer.b1) for m in moments]
   return tree.unflatten(scaled)
+
+
+PADDED = {'loss.z_weight': 1.0, 'train.batch_size': 8, 'loss.bias_rate': 0.01}
+
+
+@pytest.mark.parametrize('scope', ['global_batch', 'sequence'])
+def test_accumulation_changes_nothing(scope: str) -> None:
+  """Not even where micro-batches differ in tokens, and one has none at all."""
+  lengths = np.array([6, 3, 6, 0, 1, 6, 2, 0])
+  ids = np.random.default_rng(1).integers(0, tiny.VOCAB, (8, 7), np.int32)
+  data = {
+    'token_ids': ids[:, :-1],
+    'targets': ids[:, 1:],
+    'padding_mask': np.arange(6) < lengths[:, None],
+  }
+  found = []
+  for count in (1, 2, 4):
+    config = tiny.config(**SIZES | PADDED | {'loss.balance_scope': scope})
+    config.train.accumulation = count
+    new, metrics = trainer(config)[1](init(trainer(config)[0]), data)
+    told = routing_metrics(metrics.pop('load')) | metrics
+    found.append((told, optax.tree.get(new['opt_state'], 'mu')))
+  assert found[0][0].keys() >= {'z_loss', 'router_entropy', 'gradient_norm'}
+  for others in found[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+      others,
+      found[0],
+    )
