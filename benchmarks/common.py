@@ -1,13 +1,13 @@
 """What the measurements share: the train step, batches and the devices."""
 
 import importlib.metadata
-import json
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_jax import strict_json
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import abstract_setup
@@ -57,7 +57,7 @@ def random_batches(made: Setup, count: int) -> list[Batch]:
 def show(row: dict[str, Any], as_json: bool) -> None:
   """Prints a measurement: one JSON line, or a name and a value a line."""
   if as_json:
-    print(json.dumps(row))
+    print(strict_json.dumps(row))
     return
   for name, value in row.items():
     print(f'{name:20}{value}')

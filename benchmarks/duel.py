@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import resident
+from moe_jax import strict_json
 from moe_jax.errors import UserError
 
 _READY = 'peak_bytes_when_ready'
@@ -169,5 +170,5 @@ class _Worker:
 
 
 def _say(file: Any, answer: dict[str, Any]) -> None:
-  file.write(json.dumps(answer) + '\n')
+  file.write(strict_json.dumps(answer) + '\n')
   file.flush()

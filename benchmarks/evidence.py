@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax import runtime
+from moe_jax import runtime, strict_json
 from moe_jax.analysis.comparison import FILE, summarise
 from moe_jax.config import loading
 from moe_jax.errors import UserError, choose
@@ -224,7 +224,7 @@ def keep(name: str, workdir: str) -> dict[str, Any]:
     for variant in variants
   ]
   KEPT.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(kept, indent=1) + '\n'
+  text = strict_json.dumps(kept, indent=1) + '\n'
   (KEPT / f'{name}.json').write_text(text, 'utf-8')
   return kept
 

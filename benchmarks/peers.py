@@ -12,13 +12,13 @@ grouped_mm also without the allocator's settings that we use
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 from typing import Any
 
 from benchmarks import command_line, duel
 from benchmarks.peer_sizes import MODELS, Sizes
+from moe_jax import strict_json
 from moe_jax.errors import UserError, choose
 
 # Names of the workers: ours, and the peer's by experts and allocator.
@@ -127,7 +127,7 @@ def _commands(sizes: Sizes) -> dict[str, list[str]]:
 
 def _show(row: dict[str, Any], as_json: bool) -> None:
   if as_json:
-    print(json.dumps(row), flush=True)
+    print(strict_json.dumps(row), flush=True)
     return
   print(f'{row["model"]}, {row["parameters"]:,} parameters')
   for name, speed in row['tokens_per_second'].items():

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moe_jax import strict_json
 from moe_jax.errors import UserError
 
 _GIB = 1 << 30
@@ -55,7 +56,7 @@ def keep(row: dict[str, Any], folder: Path) -> None:
     rows = {_case(old): old for old in map(json.loads, lines)}
   rows[_case(row)] = row
   kept = [rows[case] for case in sorted(rows)]
-  lines = [json.dumps(each) + '\n' for each in kept]
+  lines = [strict_json.dumps(each) + '\n' for each in kept]
   path.write_text(''.join(lines), 'utf-8')
   (folder / 'README.md').write_text(readme(kept), 'utf-8')
   draw(kept, folder / 'scaling.png')

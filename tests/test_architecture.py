@@ -22,7 +22,7 @@ class Room(NamedTuple):
   packages: str = ''  # others' packages
 
 
-_CONFIG = 'config errors files'
+_CONFIG = 'config errors files strict_json'
 _MODEL = f'{_CONFIG} registry parameter routing experts parallel.mesh'
 _STATE = 'jax flax optax orbax etils ml_collections numpy'
 
@@ -31,13 +31,14 @@ ROOMS = {
   '__init__': Room(),
   'errors': Room(),
   'files': Room('errors'),
+  'strict_json': Room(),
   'registry': Room('errors'),
   'runtime': Room(),
   'disk': Room('errors'),
   'signals': Room(),
   'exits': Room('errors disk signals'),
   # A mistake in a config is told before jax is imported.
-  'config': Room('errors files registry', 'ml_collections'),
+  'config': Room('errors files registry strict_json', 'ml_collections'),
   'cli': Room('config errors files runtime exits', 'absl ml_collections'),
   # The papers' equations know nothing of meshes, files or training.
   'parameter': Room('', 'jax flax'),
@@ -105,7 +106,7 @@ ROOMS = {
     'jax flax ml_collections numpy',
   ),
   'analysis': Room(
-    'config errors disk exits files',
+    f'{_CONFIG} disk exits',
     'altair jinja2 matplotlib ml_collections numpy vl_convert',
   ),
   # Of a `Routing` alone, and of the documents of a split.

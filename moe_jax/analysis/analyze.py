@@ -5,7 +5,6 @@ what every number is.
 """
 
 import itertools
-import json
 import math
 import operator
 import os
@@ -19,7 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import disk
+from moe_jax import disk, strict_json
 from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
@@ -682,7 +681,7 @@ def _write(result: dict[str, Any], workdir: str) -> list[str]:
   """Writes the file and its pictures; returns their paths."""
   folder = os.path.join(workdir, 'analysis')
   path = os.path.join(folder, f'{result["step"]}.json')
-  text = json.dumps(result, allow_nan=False) + '\n'
+  text = strict_json.dumps(result) + '\n'
 
   def write() -> list[str]:
     os.makedirs(folder, exist_ok=True)

@@ -5,7 +5,6 @@ that was killed loses nothing but the steps since the last checkpoints.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 from scipy import stats
 
 from moe_jax import config as config_lib
-from moe_jax import disk, files
+from moe_jax import disk, files, strict_json
 from moe_jax.analysis import compare, runs
 from moe_jax.analysis.compare import Overrides, Point, Row
 from moe_jax.config.keys import Value
@@ -128,7 +127,9 @@ class Comparison:
       run = self.run_of(row, point, self.seeds[0])
       if point not in found and run.workdir not in self.failed:
         return None
-    return min(found, key=found.__getitem__) if found else None
+    # What is no number is the best of all for `min`, where it comes first.
+    finite = {each: bits for each, bits in found.items() if math.isfinite(bits)}
+    return min(finite or found, key=found.__getitem__, default=None)
 
   def sweeps(self) -> list[Run]:
     """Returns the runs that tell which swept values are best."""
@@ -206,7 +207,7 @@ class Comparison:
     """Writes compare.json and returns what it holds."""
     result = self.result()
     path = os.path.join(self.workdir, FILE)
-    text = json.dumps(result, indent=2) + '\n'
+    text = strict_json.dumps(result, indent=2) + '\n'
     disk.retried(path, lambda: run_dir.replace(path, text))
     return result
 
@@ -340,7 +341,7 @@ def read_json(path: str) -> dict[str, Any] | None:
     UserError: It cannot be read.
   """
   try:
-    return files.read_json(path)
+    return strict_json.decoded(files.read_json(path))
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:

@@ -16,14 +16,13 @@ import functools
 import gzip
 import importlib.metadata
 import importlib.resources
-import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moe_jax import disk, exits
+from moe_jax import disk, exits, strict_json
 from moe_jax.errors import UserError, said
 from moe_jax.files import check_output, expand, read_json
 
@@ -830,7 +829,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _packed(value: Any) -> str:
   """Returns compressed JSON, as text that means nothing in HTML."""
-  text = json.dumps(value, separators=(',', ':'), allow_nan=False)
+  text = strict_json.dumps(value, separators=(',', ':'))
   return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
@@ -848,7 +847,7 @@ def _number(value: Any, digits: int = 4) -> str:
 def _read_comparison(path: str, name: str, prefix: str) -> dict[str, Any]:
   """Returns a compare.json, with its name, and `prefix` before variants."""
   try:
-    comparison = read_json(path)
+    comparison = strict_json.decoded(read_json(path))
     if comparison['format'] != runs.COMPARISON_FORMAT:
       raise ValueError(
         f'format {comparison["format"]}, not {runs.COMPARISON_FORMAT}'

@@ -5,7 +5,6 @@ names it.
 """
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
+from moe_jax import strict_json
 from moe_jax.errors import UserError, choose
 from moe_jax.files import expand
 from moe_jax.interop import formats, mapping, safetensors
@@ -131,7 +131,7 @@ def save(
     tensors[name] = np.zeros(shape, np.float32)
   tensors = safetensors.round_to(tensors, dtype)
   safetensors.write(directory, tensors, max_shard_bytes)
-  text = json.dumps(values, indent=2) + '\n'
+  text = strict_json.dumps(values, indent=2) + '\n'
   (directory / 'config.json').write_text(text, 'utf-8')
 
 

@@ -6,7 +6,6 @@ against what is asked for.
 """
 
 import errno
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_jax import config as config_lib
+from moe_jax import strict_json
 from moe_jax.errors import UserError, choose, printable
 from moe_jax.files import check_regular
 from moe_jax.interop.formats.base import read_json
@@ -248,7 +248,7 @@ def write(
     places |= dict.fromkeys(shard, name)
   total = sum(tensor.nbytes for tensor in tensors.values())
   index = {'metadata': {'total_size': total}, 'weight_map': places}
-  text = json.dumps(index, indent=2, sort_keys=True)
+  text = strict_json.dumps(index, indent=2, sort_keys=True)
   (directory / INDEX).write_text(text + '\n', 'utf-8')
 
 

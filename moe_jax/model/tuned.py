@@ -8,7 +8,6 @@ seconds of every implementation in every case.
 """
 
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Container, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from moe_jax import files
+from moe_jax import files, strict_json
 
 _VARIABLE = 'MOE_JAX_TUNED'
 _LOG = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def store(
   cases.update({case: dict(seconds) for case, seconds in measured.items()})
   path().parent.mkdir(parents=True, exist_ok=True)
   draft = path().with_suffix(f'.{os.getpid()}')
-  draft.write_text(json.dumps(everything, indent=2) + '\n', 'utf-8')
+  draft.write_text(strict_json.dumps(everything, indent=2) + '\n', 'utf-8')
   draft.replace(path())  # at once: others may be reading
 
 

@@ -1,12 +1,12 @@
 """The plan of a config: what it will build and cost, before anything runs."""
 
-import json as json_lib
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax import strict_json
 from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 from moe_jax.model import build, implementations, sizes
@@ -53,7 +53,7 @@ def run(
     plan['compiled'] = _compiled(config, target)
   if fit:
     plan['fit'] = largest
-  print(json_lib.dumps(plan) if json else table(plan))
+  print(strict_json.dumps(plan) if json else table(plan))
 
 
 def _compiled(config: ConfigDict, target: topologies.Target) -> dict[str, Any]:
