@@ -5,6 +5,7 @@ Runs whose configs differ in nothing but the seed are one variant.
 
 import dataclasses
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,13 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax.config.derived import flatten
-from moe_jax.config.saved import CONFIG_FILE, RECORD_FILE, from_json
+from moe_jax.config.saved import (
+  CONFIG_FILE,
+  RECORD_FILE,
+  ROLLBACK,
+  SKIPPED_STEP,
+  from_json,
+)
 from moe_jax.errors import UserError
 
 ANALYSIS_FORMAT = 1  # of analysis/STEP.json
@@ -127,6 +134,8 @@ class Variant:
 def read(workdir: str) -> Run:
   """Reads DIR/metrics.jsonl.
 
+  Lines whose loss is not finite are left out.
+
   Raises:
     UserError: There is none, or it holds no step of training, or something
       else than metrics.
@@ -135,6 +144,8 @@ def read(workdir: str) -> Run:
   train: list[dict[str, Any]] = []
   evaluations: dict[str, list[dict[str, Any]]] = {}
   for row in _rows(path):
+    if row['split'] in (SKIPPED_STEP, ROLLBACK) or not _is_finite(row):
+      continue
     # `eval.split` may be the split that training reads.
     if row['split'] == 'train' and 'perplexity' not in row:
       train.append(row)
@@ -162,6 +173,14 @@ def read(workdir: str) -> Run:
     )
   except ValueError as error:
     raise UserError(f'{path} is not of one run: {error}') from error
+
+
+def _is_finite(row: dict[str, Any]) -> bool:
+  """Returns whether a loss can be drawn: a skipped step's is no number."""
+  try:
+    return math.isfinite(float(row.get('loss', 0.0)))
+  except (TypeError, ValueError):
+    return True  # as what it is, `read` tells
 
 
 def read_workdir(workdir: str) -> Workdir:

@@ -29,7 +29,8 @@ class Key(NamedTuple):
     above: A number that the value has to be larger than.
     below: A number that the value has to be smaller than.
     resume: Whether a run may go on with another value: the key says where
-      things are, how fast they run or what is reported.
+      things are, how fast they run or what is reported, or it mends a run that
+      has diverged.
     function: Whether the value is part of the function that a model computes
       from its parameters, whatever it is trained on and computed with.
     path: Whether the value is a path of the user's, in which ~ is expanded.

@@ -1,12 +1,11 @@
 """A run's config beside its checkpoints, and what may change on resume."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import files
+from moe_jax import files, strict_json
 from moe_jax.config.derived import decay_end, flatten
 from moe_jax.config.schema import KEYS, get_config
 
@@ -14,13 +13,16 @@ from moe_jax.config.schema import KEYS, get_config
 _MODEL = ('model', 'moe', 'router')
 # Of a workdir: its config, and the record of what ran.
 CONFIG_FILE, RECORD_FILE = 'config.json', 'run.json'
+# Splits of lines in metrics.jsonl that measure nothing: a step that changed
+# nothing, and a return to an earlier checkpoint.
+SKIPPED_STEP, ROLLBACK = 'skipped_step', 'rollback'
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
 _ABSENT = 'absent'
 
 
 def to_json(config: ConfigDict) -> str:
   """Returns readable JSON, of which `from_json` makes an equal config."""
-  return json.dumps(config.to_dict(), indent=2) + '\n'
+  return strict_json.dumps(config.to_dict(), indent=2) + '\n'
 
 
 def from_json(text: str) -> ConfigDict:
@@ -87,11 +89,7 @@ def describe(
   keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> str:
   """Returns `a.b was 1, now 2; ...`, with the remedy of a key that has one."""
-  before, after = flatten(old), flatten(new)
-  parts = [
-    f'{key} was {before.get(key, _ABSENT)!r}, now {after.get(key, _ABSENT)!r}'
-    for key in keys
-  ]
+  parts = _described(keys, old, new)
   end = _decay_end(old)
   if end is not None and 'train.steps' in keys:
     parts.append(
@@ -99,6 +97,21 @@ def describe(
       ' of the run and lets train.steps change'
     )
   return '; '.join(parts)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  """Returns `a.b was 1, now 2; ...` of all keys that differ."""
+  return '; '.join(_described(_differing(old, new), old, new))
+
+
+def _described(
+  keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+  before, after = flatten(old), flatten(new)
+  return [
+    f'{key} was {before.get(key, _ABSENT)!r}, now {after.get(key, _ABSENT)!r}'
+    for key in keys
+  ]
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

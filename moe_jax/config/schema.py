@@ -47,6 +47,10 @@ SECTIONS = {
   'train': 'The training loop.',
   'data': 'What is read, and in which order.',
   'checkpoint': 'When the state is saved, and what is kept.',
+  'recovery': (
+    'What a run does about steps that are not finite, which change nothing, and'
+    ' about spikes of the loss.'
+  ),
   'eval': 'Evaluation, during training and after it.',
 }
 
@@ -427,7 +431,10 @@ KEYS = {
     (SCHEDULES,),
   ),
   'optimizer.learning_rate': Key(
-    1e-3, 'The peak of the learning rate.', above=0
+    1e-3,
+    'The peak of the learning rate.',
+    above=0,
+    resume=True,  # a lower one goes on from before a run diverged
   ),
   'optimizer.final_fraction': Key(
     0.1, 'The share of the peak at the end of the decay.', high=1
@@ -580,6 +587,35 @@ KEYS = {
     ' stdout on a terminal.',
     ('auto', 'on', 'off'),
     resume=True,
+  ),
+  'recovery.bad_steps': Key(
+    5,
+    'Steps in a row whose loss or gradient norm is not finite, after which the'
+    ' run goes back to its newest checkpoint.',
+    low=1,
+    resume=True,
+  ),
+  'recovery.spike': Key(
+    0.0,
+    'So many robust deviations (1.4826 MAD) above the median of the last losses'
+    ' a loss makes the run go back, too; 0 never.',
+    resume=True,
+  ),
+  'recovery.window': Key(
+    100,
+    'The losses that a spike is measured against.',
+    low=2,
+    high=10_000,
+    resume=True,
+  ),
+  'recovery.skip_batches': Key(
+    100,
+    'Going back leaves out the batches since the checkpoint, and so many'
+    ' behind the bad one.',
+    resume=True,
+  ),
+  'recovery.rollbacks': Key(
+    3, 'How often a run goes back before it stops.', resume=True
   ),
   'eval.every': Key(
     200, 'Steps between two evaluations; the last step has one.', resume=True

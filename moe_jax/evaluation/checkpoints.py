@@ -1,16 +1,16 @@
 """Evaluates a checkpoint of a run, and leaves what was found beside it."""
 
+import math
 import os
 import re
 
 from ml_collections import ConfigDict
 
-from moe_jax import disk, evaluation
+from moe_jax import disk, evaluation, strict_json
 from moe_jax.evaluation import Result
 from moe_jax.parallel import multihost
 from moe_jax.training import run_dir, state, terminal
 from moe_jax.training.checkpoint import Checkpointer
-from moe_jax.training.metrics import json_line
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.watchdog import Watchdog
 
@@ -57,6 +57,9 @@ def evaluate(
   }
   if multihost.is_main_process():
     print(terminal.results_table(rows))
+    for name, row in rows.items():
+      if 'loss' in row and not math.isfinite(row['loss']):
+        print(terminal.not_finite(name, row['loss'], step))
     for result in results:
       print(f'written to {_write(result, workdir, step)}')
   return rows
@@ -82,7 +85,7 @@ def _write(result: Result, workdir: str, step: int) -> str:
 
   def write() -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    run_dir.replace(path, json_line(row))
+    run_dir.replace(path, strict_json.dumps(row) + '\n')
 
   disk.retried(path, write)
   return path

@@ -70,7 +70,7 @@ class Perplexity:
     metrics = {'disabled_top': disabled} if disabled else {}
     metrics |= {
       'loss': loss,
-      'perplexity': math.exp(loss) if loss < 700 else math.inf,
+      'perplexity': math.inf if loss >= 700 else math.exp(loss),
       'bits_per_byte': loss / math.log(2) / bytes_per_token,
       'tokens': tokens,
     }

@@ -114,6 +114,7 @@ class Checkpointer:
     state: dict[str, Any],
     position: int | None = None,
     skipped: Sequence[tuple[int, int]] = (),
+    recovery: Mapping[str, Any] | None = None,
     wait: bool = False,
   ) -> bool:
     """Begins to save; returns whether it did: a step is never saved twice.
@@ -127,6 +128,7 @@ class Checkpointer:
       position: The number of batches read so far; None is `step`.
       skipped: Stretches of the data that are not trained on: the first position
         of each, and how many batches.
+      recovery: What `moe_jax.training.recovery` has counted; None for nothing.
       wait: Whether to wait until it is saved, and to try again if it fails.
 
     Raises:
@@ -139,6 +141,8 @@ class Checkpointer:
       more[_DATA] = dict(self._data)
     if self._vocabulary:
       more[VOCABULARY] = self._vocabulary
+    if recovery:
+      more['recovery'] = dict(recovery)
     position = step if position is None else position
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(state),

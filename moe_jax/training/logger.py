@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
 from moe_jax.training import device_peaks, terminal
-from moe_jax.training.metrics import check_finite, routing_metrics
+from moe_jax.training.metrics import routing_metrics
 from moe_jax.training.metrics_writer import MetricsWriter
 from moe_jax.training.state import Setup
 
@@ -37,15 +38,17 @@ class Logger:
     self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start
     self._active = multihost.is_main_process()
-    self._writer = MetricsWriter(
+    self._open = functools.partial(
+      MetricsWriter,
       workdir,
-      start or None,
-      self._active,
-      {'train': config.train.log_every, 'evaluation': config.eval.every},
-      self.say,
+      active=self._active,
+      every={'train': config.train.log_every, 'evaluation': config.eval.every},
+      tell=self.say,
     )
+    self._writer = self._open(resume_step=start or None)
     self._writer.text('config', saved.to_json(config), start)
     self._began = self._since = time.perf_counter()
+    self._compiled = False
     self._first_seconds = math.nan
     self._paused = 0.0
     self._noted: tuple[int, dict[str, Any]] | None = None
@@ -74,35 +77,44 @@ class Logger:
     """Tells that nothing is heard for a while, which may be minutes."""
     self.say('compiling the training step ...')
 
-  def compiled(self, metrics: dict[str, Any]) -> None:
-    """Waits for the first step, whose time is compilation, not training."""
+  def compiled(self, metrics: dict[str, Any]) -> bool:
+    """Waits for the first step, whose time is compilation, not training.
+
+    Returns:
+      Whether it was the first.
+    """
+    if self._compiled:
+      return False
+    self._compiled = True
     jax.block_until_ready(metrics)
     now = time.perf_counter()
     self._first_seconds = now - self._began
     self.say(f'first step after {terminal.duration(self._first_seconds)}')
     self._read_at, self._since = self._start + 1, now
+    return True
 
   def note(self, step: int, metrics: dict[str, Any]) -> None:
     """Keeps the metrics of a step that has just been dispatched."""
     self._noted = step, metrics
 
-  def write(self) -> None:
+  def write(self, skipped_steps: int) -> None:
     """Writes what was noted, if anything; waits for that step to end.
 
-    Raises:
-      UserError: The loss is not finite.
+    Args:
+      skipped_steps: The steps up to that one that changed nothing.
     """
     if self._noted is None:
       return
     (step, metrics), self._noted = self._noted, None
     load = metrics.pop('load')
     values = {name: float(value) for name, value in metrics.items()}
-    loss = check_finite(values['loss'], step)
+    loss = values['loss']
     speed = self._tokens_per_second(step)
     achieved = device_peaks.utilisation(
       speed * self._flops_per_token, self._devices, self._dtype
     )
-    values |= {'tokens_per_second': speed} | achieved | routing_metrics(load)
+    values |= {'skipped_steps': skipped_steps, 'tokens_per_second': speed}
+    values |= achieved | routing_metrics(load)
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed
     self.say(
@@ -111,6 +123,31 @@ class Logger:
       )
     )
     self._results['train'] = {'loss': loss}
+
+  def event(
+    self, step: int, split: str, values: Mapping[str, Any], text: str
+  ) -> None:
+    """Writes what happened at a step, and says it."""
+    self._writer.write(step, split, values)
+    self.say(text)
+
+  def went_back(self, step: int, values: Mapping[str, Any], text: str) -> None:
+    """Drops what was written of later steps, and tells why.
+
+    The line is of the step that follows, so that it goes where a run resumes
+    from that checkpoint, which will do again what it did.
+
+    Args:
+      step: The step of the checkpoint.
+      values: What to write of it.
+      text: What to say.
+    """
+    self._noted = None
+    self._writer.close()
+    self._writer = self._open(resume_step=step)
+    self.event(step + 1, saved.ROLLBACK, values, text)
+    self._read_at, self._since, self._paused = step, time.perf_counter(), 0.0
+    self._first_seconds = math.nan
 
   def evaluation(
     self,
@@ -132,6 +169,8 @@ class Logger:
         f'step {step}  {name}: {terminal.metrics_text(metrics)}'
         f' ({terminal.duration(seconds)})'
       )
+      if 'loss' in metrics and not math.isfinite(metrics['loss']):
+        self.say(terminal.not_finite(name, metrics['loss'], step))
       self._results[name] = metrics
 
   def summary(self, done: int) -> str:
@@ -155,7 +194,7 @@ class Logger:
 
     For the first step, before which nothing was read, it includes compilation.
     """
-    if step == self._start + 1:
+    if step == self._start + 1 and math.isfinite(self._first_seconds):
       return self._tokens_per_step / self._first_seconds
     now = time.perf_counter()
     seconds = max(now - self._since - self._paused, 1e-9)

@@ -18,13 +18,17 @@ from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.logger import Logger
-from moe_jax.training.metrics import check_finite
 from moe_jax.training.profiler import Profiler
 from moe_jax.training.record import describe, record
+from moe_jax.training.recovery import (
+  Recovery,
+  Trouble,
+  forgetting,
+)
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.signals import SignalHandler
 from moe_jax.training.state import Setup, TrainState
-from moe_jax.training.step import make_train_step
+from moe_jax.training.step import TrainStep, make_train_step
 from moe_jax.training.watchdog import Watchdog, waits_for
 
 
@@ -65,8 +69,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 
   Raises:
     UserError: Anything is wrong with config, data or workdir, before anything
-      is compiled or overwritten; or a device's memory is too small, or the loss
-      is no longer finite.
+      is compiled or overwritten; or a device's memory is too small, or training
+      diverges and going back does not help.
     SystemExit: 128 + the number of the signal that stopped it.
   """
   setup, sequences, evaluations = multihost.first_process_first(
@@ -87,6 +91,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     restored = checkpointer.resume(setup.abstract)
     params = None if restored else init_from.params(setup)
     start, position = (restored.step, restored.position) if restored else (0, 0)
+    data = checkpointer.data(start) if restored else {}
     with contextlib.closing(Batches(setup, sequences, position)) as batches:
       run.claim(record(setup, workdir, start))
       state = restored.state if restored else setup.init(params)
@@ -98,13 +103,23 @@ def train(config: ConfigDict, workdir: str) -> None:
         Profiler(config.train.profile, workdir) as profiler,
       ):
         logger.say(describe(setup, sequences))
-        done = _steps(
-          _Run(
-            setup, batches, evaluations, checkpointer, logger, profiler, signals
-          ),
-          state,
-          start,
+        if run.changes:
+          logger.say(f'changed  {run.changes}')
+        recovery = Recovery(setup, workdir, logger, data)
+        if start < config.train.steps:
+          logger.compiling()
+        parts = _Run(
+          setup,
+          make_train_step(setup),
+          batches,
+          evaluations,
+          checkpointer,
+          recovery,
+          logger,
+          profiler,
+          signals,
         )
+        done = _train(parts, state, start)
         logger.say(logger.summary(done))
         waits_for('the last save')
   if signals.signal is not None:
@@ -130,32 +145,51 @@ class _Run(NamedTuple):
   """What the steps of a run read from and write to."""
 
   setup: Setup
+  train_step: TrainStep
   batches: Batches
   evaluations: list[Evaluation]
   checkpointer: Checkpointer
+  recovery: Recovery
   logger: Logger
   profiler: Profiler
   signals: SignalHandler
 
 
-def _steps(run: _Run, state: TrainState, start: int) -> int:
-  """Trains from step `start` on, until done or stopped; returns the step."""
-  setup, batches, _, checkpointer, logger, profiler, signals = run
-  config, steps = setup.config, setup.config.train.steps
-  train_step = make_train_step(setup)
-  if start and _evaluates(run, start) and not logger.evaluated():
-    _evaluate(run, state, start)  # a signal had cut that evaluation short
-  if start < steps:
-    logger.compiling()
+def _train(run: _Run, state: TrainState, step: int) -> int:
+  """Trains from step `step` on, until done or stopped; returns the step."""
+  if step and _evaluates(run, step) and not run.logger.evaluated():
+    _evaluate(run, state, step)  # a signal had cut that evaluation short
+  while True:
+    state, step, trouble = _steps(run, state, step)
+    if trouble is None:
+      return step
+    del state  # before there is another in memory
+    state, step = _go_back(run, trouble)
+
+
+def _steps(
+  run: _Run, state: TrainState, start: int
+) -> tuple[TrainState, int, Trouble | None]:
+  """Trains until done, stopped or in trouble.
+
+  Returns:
+    The state, the step, and why the run has to go back, if it has to.
+  """
+  setup, train_step, batches, _, _, recovery, logger, profiler, signals = run
+  config, steps, step = setup.config, setup.config.train.steps, start
+  stopped = False
   for step in range(start + 1, steps + 1):
     waits_for(f'step {step}')
     profiler.start(step)
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       state, metrics = train_step(state, next(batches))
     profiler.stop(step, metrics)
-    logger.write()  # of the step before, now that this one runs
-    if step == start + 1:
-      logger.compiled(metrics)
+    # Of the step before, now that this one runs.
+    if trouble := recovery.trouble():
+      return state, step, trouble
+    logger.write(recovery.skipped_steps)
+    recovery.note(step, batches.position, metrics)
+    if logger.compiled(metrics):
       runtime.trim_malloc()  # what compiling took
       signals.catch()  # before this there is nothing to save
 
@@ -169,16 +203,66 @@ def _steps(run: _Run, state: TrainState, start: int) -> int:
       _evaluate(run, state, step)
       stopped = signals.stops()
       last |= stopped
-    if _due(config.checkpoint.every, step, last) or checkpointer.failed():
-      # Last: what is written of a step outlives a kill during the save.
-      logger.write()
-      check_finite(float(metrics['loss']), step)
-      waits_for(f'the save of step {step}')
-      checkpointer.save(step, state, batches.position, wait=last)
-    if stopped:
-      break
-  logger.write()
-  return int(state['step'])
+    due = last or _due(config.checkpoint.every, step, last)
+    if due or run.checkpointer.failed():
+      trouble = recovery.trouble() or _save(run, state, step, last)
+      if trouble or stopped:
+        # A run that is stopped goes back when it is gone on with.
+        return state, step, None if stopped else trouble
+  return state, step, None
+
+
+def _save(
+  run: _Run, state: TrainState, step: int, last: bool
+) -> Trouble | None:
+  """Saves a checkpoint, if it is to; returns why its numbers forbid it.
+
+  After a step that changed nothing it waits for one that did: only that shows
+  that the parameters can be gone on with.
+  """
+  recovery = run.recovery
+  # First: what is written of a step outlives a kill during the save.
+  run.logger.write(recovery.skipped_steps)
+  if not run.setup.config.checkpoint.every or (
+    recovery.is_skipping and not last
+  ):
+    return None
+  position = run.batches.position
+  if trouble := recovery.unsound(step, position, state):
+    return trouble
+  waits_for(f'the save of step {step}')
+  run.checkpointer.save(
+    step, state, position, recovery.skipped, recovery.saved(), wait=last
+  )
+  return None
+
+
+def _go_back(run: _Run, trouble: Trouble) -> tuple[TrainState, int]:
+  """Returns the newest checkpoint and its step; other data follows it."""
+  setup, checkpointer = run.setup, run.checkpointer
+  waits_for('going back to a checkpoint')
+  step = _last_sound(run)
+  data = {} if step is None else checkpointer.data(step)
+  position = run.recovery.go_back(trouble, step, data)
+  assert step is not None  # go_back refuses that
+  state = checkpointer.restore(setup.abstract, step).state
+  run.batches.seek(position)
+  return forgetting(setup, state), step
+
+
+def _last_sound(run: _Run) -> int | None:
+  """Returns the step of the newest checkpoint; None if there is none.
+
+  One that may be the cause itself is set aside.
+  """
+  checkpointer = run.checkpointer
+  checkpointer.wait()
+  if run.recovery.sets_aside(steps := checkpointer.steps()):
+    path = checkpointer.set_aside(steps[-1])
+    run.logger.say(
+      f'no step after checkpoint {steps[-1]} was sound: it is now {path}'
+    )
+  return checkpointer.latest()
 
 
 def _evaluates(run: _Run, step: int) -> bool:
@@ -190,7 +274,7 @@ def _evaluates(run: _Run, step: int) -> bool:
 def _evaluate(run: _Run, state: TrainState, step: int) -> None:
   """Evaluates in the midst of training, which pauses; all of it or nothing."""
   config, logger = run.setup.config, run.logger
-  logger.write()
+  logger.write(run.recovery.skipped_steps)
   jax.block_until_ready(state)  # or its steps would count as evaluation
   found = []
   with run.signals.leaving():

@@ -1,14 +1,10 @@
-"""What is computed about a step beside its loss, and how it is written."""
+"""What is computed about a step beside its loss."""
 
-import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from moe_jax.errors import UserError
 from moe_jax.routing.balance import Load
 
 
@@ -45,39 +41,3 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
   if load.overflowed is not None:
     metrics['exchange_overflows'] = load.overflowed.sum(1)
   return metrics
-
-
-def check_finite(loss: float, step: int) -> float:
-  """Returns the loss.
-
-  Raises:
-    UserError: The loss is not finite.
-  """
-  if not math.isfinite(loss):
-    raise UserError(
-      f'the loss is {loss} at step {step}: training has diverged; lower'
-      ' optimizer.learning_rate or raise optimizer.warmup_steps'
-    )
-  return loss
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-  """Returns a row of numbers and strings as one line of JSON.
-
-  Floats are written so that reading gives back the same bits. JSON has no
-  infinities and no NaN: they are the strings "Infinity", "-Infinity" and "NaN",
-  which `float` (and JavaScript's `Number`) turn back.
-  """
-  values = {name: _encodable(value) for name, value in row.items()}
-  return json.dumps(values, allow_nan=False) + '\n'
-
-
-def _encodable(value: Any) -> Any:
-  """Returns the value with the floats that JSON lacks as strings."""
-  if isinstance(value, list):
-    return [_encodable(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return (
-      'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
-    )
-  return value

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +13,21 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from moe_jax import disk, files
+from moe_jax import disk, files, strict_json
+from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
 from moe_jax.errors import RetryableError, UserError
 from moe_jax.training import run_dir
-from moe_jax.training.metrics import json_line
 
 _FILE = 'metrics.jsonl'
 _TRAIN = 'train'
 _EVENTS = 'tensorboard'
+_EVENT_LINES = (SKIPPED_STEP, ROLLBACK)  # which come when they come
 
 
 class MetricsWriter:
   """Appends to DIR/metrics.jsonl and to the event files in DIR/tensorboard.
 
-  One JSON object a line, `step` and `split` first; `metrics.json_line` says how
+  One JSON object a line, `step` and `split` first; `strict_json` says how
   floats are written. A line is on disk, whole, when it has been written, or it
   is not there. Event files that cannot be written are given up, which is told:
   metrics.jsonl has the same numbers.
@@ -76,7 +78,8 @@ class MetricsWriter:
         self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666
       )
     self.evaluated = any(
-      line.step == resume_step and line.split != _TRAIN for line in lines
+      line.step == resume_step and line.split not in (_TRAIN, *_EVENT_LINES)
+      for line in lines
     )
     self._events = _Events(
       os.path.join(workdir, _EVENTS), (resume_step or -1) + 1, tell
@@ -103,13 +106,15 @@ class MetricsWriter:
     if not self._active:
       return
     plain = {name: np.asarray(value).tolist() for name, value in values.items()}
-    self._append(json_line({'step': step, 'split': split} | plain))
+    row = {'step': step, 'split': split} | plain
+    self._append(strict_json.dumps(row) + '\n')
     self._events.add(
       step,
       *(
         summary.scalar(f'{split}/{name}', value)
         for name, value in plain.items()
-        if isinstance(value, int | float)
+        # TensorBoard has no place for others, and a warning for each.
+        if isinstance(value, int | float) and math.isfinite(value)
       ),
     )
 
@@ -279,6 +284,8 @@ def _tell_of_holes(
   """Tells which steps up to `last` have no line though they should have one."""
   splits = {_TRAIN: every.get(_TRAIN, 0)}
   for line in lines:
+    if line.split in _EVENT_LINES:
+      continue
     splits.setdefault(line.split, every.get('evaluation', 0))
   for split, steps in splits.items():
     there = [line.step for line in lines if line.split == split]

@@ -6,7 +6,6 @@ It is a path of a mounted file system; on several hosts, of one they share.
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax import disk, files
+from moe_jax import disk, files, strict_json
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
@@ -34,12 +33,15 @@ class RunDir:
     read_only: Whether nothing is ever written there.
     remedy: What to do if the run will not do, where the usual advice would be
       wrong; '' otherwise.
+    changes: The keys that have another value than when the run was last gone
+      on with, and both values, in words; '' if there are none.
   """
 
   path: str
   config: ConfigDict
   read_only: bool = False
   remedy: str = ''
+  changes: str = ''
 
   @classmethod
   def new_or_resumed(cls, path: str, config: ConfigDict) -> 'RunDir':
@@ -57,15 +59,15 @@ class RunDir:
         a path that checkpoints cannot be written to.
     """
 
-    def check() -> None:
+    def check() -> str:
       refuse_url(path)
       files.refuse_pattern('workdir', path)
-      _check_same_run(path, config)
+      changes = _check_same_run(path, config)
       check_kinds(path)
       _check_writable(path)
+      return changes
 
-    multihost.fail_together(check)
-    return cls(path, config)
+    return cls(path, config, changes=multihost.fail_together(check))
 
   @classmethod
   def existing(
@@ -143,7 +145,7 @@ class RunDir:
     config = saved_config.to_json(self.config)
     self._written(lambda: replace(config_path(self.path), config))
     if record is not None:
-      text = json.dumps(record, indent=2) + '\n'
+      text = strict_json.dumps(record, indent=2) + '\n'
       path = os.path.join(self.path, saved_config.RECORD_FILE)
       self._written(lambda: replace(path, text))
 
@@ -266,12 +268,18 @@ def _saved_config(workdir: str) -> dict[str, Any] | None:
     ) from error
 
 
-def _check_same_run(workdir: str, config: ConfigDict) -> None:
-  """Refuses the directory of a run that `config` cannot go on with."""
+def _check_same_run(workdir: str, config: ConfigDict) -> str:
+  """Refuses the directory of a run that `config` cannot go on with.
+
+  Returns:
+    Which keys have changed, in words.
+  """
   saved = _saved_config(workdir)
-  if saved is not None:
-    new = config.to_dict()
-    _refuse(workdir, saved_config.changed_meaning(saved, new), saved, new)
+  if saved is None:
+    return ''
+  new = config.to_dict()
+  _refuse(workdir, saved_config.changed_meaning(saved, new), saved, new)
+  return saved_config.changes(saved, new)
 
 
 def _refuse(

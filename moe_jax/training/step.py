@@ -25,7 +25,7 @@ from moe_jax.training.state import Setup, TrainState
 Batch = dict[str, jax.Array]
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
   """What a pass of the model reads beside its parameters.
 
   Attributes:
@@ -65,20 +65,22 @@ def make_train_step(setup: Setup) -> TrainStep:
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     params, opt_state = state['params'], state['opt_state']
-    remembered = _restart(state.get('memory', ()), batch)
-    inputs = _Inputs(batch, remembered, state['step'], _step_rng(state, config))
-    grads, metrics, remembered = _gradient(setup, params, inputs)
-    with jax.named_scope('optimizer'):
-      updates, opt_state = setup.tx.update(grads, opt_state, params)
-      params = optax.apply_updates(params, updates)
+    grads, metrics, remembered = gradient(setup, state, batch)
     metrics['gradient_norm'] = optimizer.trained_norm(
       grads, setup.declarations, config.optimizer.freeze
     )
     metrics['learning_rate'] = learning_rate(state['step'])
-    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    with jax.named_scope('optimizer'):
+      updates, opt_state = setup.tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+    new = {'params': params, 'opt_state': opt_state}
     if 'memory' in state:
       new['memory'] = remembered
-    return state | new, metrics
+    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(
+      metrics['gradient_norm']
+    )
+    new = _where(finite, new, state)
+    return state | new | {'step': state['step'] + 1}, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
   return jax.jit(
@@ -142,6 +144,22 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   return evaluate
 
 
+def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  """Returns `new`, or what it is to replace in `old`.
+
+  Not optax.apply_if_finite: that would add its counters to the optimizer state
+  of every checkpoint, knows no loss and no memory, and after a while accepts
+  what is not finite. A select costs nothing where the update is written anyway,
+  and unlike a branch it does not make a GPU's host wait.
+  """
+  return {
+    name: jax.tree.map(
+      lambda after, before: jnp.where(finite, after, before), tree, old[name]
+    )
+    for name, tree in new.items()
+  }
+
+
 def _restart(state: AttentionState, batch: Batch) -> AttentionState:
   """Forgets what came before the rows that begin a segment anew."""
   return jax.tree.map(
@@ -149,10 +167,36 @@ def _restart(state: AttentionState, batch: Batch) -> AttentionState:
   )
 
 
-def _gradient(
-  setup: Setup, params: Any, inputs: _Inputs
+def inputs_of(setup: Setup, state: TrainState, batch: Batch) -> Inputs:
+  """Returns what a step's pass of the model reads."""
+  remembered = _restart(state.get('memory', ()), batch)
+  rng = _step_rng(state, setup.config)
+  return Inputs(batch, remembered, state['step'], rng)
+
+
+def parts_of(setup: Setup, inputs: Inputs) -> list[Inputs]:
+  """Returns what the pass of each micro-batch of a step reads."""
+  count = setup.config.train.accumulation
+  if count == 1:
+    return [inputs]
+  parts = split(inputs, count, setup.mesh)
+  return [
+    jax.tree.map(lambda a, i=i: a[i], parts)._replace(step=inputs.step)
+    for i in range(count)
+  ]
+
+
+def gradient(
+  setup: Setup, state: TrainState, batch: Batch
 ) -> tuple[Any, Metrics, AttentionState]:
-  """Returns a batch's gradient, its metrics and the next attention state."""
+  """Returns a batch's gradient, its metrics and the next attention state.
+
+  Args:
+    setup: The run's setup.
+    state: The state before the step.
+    batch: The global batch.
+  """
+  params, inputs = state['params'], inputs_of(setup, state, batch)
   num_targets, num_sequences = _size(inputs.batch)
   gradient_of = jax.grad(_loss, argnums=1, has_aux=True)
   count = setup.config.train.accumulation
@@ -162,13 +206,13 @@ def _gradient(
     )
     return grads, metrics, remembered
 
-  def with_step(part: _Inputs) -> _Inputs:
+  def with_step(part: Inputs) -> Inputs:
     return part._replace(step=inputs.step)
 
-  def load_of(part: _Inputs) -> tuple[Load | None, None]:
+  def load_of(part: Inputs) -> tuple[Load | None, None]:
     return _run(_model(setup, params), with_step(part)).aux, None
 
-  def gradient_of_part(part: _Inputs) -> tuple[Any, AttentionState]:
+  def gradient_of_part(part: Inputs) -> tuple[Any, AttentionState]:
     tokens, sequences = _size(part.batch)
     share = Share(tokens / num_targets, sequences / num_sequences, batch_load)
     grads, (metrics, remembered) = gradient_of(
@@ -176,7 +220,7 @@ def _gradient(
     )
     return (grads, metrics), remembered
 
-  parts, batch_load = _split(inputs, count, setup.mesh), None
+  parts, batch_load = split(inputs, count, setup.mesh), None
   if setup.config.loss.balance_scope == 'global_batch':
     batch_load, _ = micro_batches.total(load_of, parts)
   (grads, metrics), remembered = micro_batches.total(gradient_of_part, parts)
@@ -186,7 +230,7 @@ def _gradient(
 def _loss(
   setup: Setup,
   params: Any,
-  inputs: _Inputs,
+  inputs: Inputs,
   num_targets: jax.Array,
   share: Share,
 ) -> tuple[jax.Array, tuple[Metrics, AttentionState]]:
@@ -221,7 +265,7 @@ def _model(setup: Setup, params: Any) -> Decoder:
   return nnx.merge(setup.graphdef, params)
 
 
-def _run(model: Decoder, inputs: _Inputs) -> Hidden:
+def _run(model: Decoder, inputs: Inputs) -> Hidden:
   return model.hidden(
     inputs.batch['token_ids'],
     inputs.batch['padding_mask'],
@@ -231,10 +275,10 @@ def _run(model: Decoder, inputs: _Inputs) -> Hidden:
   )
 
 
-def _split(inputs: _Inputs, count: int, mesh: jax.sharding.Mesh) -> _Inputs:
+def split(inputs: Inputs, count: int, mesh: jax.sharding.Mesh) -> Inputs:
   """Cuts the rows into micro-batches; the step is the same for all."""
   batch, attention_state, _, rng = inputs
-  return _Inputs(
+  return Inputs(
     micro_batches.split(batch, count, mesh),
     micro_batches.split(attention_state, count, mesh, axis=1),
     None,

@@ -25,6 +25,14 @@ def progress_line(
   )
 
 
+def not_finite(name: str, loss: float, step: int) -> str:
+  """Returns what to say of an evaluation whose loss is no finite number."""
+  return (
+    f'{name}: the loss is {loss}: the model of step {step} is of no use; an'
+    ' earlier checkpoint may be'
+  )
+
+
 def duration(seconds: float) -> str:
   """Returns `1d02h`, `3h05m`, `1m20s` or `7s`; `?` if it cannot be told."""
   if not math.isfinite(seconds):

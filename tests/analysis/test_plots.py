@@ -205,3 +205,21 @@ def test_a_folder_is_no_output(
     assert main([workdir, f'--output={tmp_path}']) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f'is a folder; name a file, such as {tmp_path}/{name}' in line
+
+
+def test_steps_that_changed_nothing_and_rollbacks_are_not_drawn(
+  tmp_path: Path,
+) -> None:
+  workdir = make_run(tmp_path / 'mine')
+  events = [
+    {'step': 401, 'split': 'skipped_step', 'loss': 'NaN', 'position': 401},
+    {'step': 401, 'split': 'train', 'loss': 'NaN'},
+    {'step': 402, 'split': 'rollback', 'reason': 'the loss is nan'},
+    {'step': 402, 'split': 'validation', 'loss': 'Infinity'},
+  ]
+  with open(tmp_path / 'mine' / 'metrics.jsonl', 'a') as file:
+    file.writelines(json.dumps(row) + '\n' for row in events)
+  run = runs.read(workdir)
+  assert run.steps_P[-1] == 400 and np.isfinite(run.loss_P).all()
+  assert run.evaluations.keys() == {'validation'}
+  assert len(run.evaluations['validation']) == 4

@@ -222,3 +222,26 @@ def test_the_program(
   assert row['split'] == 'train[:40%]' and row['step'] == HALF
   assert f'{row["loss"]:.4f}' in printed and f'{row["tokens"]:,}' in printed
   assert row['perplexity'] == pytest.approx(math.exp(row['loss']))
+
+
+def test_a_model_of_no_finite_numbers_is_told_in_json(
+  config: ConfigDict,
+  workdir: Path,
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  broken = runs.restore(config, workdir, STEPS)
+  broken['params']['head_DV'] = np.full_like(
+    broken['params']['head_DV'], np.nan
+  )
+  with runs.claimed(config, tmp_path) as checkpointer:
+    checkpointer.save(STEPS, jax.tree.map(jax.numpy.asarray, broken))
+  runs.evaluate(config, tmp_path)
+  assert 'validation: the loss is nan' in capsys.readouterr().out
+
+  def refuse(constant: str) -> None:
+    raise AssertionError(f'{constant} is no JSON')
+
+  path = tmp_path / f'evaluation/validation-{STEPS}.json'
+  row = json.loads(path.read_text(), parse_constant=refuse)
+  assert row['loss'] == row['perplexity'] == row['bits_per_byte'] == 'NaN'

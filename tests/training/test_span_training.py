@@ -61,6 +61,20 @@ def losses(made: Setup, steps: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
   return np.array(found), state
 
 
+def test_a_step_that_is_not_finite_leaves_the_memory() -> None:
+  made, train_step = trainer(tiny.config(**SPAN))
+  first, second = batches(made.config, 2)
+  state, _ = train_step(init(made), first)
+  state['params']['head_bias_V'] = (
+    state['params']['head_bias_V'].at[0].set(jnp.nan)
+  )
+  before = np.asarray(state['memory'])
+  assert before.any()
+  state, metrics = train_step(state, second)
+  assert np.isnan(metrics['loss'])
+  assert np.asarray(state['memory']).tobytes() == before.tobytes()
+
+
 @pytest.mark.parametrize(
   ('axes', 'parts'),
   [

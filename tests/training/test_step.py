@@ -1,5 +1,7 @@
 """The training step: its loss, its gradient and what it updates."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -9,7 +11,15 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import optimizer
 from moe_jax.training.step import make_eval_step, make_train_step
 from tests.helpers import oracle, tiny
-from tests.helpers.steps import batch, init, setup, to_numpy, trainer
+from tests.helpers.steps import (
+  BALANCED,
+  EVERY_AXIS,
+  batch,
+  init,
+  setup,
+  to_numpy,
+  trainer,
+)
 
 
 @pytest.mark.slow
@@ -147,3 +157,69 @@ def test_both_steps_are_compiled_for_their_mesh(
     make_eval_step(made)(initial['params'], ids)
   with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
     make_train_step(made)(initial, ids)
+
+
+# A gradient that is none though the loss is finite, and a loss that is none.
+UNSOUND = {'gradient': {'model.init_std': 1e15}, 'loss': {}}
+
+
+@pytest.mark.parametrize('what', UNSOUND)
+@pytest.mark.parametrize('count', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_changes_nothing(
+  what: str, count: int
+) -> None:
+  config = tiny.config(
+    **tiny.MODELS['cartesian rmoe'] | UNSOUND[what],
+    **{'train.accumulation': count, 'loss.bias_rate': 0.01},
+  )
+  made, train_step = trainer(config)
+  state = init(made)
+  if what == 'loss':
+    # Infinite where one token reads it: of all rows, one micro-batch does.
+    embed_VD = state['params']['embed_VD']
+    state['params']['embed_VD'] = embed_VD.at[7, 0].set(np.inf)
+  before = to_numpy(state)
+  data = batch(config)
+  data['token_ids'] = np.where(data['token_ids'] == 7, 8, data['token_ids'])
+  if what == 'loss':
+    data['token_ids'][0, 0] = 7
+  after, metrics = train_step(state, data)
+  assert np.isfinite(metrics['loss']) == (what == 'gradient')
+  assert not np.isfinite(metrics['gradient_norm'])
+  assert int(after.pop('step')) == before.pop('step') + 1
+  assert_same_bits(after, before)
+  # And goes on once numbers are finite again.
+  if what == 'loss':
+    embed_VD = after['params']['embed_VD'].at[7, 0].set(0.0)
+    after['params']['embed_VD'] = embed_VD
+    again, metrics = train_step(after | {'step': np.int32(1)}, batch(config))
+    assert np.isfinite(metrics['gradient_norm'])
+    assert np.any(optax.tree.get(again['opt_state'], 'mu')['head_DV'])
+
+
+@pytest.mark.slow
+def test_all_devices_leave_a_step_that_is_not_finite_alone() -> None:
+  """Also those that hold nothing of what is not finite."""
+  config = tiny.config(**BALANCED | {'train.accumulation': 2})
+  made = setup(config, **EVERY_AXIS)
+  train_step, state = make_train_step(made), init(made)
+  for _ in range(2):
+    state, _ = train_step(state, batch(config))
+  embed_VD = state['params']['embed_VD'].at[7, 0].set(np.nan)
+  sharding = made.abstract['params']['embed_VD'].sharding
+  state['params']['embed_VD'] = jax.device_put(embed_VD, sharding)
+  before = to_numpy(state)
+  data = batch(config)
+  data['token_ids'][0, 0] = 7
+  after, metrics = train_step(state, data)
+  assert np.isnan(metrics['loss'])
+  assert int(after.pop('step')) == before.pop('step') + 1
+  assert_same_bits(after, before)
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+  def same(path: Any, a: Any, b: Any) -> None:
+    where = jax.tree_util.keystr(path)
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), where
+
+  jax.tree_util.tree_map_with_path(same, found, expected)
