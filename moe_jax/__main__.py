@@ -34,7 +34,8 @@ PROGRAMS = {
     'programs.compare', 'trains variants x seeds and compares them'
   ),
   'doctor': Program(
-    'programs.doctor', 'checks checkpoints, says what the next start would do'
+    'programs.doctor',
+    'checks checkpoints, says what the next start would do; does a step again',
   ),
   'plots': Program('analysis.plots', 'draws the curves of runs'),
   'report': Program('analysis.report', 'makes an HTML page of runs'),

@@ -138,7 +138,11 @@ ROOMS = {
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
-  'programs.doctor': Room('cli runtime training', 'absl jax'),
+  'programs.doctor': Room(
+    'cli errors runtime strict_json parallel.launch parallel.multihost'
+    ' training',
+    'absl jax',
+  ),
   'programs.eval': Room(
     'cli parallel.launch evaluation', 'absl ml_collections'
   ),

@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks scanned by period, output head."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,20 +181,82 @@ class Decoder(nnx.Module):
       rng: The key of the random numbers of training; None, as in evaluation,
         for none.
     """
-    table_VD = self.embed_VD[...].astype(self.dtype)
-    with jax.named_scope('embedding'):
-      x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
-    router_state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
     if attention_state is None:
       attention_state = self.start(len(token_ids_BL))
     carry, aux, attention_state = self._run_blocks(
-      self._shard(Carry(x_BLD, router_state)),
+      self._embed(token_ids_BL),
       Context(self.cell, token_ids_BL, padding_mask_BL, step, rng),
       attention_state,
       keep,
     )
     x_BLD = carry.x_BLD if self.norm is None else self.norm(carry.x_BLD)
     return Hidden(x_BLD, aux, attention_state)
+
+  def layer_by_layer(
+    self,
+    token_ids_BL: jax.Array,
+    padding_mask_BL: jax.Array,
+    *,
+    attention_state: AttentionState,
+    step: jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> Iterator[tuple[Carry, Aux | None]]:
+    """Yields what the embedding and then each layer passes on, with its `Aux`.
+
+    It is what `hidden` computes, for those who look for where something begins;
+    without a scan, so what compiles grows with the layers.
+    """
+    context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
+    carry = self._embed(token_ids_BL)
+    yield carry, None
+    for period, of_blocks, of_period in self._each_period(
+      context, attention_state
+    ):
+      for block, block_context, state in zip(
+        period.blocks,
+        of_period.split(len(period.blocks)),
+        _unstack(of_blocks, len(period.blocks)),
+        strict=True,
+      ):
+        carry, aux, _ = block(carry, block_context, state)
+        yield carry, aux
+
+  def _each_period(
+    self, context: Context, attention_state: AttentionState
+  ) -> Iterator[tuple[Period, AttentionState, BlockContext]]:
+    """Yields the prefix, and every period, with what its blocks are given."""
+    of_prefix, of_periods = self._by_period(attention_state)
+    for_prefix, for_periods = context.split(2)
+    key_pe_AW = None if self.key_pe_AW is None else self.key_pe_AW[...]
+
+    def given(rng: jax.Array | None) -> BlockContext:
+      return BlockContext(
+        context.cell,
+        context.token_ids_BL,
+        context.padding_mask_BL,
+        context.step,
+        rng,
+        key_pe_AW,
+      )
+
+    yield self.prefix, of_prefix, given(for_prefix.rng)
+    if self.periods is None:
+      return
+    graphdef, params = nnx.split(self.periods)
+    rngs = for_periods.rng
+    if rngs is not None:
+      rngs = jax.random.split(rngs, self.repeats)
+    for i in range(self.repeats):
+      own = jax.tree.map(operator.itemgetter(i), (params, of_periods, rngs))
+      yield nnx.merge(graphdef, own[0]), own[1], given(own[2])
+
+  def _embed(self, token_ids_BL: jax.Array) -> Carry:
+    """Returns what the first layer is given."""
+    table_VD = self.embed_VD[...].astype(self.dtype)
+    with jax.named_scope('embedding'):
+      x_BLD = look_up(table_VD, token_ids_BL, mesh=self.mesh)
+    router_state = start(self.cell, token_ids_BL.size, self.num_residual_logits)
+    return self._shard(Carry(x_BLD, router_state))
 
   def start(self, batch_size: int) -> AttentionState:
     """Returns what attention remembers at the beginning of a text."""

@@ -5,20 +5,34 @@
 It reads every checkpoint whole and holds it to its digests, looks for steps
 that metrics.jsonl lacks, and says what the same command would do. It writes
 nothing, also where the run is damaged or still trains.
+
+  moe_jax doctor --workdir=runs/mine --replay --step=120
+
+does that step again, from the nearest checkpoint before it and the position of
+the data alone. It tells where the first number is that is not finite, in the
+state, the forward pass or the gradient, and whether metrics.jsonl has the same
+numbers, bit for bit.
 """
 
-import json as json_lib
 import sys
 
 from absl import flags
 
-from moe_jax import cli, runtime
+from moe_jax import cli, runtime, strict_json
+from moe_jax.errors import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """Defines how it is told."""
+  """Defines how it is told, and what is done again by which processes."""
+  cli.define_process_flags(values)
   flags.DEFINE_boolean(
     'json', False, 'print one JSON object', flag_values=values
+  )
+  flags.DEFINE_boolean(
+    'replay', False, 'do the step --step again', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'step', None, 'the step that --replay does again', flag_values=values
   )
 
 
@@ -26,12 +40,15 @@ def run() -> None:
   """Examines the workdir that the command line names, and prints it.
 
   Raises:
-    UserError: There is no such directory.
+    UserError: There is no such directory, or no such step.
     SystemExit: 1 if a checkpoint, or the config, is damaged.
   """
   options, _ = cli.read(
     sys.argv, define_flags, workdir=True, about=__doc__ or ''
   )
+  if options['replay'] or options['step'] is not None:
+    _replay()
+    return
   # A run that trains may have the accelerators, and nothing here needs one.
   runtime.silence_libtpu()
   import jax
@@ -44,9 +61,27 @@ def run() -> None:
     options['workdir'],
     lambda line: print(line, file=sys.stderr) if not as_json else None,
   )
-  print(json_lib.dumps(found) if as_json else health.text(found))
+  print(strict_json.dumps(found) if as_json else health.text(found))
   if found['config'] or any(each['reason'] for each in found['checkpoints']):
     raise SystemExit(1)
+
+
+def _replay() -> None:
+  """Does the step again that the command line names, and prints what it did."""
+  # Which allocator there is has to be known before jax is imported.
+  runtime.configure_malloc()
+  runtime.silence_libtpu()
+  config, values = cli.parse(sys.argv, define_flags)
+  workdir, step = values.pop('workdir'), values.pop('step')
+  if not values.pop('replay') or step is None or values.pop('json'):
+    raise UserError('--replay and --step=N go together, and without --json')
+  from moe_jax.parallel import launch, multihost
+  from moe_jax.training import replay
+
+  launch.initialize(**values)
+  found = replay.replay(config, workdir, step)
+  if multihost.is_main_process():
+    print(found.text())
 
 
 def main() -> None:

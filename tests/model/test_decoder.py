@@ -187,3 +187,32 @@ def test_depth_does_not_grow_the_program() -> None:
     return len(lowered.as_text().splitlines())
 
   assert lines(24) <= 1.02 * lines(4)
+
+
+@pytest.mark.parametrize('name', fast_only(['cartesian rmoe'], tiny.MODELS))
+def test_layer_by_layer_is_what_the_scan_computes(name: str) -> None:
+  """With a dense layer before the periods and one in each, and dropout."""
+  made = tiny.config(
+    **tiny.MODELS[name],
+    **{'model.num_layers': 5, 'moe.first_dense': 1, 'moe.every': 2},
+    **{'model.dropout': 0.1},
+  )
+  graphdef, params = tiny.decoder(made)
+  model = nnx.merge(graphdef, params)
+  ids, key = random_ids(), jax.random.key(3)
+  mask = np.ones(ids.shape, bool)
+  hidden = model.hidden(ids, mask, step=jnp.int32(1), rng=key)
+  [embedding, *layers] = model.layer_by_layer(
+    ids,
+    mask,
+    attention_state=model.start(len(ids)),
+    step=jnp.int32(1),
+    rng=key,
+  )
+  assert embedding[1] is None and len(layers) == 5
+  carry, _ = layers[-1]
+  np.testing.assert_allclose(
+    model.norm(carry.x_BLD), hidden.x_BLD, rtol=1e-5, atol=1e-5
+  )
+  counts = [aux.load.counts_N for _, aux in layers if aux is not None]
+  np.testing.assert_array_equal(np.stack(counts), hidden.aux.counts_N)
