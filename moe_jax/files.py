@@ -112,6 +112,18 @@ def check_regular(path: str | Path) -> None:
     raise OSError(errno.EINVAL, 'Not a regular file', os.fspath(path))
 
 
+def irregular(folder: str | Path) -> list[str]:
+  """Returns the paths below a folder that are neither files nor folders.
+
+  What links lead to counts; a link to nowhere is none of either.
+  """
+  found = []
+  for parent, _, names in os.walk(folder):
+    paths = [os.path.join(parent, name) for name in names]
+    found += [path for path in paths if not os.path.isfile(path)]
+  return sorted(found)
+
+
 def read_text(path: str | Path) -> str:
   """Returns the text of a file in UTF-8, without a byte order mark.
 

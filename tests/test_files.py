@@ -66,3 +66,16 @@ def test_patterns(tmp_path: Path) -> None:
         files.refuse_ambiguous('workdir', str(path))
     else:
       files.refuse_ambiguous('workdir', str(path))
+
+
+def test_what_is_irregular_in_a_folder(tmp_path: Path) -> None:
+  (tmp_path / 'a' / 'b').mkdir(parents=True)
+  (tmp_path / 'a' / 'file').write_text('')
+  (tmp_path / 'a' / 'link').symlink_to('file')
+  assert not files.irregular(tmp_path)
+  os.mkfifo(tmp_path / 'a' / 'b' / 'pipe')
+  (tmp_path / 'a' / 'zero').symlink_to('/dev/zero')
+  assert files.irregular(tmp_path) == [
+    str(tmp_path / 'a' / 'b' / 'pipe'),
+    str(tmp_path / 'a' / 'zero'),
+  ]

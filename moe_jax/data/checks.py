@@ -1,6 +1,7 @@
 """What is refused of a data set's name, and of what was prepared earlier."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import sys
@@ -12,6 +13,9 @@ from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
 from moe_jax import errors, files
+
+# What a file system answers where a file is not there, or is something else.
+_ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def check_name(data: ConfigDict, data_dir: str | None) -> None:
@@ -92,12 +96,15 @@ def undamaged(folder: os.PathLike) -> Iterator[None]:
 
   Raises:
     UserError: The message names the folder, without which it is prepared anew.
+    OSError: The file system refuses to read what may be sound.
   """
   try:
     yield
   except (errors.UserError, MemoryError):
     raise
   except Exception as error:
+    if isinstance(error, OSError) and error.errno not in _ABSENT:
+      raise
     raise one_line(
       f'the data set prepared in {folder} is damaged: remove that folder, and'
       ' it is prepared anew',

@@ -4,12 +4,12 @@ Nothing is written, no data are read and no device is used. Whatever is damaged
 is told and passed over.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_jax import files
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.training import lock, run_dir
@@ -160,15 +160,16 @@ def _metrics(
   steps: set[int] = set()
   lines: list[bytes] = []
   try:
+    files.check_regular(path)
     lines = Path(path).read_bytes().splitlines()
   except OSError as error:
     found['wrong'] = f'{path}: {error.strerror}'
   for number, line in enumerate(lines, 1):
     try:
-      row = json.loads(line)
+      row = files.parse_json(line.decode())
       if row['split'] == 'train':
         steps.add(int(row['step']))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
       found['wrong'] = f'{path}:{number} is not a JSON object with a step'
       found['garbled'] |= number < len(lines)  # the last may be cut short
   found |= {'rows': len(lines), 'last_step': max(steps, default=0)}

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moe_jax import files
 from moe_jax.errors import UserError
 from moe_jax.training import digests
 
@@ -236,6 +237,8 @@ class SavedStep:
     if not os.path.isdir(self.path):
       what = 'a symbolic link to nothing' if os.path.islink(self.path) else ''
       raise self._damaged(f'it is {what or "no folder"}')
+    for path in files.irregular(self.path):  # reading a pipe has no end
+      raise self._damaged(f'{path} is no regular file')
     folders = [self.path, *(os.path.join(self.path, each) for each in _ITEMS)]
     marks = {
       folder: os.path.exists(os.path.join(folder, _MARKER))

@@ -1,5 +1,6 @@
 """Data that is damaged or dangerous is one line, and what it advises works."""
 
+import errno
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
@@ -91,6 +93,16 @@ def test_damaged_records(
   assert f'prepared in {folder} is damaged: remove that folder' in said
   shutil.rmtree(folder)
   assert _read(prepared) == before
+
+
+def test_what_may_be_sound_is_not_called_damaged(
+  tmp_path: pathlib.Path,
+) -> None:
+  with (
+    pytest.raises(OSError, match='Stale'),
+    checks.undamaged(epath.Path(tmp_path)),
+  ):
+    raise OSError(errno.ESTALE, 'Stale file handle')
 
 
 @pytest.mark.parametrize(

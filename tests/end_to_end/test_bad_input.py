@@ -1,5 +1,6 @@
 """What a user can get wrong: one line, exit status 2 and nothing touched."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,32 @@ def test_a_config_of_a_run_that_is_damaged(
   (tmp_path / 'config.json').write_text('{"seed": 0, ')
   line = refuse('train.py', runs.arguments(config, tmp_path))
   assert str(tmp_path / 'config.json') in line
+
+
+def test_a_config_of_a_run_that_is_a_pipe(
+  config: ConfigDict, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+  """Nobody writes to it, so reading would never end."""
+  os.mkfifo(tmp_path / 'config.json')
+  line = refuse('train.py', runs.arguments(config, tmp_path))
+  assert f'workdir {tmp_path} cannot be read: Not a regular file' in line
+
+
+@pytest.mark.parametrize('name', ['s**t', 'q?'])
+def test_a_run_whose_path_is_a_pattern_for_others(
+  name: str,
+  config: ConfigDict,
+  trained: Path,
+  tmp_path: Path,
+  refuse: Callable[..., str],
+) -> None:
+  for folder in (name, 'qa'):
+    shutil.copytree(trained, tmp_path / folder)
+  line = refuse('eval.py', runs.arguments(config, tmp_path / name))
+  assert f'workdir {tmp_path / name} is also a pattern' in line
+  flag = f'--config.train.init_from={tmp_path / name}'
+  line = refuse('train.py', [*runs.arguments(config, tmp_path / 'new'), flag])
+  assert 'train.init_from: workdir' in line and 'also a pattern' in line
 
 
 def test_evaluation_without_a_run(

@@ -104,6 +104,8 @@ def test_what_metrics_lack(workdir: Path) -> None:
   (workdir / 'metrics.jsonl').unlink()
   found = health.examine(str(workdir))['metrics']
   assert 'No such file' in found['wrong'] and found['holes'] == [[1, 6]]
+  os.mkfifo(workdir / 'metrics.jsonl')
+  assert 'Not a regular' in health.examine(str(workdir))['metrics']['wrong']
 
 
 def test_what_else_lies_there(workdir: Path) -> None:

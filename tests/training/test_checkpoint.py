@@ -250,6 +250,11 @@ DAMAGES = {
     lambda at: _largest(at / 'state').unlink(),
     'array params.layers.big',
   ),
+  'pipe': (lambda at: os.mkfifo(at / 'state/pipe'), 'pipe is no regular file'),
+  'device': (
+    lambda at: (at / 'state/zero').symlink_to('/dev/zero'),
+    'zero is no regular file',
+  ),
   'no arrays': (lambda at: shutil.rmtree(at / 'state/d'), '2/state/d/'),
   'no state': (lambda at: shutil.rmtree(at / 'state'), 'state'),
   'no description': (lambda at: (at / 'state/_METADATA').unlink(), 'state'),
@@ -671,7 +676,7 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
   for path, fragment in (
     (str(file), 'Not a directory'),
     (str(file / 'inside'), 'Not a directory'),
-    ('/proc/moe_jax/run', 'not writable'),  # not even for root
+    ('/proc/moe_jax/run', 'cannot be written'),  # not even for root
     ('gs://bucket/run', 'is a URL'),
     (str(tmp_path / 'a[1]' / 'run'), 'choose another --workdir'),
     (str(tmp_path / 'a*'), 'choose another --workdir'),
