@@ -6,6 +6,7 @@ against what is asked for.
 """
 
 import errno
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -256,7 +257,9 @@ def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
   try:
     save_file(tensors, path, metadata=_METADATA)
   except SafetensorError as error:  # which is no OSError, as the disk's are
-    raise OSError(errno.EIO, str(error)) from error
+    said = re.search(r'os error (\d+)', str(error))
+    number = int(said[1]) if said else errno.EIO
+    raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _shards(
