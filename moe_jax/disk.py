@@ -27,16 +27,18 @@ _RETRY_SECONDS = 1.0
 
 
 def refused(
-  path: str, error: OSError, remedy: str = ''
+  path: str, error: OSError, remedy: str = '', kind: str = ''
 ) -> UserError | RetryableError:
   """Returns what a path that cannot be written is told as.
 
   Args:
-    path: The file or directory, as it begins the message.
+    path: The file or directory.
     error: Why it cannot be written.
     remedy: What to do where the same command would fail again.
+    kind: What the path is, to begin the message with.
   """
-  said = f'{path} cannot be written: {error.strerror or error}'
+  name = f'{kind} {path}' if kind else path
+  said = f'{name} cannot be written: {error.strerror or error}'
   if error.errno in _FULL:
     where = error.filename if isinstance(error.filename, str) else path
     return RetryableError(
@@ -47,13 +49,16 @@ def refused(
   return UserError(f'{said}{"; " if remedy else ""}{remedy}')
 
 
-def retried(path: str, write: Callable[[], T], remedy: str = '') -> T:
+def retried(
+  path: str, write: Callable[[], T], remedy: str = '', kind: str = ''
+) -> T:
   """Returns `write()`, which is tried again after a second if it may pass.
 
   Args:
-    path: What is written, as it begins the message.
+    path: The file or directory.
     write: Writes it, whatever an earlier call has left.
     remedy: As in `refused`.
+    kind: As in `refused`.
 
   Raises:
     RetryableError: The disk is full or does not answer, both times.
@@ -63,12 +68,12 @@ def retried(path: str, write: Callable[[], T], remedy: str = '') -> T:
     return write()
   except OSError as error:
     if error.errno not in _PASSING:
-      raise refused(path, error, remedy) from error
+      raise refused(path, error, remedy, kind) from error
   time.sleep(_RETRY_SECONDS)
   try:
     return write()
   except OSError as error:
-    raise refused(path, error, remedy) from error
+    raise refused(path, error, remedy, kind) from error
 
 
 def is_full(error: BaseException) -> bool:

@@ -203,7 +203,7 @@ def _save(figure: Figure, output: str) -> None:
   try:
     figure.savefig(output, dpi=200)
   except OSError as error:
-    raise disk.refused(f'--output: {output}', error) from error
+    raise disk.refused(output, error, kind='--output:') from error
   except ValueError as error:  # an unknown ending
     raise UserError(f'--output: {output} cannot be written: {error}') from error
 

@@ -873,7 +873,7 @@ def _save(text: str, output: str) -> None:
     with open(output, 'w', encoding='utf-8', errors='xmlcharrefreplace') as f:
       f.write(text)
   except OSError as error:
-    raise disk.refused(f'--output: {output}', error) from error
+    raise disk.refused(output, error, kind='--output:') from error
 
 
 if __name__ == '__main__':

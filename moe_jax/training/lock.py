@@ -110,7 +110,7 @@ def _opened(folder: str) -> IO[str]:
       with contextlib.suppress(FileNotFoundError):
         return open(os.path.join(folder, NAME), 'a+', encoding='utf-8')
 
-  return disk.retried(folder, make, _REMEDY)
+  return disk.retried(folder, make, _REMEDY, 'workdir')
 
 
 def _is_there(file: IO[str]) -> bool:

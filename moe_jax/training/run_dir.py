@@ -150,7 +150,7 @@ class RunDir:
       self._written(lambda: replace(path, text))
 
   def _written(self, write: Callable[[], None]) -> None:
-    disk.retried(self.path, write, _REMEDY)
+    disk.retried(self.path, write, _REMEDY, 'workdir')
 
   @property
   def checkpoints(self) -> str:
@@ -319,4 +319,4 @@ def _check_writable(workdir: str) -> None:
     with tempfile.TemporaryFile(dir=above):
       pass
 
-  disk.retried(workdir, make, _REMEDY)
+  disk.retried(workdir, make, _REMEDY, 'workdir')
