@@ -291,7 +291,7 @@ def test_a_run_on_other_data(
   texts: Path,
   trained: Path,
   tmp_path: Path,
-  refuse: Callable[..., str],
+  capfd: pytest.CaptureFixture[str],
 ) -> None:
   workdir, folder = tmp_path / 'run', tmp_path / 'texts'
   shutil.copytree(trained, workdir)
@@ -302,7 +302,8 @@ def test_a_run_on_other_data(
   names = (f'more-{i}.txt' for i in range(50))
   name = next(name for name in names if folders.split_of(name) == 'train')
   (folder / name).write_text('one more')
-  line = refuse('train.py', flags)
+  capfd.readouterr()
+  line = one_line(runs.call('train.py', flags), *capfd.readouterr())
   for part in ('other data', 'documents 5 -> 6', '--config.data.changed=allow'):
     assert part in line
   assert runs.call('train.py', [*flags, '--config.data.changed=allow']) == 0

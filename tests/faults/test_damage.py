@@ -457,7 +457,7 @@ def untouched(folder: Path) -> dict[str, bytes | None]:
   return {
     path: content
     for path, content in snapshot.items()
-    if Path(path).name not in ('config.json', 'run.json')
+    if Path(path).name not in ('config.json', 'run.json', '.lock')
   }
 
 

@@ -678,9 +678,9 @@ def test_workdirs_that_cannot_be_used(tmp_path: Path) -> None:
     (str(file / 'inside'), 'Not a directory'),
     ('/proc/moe_jax/run', 'cannot be written'),  # not even for root
     ('gs://bucket/run', 'is a URL'),
-    (str(tmp_path / 'a[1]' / 'run'), 'choose another --workdir'),
-    (str(tmp_path / 'a*'), 'choose another --workdir'),
-    (str(tmp_path / 'a?'), 'choose another --workdir'),
+    (str(tmp_path / 'a[1]' / 'run'), 'choose another workdir'),
+    (str(tmp_path / 'a*'), 'choose another workdir'),
+    (str(tmp_path / 'a?'), 'choose another workdir'),
   ):
     with pytest.raises(UserError, match=fragment) as error:
       RunDir.new_or_resumed(path, make())
