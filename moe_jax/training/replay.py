@@ -8,7 +8,6 @@ data is to blame.
 
 import contextlib
 import functools
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from moe_jax import files
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
@@ -296,15 +296,17 @@ def _table(all_found: list[Found]) -> str:
 
 
 def _rows(workdir: str) -> list[dict[str, Any]]:
-  """Returns the lines of metrics.jsonl that can be read."""
+  """Returns the lines of metrics.jsonl that are of steps, without others."""
   rows = []
   with contextlib.suppress(FileNotFoundError):
     path = os.path.join(workdir, 'metrics.jsonl')
     with open(path, encoding='utf-8', errors='replace') as file:
       for line in file:
         with contextlib.suppress(ValueError):
-          rows.append(json.loads(line))
-  return rows
+          rows.append(files.parse_json(line))
+  return [
+    row for row in rows if isinstance(row, dict) and {'step', 'split'} <= {*row}
+  ]
 
 
 def _logged(rows: list[dict[str, Any]], step: int) -> dict[str, float]:
