@@ -175,9 +175,12 @@ def test_a_diverged_run_stops_and_keeps_what_was_saved(
   assert runs.call('train.py', flags) == 2
   (line,) = capfd.readouterr().err.splitlines()
   assert line.startswith('error: training has diverged at step ')
-  # What is saved is finite, and what the run goes on from.
+  # What is saved is finite, and what the run goes on from; a checkpoint that no
+  # sound step has followed is not.
   saved = runs.checkpoints(tmp_path)
+  goes_on = f'goes on from step {saved[-1]}' if saved else 'begins anew,'
   rate = 'a lower --config.optimizer.learning_rate'
-  assert f'goes on from step {saved[-1]} with {rate}' in line
-  state = runs.restore(with_values(config, values), tmp_path, saved[-1])
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  assert f'the same command {goes_on} with {rate}' in line
+  for step in saved:
+    state = runs.restore(with_values(config, values), tmp_path, step)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
