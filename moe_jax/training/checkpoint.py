@@ -178,8 +178,12 @@ class Checkpointer:
     return target
 
   def wait(self) -> None:
-    """Blocks until nothing is being saved; raises what a save failed with."""
-    self._saver.wait()
+    """Blocks until nothing is being saved; see `failed` for how it went.
+
+    Raises:
+      RetryableError: The last two saves have failed.
+    """
+    self._saver.settled()
 
   def restore(
     self, abstract_state: dict[str, Any], step: int | None = None

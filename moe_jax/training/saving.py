@@ -145,7 +145,7 @@ class Saver:
   def _given_up(self, error: Exception) -> RetryableError:
     """Returns what to say of a save that failed, and of what is there."""
     answer = os_error(error) or errno.EIO
-    self.reload()
+    self._forget_cut_save()
     steps = [step for step in self.steps() if step != self._in_flight]
     begins = f'goes on from step {steps[-1]}' if steps else 'begins anew'
     path = os.path.join(self._folder, str(self._in_flight))
