@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint import multihost
 
-from moe_jax.errors import UserError
+from moe_jax.errors import RetryableError, UserError
 
 T = TypeVar('T')
 
@@ -82,6 +82,7 @@ def fail_together(make: Callable[[], T]) -> T:
 
   Raises:
     UserError: Another process has failed.
+    RetryableError: It has, and the same command may overcome that.
   """
   if is_single_process():
     return make()
@@ -91,11 +92,13 @@ def fail_together(make: Callable[[], T]) -> T:
   except Exception as caught:
     error = caught
   _wait_for_all()
-  failed = multihost_utils.process_allgather(np.array(error is not None))
+  mine = np.array([error is not None, not isinstance(error, RetryableError)])
+  failed, final = multihost_utils.process_allgather(mine).T
   if error is not None:
     raise error
   if failed.any():
-    raise UserError(
+    kind = UserError if (failed & final).any() else RetryableError
+    raise kind(
       f'process {failed.argmax()} of {len(failed)} has failed; its own message'
       ' says why'
     )

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.errors import UserError
+from moe_jax.errors import RetryableError, UserError
 from moe_jax.parallel import launch, multihost
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
@@ -76,12 +77,15 @@ def check_agreement(folder: Path, patience: float) -> None:
 
   assert multihost.first_process_first(make)
 
-  def fail() -> None:
-    if not first:
-      raise UserError('no disk')
+  for kind in (UserError, RetryableError):
 
-  expected = 'process 1 of 2 has failed' if first else 'no disk'
-  assert expected in message(lambda: multihost.fail_together(fail))
+    def fail(kind: type[Exception] = kind) -> None:
+      if not first:
+        raise kind('no disk')
+
+    expected = 'process 1 of 2 has failed' if first else 'no disk'
+    with pytest.raises(kind, match=expected):
+      multihost.fail_together(fail)
   assert multihost.assert_equal(7, 'x') == 7
   found = message(
     lambda: multihost.assert_equal(jax.process_index(), 'the newest step')
