@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 # Tests compile far longer than they compute: nothing is optimised, and loops
@@ -32,6 +33,26 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 # Programs stay in memory until they are dropped; a worker is to hold less than
 # 1.5 GB.
 _ENOUGH = 900 << 20
+
+
+@pytest.fixture(scope='session', autouse=True)
+def interruptible() -> Iterator[None]:
+  """Programs that the tests start heed SIGINT and SIGHUP.
+
+  A shell's jobs in the background ignore the one, those of nohup the other, and
+  so would their children.
+  """
+  heeded = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+  }
+  before = {number: signal.getsignal(number) for number in heeded}
+  for number, handler in before.items():
+    if handler is signal.SIG_IGN:
+      signal.signal(number, heeded[number])
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 @pytest.fixture(scope='module', autouse=True)

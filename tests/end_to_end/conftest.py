@@ -1,8 +1,7 @@
 """A small text folder, and configs that read it."""
 
-import signal
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,6 @@ def _names(split: str) -> list[str]:
   """Names of files that belong to `split`."""
   names = (f'part-{i}.txt' for i in range(200))
   return [name for name in names if folders.split_of(name) == split]
-
-
-@pytest.fixture(scope='session', autouse=True)
-def interruptible() -> Iterator[None]:
-  """Programs that the tests start heed SIGINT.
-
-  A shell's jobs in the background ignore it, and so would their children.
-  """
-  before = signal.getsignal(signal.SIGINT)
-  if before is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope='session')
