@@ -110,6 +110,7 @@ def test_keeps_the_newest_checkpoints_and_every_nth(
   # Saved: 5, 10, 15, 20 and the last, 24. Kept: two newest, tenth steps.
   assert runs.checkpoints(workdir) == [10, 20, 24]
   assert {path.name for path in workdir.iterdir()} == {
+    '.lock',
     'checkpoints',
     'config.json',
     'metrics.jsonl',

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,10 @@ def test_leaving_ends_what_runs(
     Pool([Share()], {}) as programs,
   ):
     for _ in programs.run([job]):
+      # A process that has just begun has no command line for a moment.
+      deadline = time.monotonic() + 20
+      while not processes.naming(workdir) and time.monotonic() < deadline:
+        time.sleep(0.01)
       assert len(processes.naming(workdir)) == 1
       raise RuntimeError('a fault')
   assert not processes.naming(workdir)
