@@ -44,9 +44,18 @@ def refused(
     return RetryableError(
       f'{said}{_free(where)}; make room, then the same command goes on'
     )
-  if error.errno in _PASSING:
+  if passes(error.errno or 0):
     return RetryableError(f'{said}; the same command goes on when it can')
   return UserError(f'{said}{"; " if remedy else ""}{remedy}')
+
+
+def passes(number: int) -> bool:
+  """Returns whether the same command may go on, once that error is no more.
+
+  Args:
+    number: One of `errno`.
+  """
+  return number in _PASSING
 
 
 def retried(

@@ -78,10 +78,10 @@ def _replay() -> None:
   from moe_jax.parallel import launch, multihost
   from moe_jax.training import replay
 
-  launch.initialize(**values)
-  found = replay.replay(config, workdir, step)
-  if multihost.is_main_process():
-    print(found.text())
+  with launch.joined(**values):
+    found = replay.replay(config, workdir, step)
+    if multihost.is_main_process():
+      print(found.text())
 
 
 def main() -> None:

@@ -224,7 +224,8 @@ class Checkpointer:
       try:
         restored = self._restored(self._saved(step), abstract_state)
       except DamagedError as error:
-        errors[step] = error
+        # Not itself: it holds on to the arrays that were read.
+        errors[step] = DamagedError(str(error))
         if not self._falls_back():
           raise DamagedError(f'{error}; {self._remedy(step)}') from error
         continue

@@ -5,14 +5,14 @@ is told and passed over.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax import files
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
-from moe_jax.training import lock, run_dir
+from moe_jax.training import lock, metrics_writer, run_dir
 from moe_jax.training.saved_step import DamagedError, SavedStep, named_steps
 
 Tell = Callable[[str], None]
@@ -167,7 +167,7 @@ def _metrics(
   for number, line in enumerate(lines, 1):
     try:
       row = files.parse_json(line.decode())
-      if row['split'] == 'train':
+      if row.get('split') == 'train':
         steps.add(int(row['step']))
     except (ValueError, TypeError, KeyError):
       found['wrong'] = f'{path}:{number} is not a JSON object with a step'
@@ -175,22 +175,10 @@ def _metrics(
   found |= {'rows': len(lines), 'last_step': max(steps, default=0)}
   if plan is not None:
     end = max(found['last_step'], newest or 0)
-    every = plan.log_every
-    found['holes'] = list(_holes(steps, every, end))[:_LARGEST_HOLES]
+    if every := plan.log_every:
+      holes = metrics_writer.holes(sorted(steps), every, end)
+      found['holes'] = [list(hole) for hole in holes[:_LARGEST_HOLES]]
   return found
-
-
-def _holes(steps: set[int], every: int, end: int) -> Iterator[list[int]]:
-  """Yields the first and last step of each stretch that is not logged."""
-  first = None
-  for step in range(every, end + 1, every) if every else ():
-    if step not in steps and first is None:
-      first = step
-    elif step in steps and first is not None:
-      yield [first, step - every]
-      first = None
-  if first is not None:
-    yield [first, end // every * every]
 
 
 def _described_metrics(metrics: dict[str, Any]) -> str:

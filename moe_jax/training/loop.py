@@ -200,6 +200,8 @@ def _steps(
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
     if not stopped and _evaluates(run, step):
+      if trouble := recovery.trouble():
+        return state, step, trouble
       _evaluate(run, state, step)
       stopped = signals.stops()
       last |= stopped
@@ -217,8 +219,8 @@ def _save(
 ) -> Trouble | None:
   """Saves a checkpoint, if it is to; returns why its numbers forbid it.
 
-  After a step that changed nothing it waits for one that did: only that shows
-  that the parameters can be gone on with.
+  None is saved after a step that changed nothing, unless it is the last: only
+  one that did shows that the parameters can be gone on with.
   """
   recovery = run.recovery
   # First: what is written of a step outlives a kill during the save.
@@ -241,20 +243,18 @@ def _go_back(run: _Run, trouble: Trouble) -> tuple[TrainState, int]:
   """Returns the newest checkpoint and its step; other data follows it."""
   setup, checkpointer = run.setup, run.checkpointer
   waits_for('going back to a checkpoint')
-  step = _last_sound(run)
-  data = {} if step is None else checkpointer.data(step)
+  _set_cause_aside(run)
+  restored = checkpointer.resume(setup.abstract)
+  step = restored.step if restored else None
+  data = checkpointer.data(restored.step) if restored else {}
   position = run.recovery.go_back(trouble, step, data)
-  assert step is not None  # go_back refuses that
-  state = checkpointer.restore(setup.abstract, step).state
+  assert restored is not None  # go_back refuses that
   run.batches.seek(position)
-  return forgetting(setup, state), step
+  return forgetting(setup, restored.state), restored.step
 
 
-def _last_sound(run: _Run) -> int | None:
-  """Returns the step of the newest checkpoint; None if there is none.
-
-  One that may be the cause itself is set aside.
-  """
+def _set_cause_aside(run: _Run) -> None:
+  """Sets the newest checkpoint aside where it may be the cause itself."""
   checkpointer = run.checkpointer
   checkpointer.wait()
   if run.recovery.sets_aside(steps := checkpointer.steps()):
@@ -262,7 +262,6 @@ def _last_sound(run: _Run) -> int | None:
     run.logger.say(
       f'no step after checkpoint {steps[-1]} was sound: it is now {path}'
     )
-  return checkpointer.latest()
 
 
 def _evaluates(run: _Run, step: int) -> bool:

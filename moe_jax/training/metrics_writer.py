@@ -127,6 +127,7 @@ class MetricsWriter:
   def close(self) -> None:
     """Closes the files."""
     if self._active:
+      self._active = False
       os.close(self._file)
       self._events.close()
 

@@ -149,7 +149,12 @@ class Recovery:
     self._config = setup.config
     self._workdir = workdir
     self._logger = logger
-    self._last_sound_step = 0
+    # A checkpoint that a sound step has followed is not doubted, though this
+    # start has not seen that step.
+    saved_step = int(data.get('step', 0))
+    bad_steps = int(data.get('recovery', {}).get('bad_steps', 0))
+    self._last_sound_step = saved_step - bad_steps
+    self._resumed_step = saved_step if data else None
     self._all_finite = jax.jit(
       _all_finite, out_shardings=mesh_lib.replicated(setup.mesh)
     )
@@ -218,14 +223,17 @@ class Recovery:
     """Returns whether the newest of these checkpoints may be the cause.
 
     It may if no sound step has followed it: then one before it is better, and
-    none at all is if nothing else is left to try.
+    none at all is if nothing else is left to try, unless this start began from
+    it: what it was made of would be lost.
 
     Args:
       steps: The steps that there are checkpoints of, ascending.
     """
     if not steps or self._last_sound_step > steps[-1]:
       return False
-    return len(steps) > 1 or self._is_exhausted
+    if len(steps) > 1:
+      return True
+    return self._is_exhausted and steps[-1] != self._resumed_step
 
   @property
   def _is_exhausted(self) -> bool:

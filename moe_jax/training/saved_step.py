@@ -317,6 +317,8 @@ def os_error(error: BaseException | None) -> int | None:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
       return int(code[1])
+    if isinstance(error, TimeoutError):  # Orbax', of another process
+      return errno.ETIMEDOUT
     if isinstance(error, OSError):
       return error.errno
     error = error.__cause__

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe_jax.errors import RetryableError
+from moe_jax import disk
+from moe_jax.errors import RetryableError, UserError
 from moe_jax.parallel import multihost
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.saved_step import named_steps, os_error
@@ -142,14 +143,15 @@ class Saver:
       shutil.rmtree(path, ignore_errors=True)
     self.reload()  # the old ones that it would have replaced
 
-  def _given_up(self, error: Exception) -> RetryableError:
+  def _given_up(self, error: Exception) -> RetryableError | UserError:
     """Returns what to say of a save that failed, and of what is there."""
     answer = os_error(error) or errno.EIO
     self._forget_cut_save()
     steps = [step for step in self.steps() if step != self._in_flight]
     begins = f'goes on from step {steps[-1]}' if steps else 'begins anew'
     path = os.path.join(self._folder, str(self._in_flight))
-    return RetryableError(
+    kind = RetryableError if disk.passes(answer) else UserError
+    return kind(
       f'checkpoint {path} cannot be written: {os.strerror(answer)}; mend that,'
       f' and the same command {begins}'
     )
@@ -220,6 +222,18 @@ class _StepNames(ocp.path.step.NameFormat[_Step]):
     return _Step(step=step, path=epath.Path(base_path) / str(step))
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which does not ask whether the run is to stop.
+
+  It would ask with its steps where `training.signals` counts in its own: jax
+  then stops a run at a step that lies far off, or behind.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 def _manager(run: RunDir) -> ocp.CheckpointManager:
   """Returns the manager of a run's checkpoints."""
   # Not Orbax's own read_only, which prints a warning: without a save, only
@@ -233,7 +247,7 @@ def _manager(run: RunDir) -> ocp.CheckpointManager:
     save_root_metadata=False,
     step_name_format=_StepNames(),
   )
-  return ocp.CheckpointManager(
+  return _Manager(
     run.checkpoints,
     options=options,
     item_handlers={

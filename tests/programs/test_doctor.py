@@ -88,14 +88,14 @@ def test_older_checkpoints_are_read(workdir: Path) -> None:
 
 
 def test_what_metrics_lack(workdir: Path) -> None:
-  log(workdir, [1, 2, 5])
+  log(workdir, [1, 2, 4, 5])
   found = health.examine(str(workdir))
-  assert found['metrics']['holes'] == [[3, 4], [6, 6]]
-  assert 'steps 3 to 4 lack; steps 6 to 6 lack' in health.text(found)
+  assert found['metrics']['holes'] == [[3, 3], [6, 6]]
+  assert 'steps 3 to 3 lack; steps 6 to 6 lack' in health.text(found)
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write('{"step"')
   wrong = health.examine(str(workdir))['metrics']['wrong']
-  assert 'metrics.jsonl:4 is not a JSON object with a step' in wrong
+  assert 'metrics.jsonl:5 is not a JSON object with a step' in wrong
   log(workdir, range(1, 7))
   with (workdir / 'metrics.jsonl').open('r+') as file:
     file.write('garbled')
