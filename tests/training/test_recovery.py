@@ -2,11 +2,15 @@
 
 import json
 import math
+import types
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from moe_jax.training.recovery import Policy, position_of
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.training.recovery import Policy, Recovery, position_of
 from tests.helpers import tiny
 
 
@@ -76,3 +80,21 @@ def test_an_older_checkpoint_has_read_as_many_batches_as_steps() -> None:
   assert position_of(7, {}) == 7
   assert position_of(7, {'position': None}) == 7
   assert position_of(7, {'position': 107, 'skipped': [[3, 100]]}) == 107
+
+
+@pytest.mark.parametrize('rollbacks', [0, 3])
+def test_what_a_run_began_from_is_kept(rollbacks: int) -> None:
+  config = tiny.config(**{'recovery.rollbacks': rollbacks})
+  mesh = mesh_lib.from_config(config, jax.devices())
+  setup = types.SimpleNamespace(config=config, mesh=mesh)
+
+  def sets_aside(data: dict[str, Any], steps: list[int]) -> bool:
+    recovery = Recovery(setup, '', None, data)  # type: ignore[arg-type]
+    return recovery.sets_aside(steps)
+
+  # The newest may hold what makes it fail; those before it have been followed.
+  assert sets_aside({'step': 3000}, [1000, 2000, 3000])
+  assert not sets_aside({'step': 3000}, [1000, 2000])
+  # Of the only one, a run that was begun from it would lose all.
+  assert not sets_aside({'step': 0}, [0])
+  assert sets_aside({}, [5]) == (rollbacks == 0)
