@@ -41,6 +41,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     'data.dir': tmp_path_factory.mktemp('prepared'),
     'router.recurrent': 'gru',
     'train.steps': STEPS,
+    'train.batch_size': 8,  # which the eight devices of the tests divide
     'checkpoint.every': EVERY,
     'eval.every': 3 * EVERY,
     'eval.evaluations': 'perplexity',
