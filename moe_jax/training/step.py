@@ -149,8 +149,8 @@ def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
 
   Not optax.apply_if_finite: that would add its counters to the optimizer state
   of every checkpoint, knows no loss and no memory, and after a while accepts
-  what is not finite. A select reads the state once more (0.6 % of a step of the
-  quickstart on a CPU); a branch would not, but makes a GPU's host wait.
+  what is not finite. A select reads the state once more; a branch would not,
+  but may keep a GPU's host waiting for the condition.
   """
   return {
     name: jax.tree.map(

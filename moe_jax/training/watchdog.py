@@ -20,7 +20,7 @@ _waiting = ('the start', 0.0)
 def waits_for(what: str) -> None:
   """Says that what went before has ended, and what is waited for now.
 
-  It costs about a microsecond, so it may be called at every step.
+  It only sets a variable, so it may be called at every step.
 
   Args:
     what: For example 'step 12', for the line that the watchdog prints.
@@ -67,7 +67,7 @@ class Watchdog:
       what, since = waiting = _waiting
       if waiting != seen:
         # Should something keep this thread, too, from running. It is only set
-        # here, for it takes tens of microseconds.
+        # here and not at every step, for it starts a thread.
         faulthandler.dump_traceback_later(
           self._seconds + 5, exit=self._ends, file=_STDERR
         )
