@@ -249,15 +249,11 @@ class Checkpointer:
     """Returns what the same command will do if this process ends now.
 
     It only looks at names of folders, so any thread may call it.
-
-    Raises:
-      OSError: There is no such folder yet.
     """
-    names = os.listdir(self._run.checkpoints)
-    steps = [int(name) for name in names if name.isdecimal()]
+    steps = named_steps(self._run.checkpoints)
     if not steps:
       return 'there is no checkpoint yet, so the same command begins anew'
-    return f'the same command goes on from step {max(steps)}'
+    return f'the same command goes on from step {steps[-1]}'
 
   def _restored(
     self, saved: SavedStep, abstract_state: dict[str, Any]
@@ -283,7 +279,8 @@ class Checkpointer:
         f'checkpoint {saved.path} is damaged: another process cannot read it'
       )
     saved.verify(state)
-    return saved.restored({name: state[name] for name in abstract_state})
+    asked = {name: state[name] for name in abstract_state}
+    return Restored(saved.step, asked, saved.data)
 
   def _saved(self, step: int) -> SavedStep:
     return SavedStep(self._run.checkpoints, step)

@@ -13,7 +13,12 @@ from moe_jax import files
 from moe_jax.config import saved as saved_config
 from moe_jax.errors import UserError
 from moe_jax.training import lock, metrics_writer, run_dir
-from moe_jax.training.saved_step import DamagedError, SavedStep, named_steps
+from moe_jax.training.saved_step import (
+  UNFINISHED,
+  DamagedError,
+  SavedStep,
+  named_steps,
+)
 
 Tell = Callable[[str], None]
 
@@ -50,14 +55,15 @@ def examine(workdir: str, tell: Tell = lambda line: None) -> dict[str, Any]:
   if not os.path.isdir(workdir):
     raise UserError(f'workdir {workdir} is no folder; give that of a run')
   plan, wrong = _plan(workdir)
-  folder = os.path.join(os.path.abspath(workdir), 'checkpoints')
+  above = os.path.abspath(workdir)
+  folder = os.path.join(above, run_dir.CHECKPOINTS)
   saved = [_checkpoint(folder, step, tell) for step in named_steps(folder)]
   found: dict[str, Any] = {
     'workdir': workdir,
     'config': wrong,
     'checkpoints': saved,
-    'set_aside': _paths(f'{folder}-damaged', ''),
-    'unfinished': _paths(folder, '.orbax-checkpoint-tmp'),
+    'set_aside': _paths(os.path.join(above, run_dir.DAMAGED), ''),
+    'unfinished': _paths(folder, UNFINISHED),
     'metrics': _metrics(workdir, plan, _newest(saved)),
     'lock': lock.holder(workdir),
     'crash': _last_line(os.path.join(workdir, 'crash.txt')),

@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     restored = checkpointer.resume(setup.abstract)
     params = None if restored else init_from.params(setup)
     start, position = (restored.step, restored.position) if restored else (0, 0)
-    data = checkpointer.data(start) if restored else {}
+    data = restored.data if restored else {}
     with contextlib.closing(Batches(setup, sequences, position)) as batches:
       run.claim(record(setup, workdir, start))
       state = restored.state if restored else setup.init(params)
@@ -245,9 +245,7 @@ def _go_back(run: _Run, trouble: Trouble) -> tuple[TrainState, int]:
   waits_for('going back to a checkpoint')
   _set_cause_aside(run)
   restored = checkpointer.resume(setup.abstract)
-  step = restored.step if restored else None
-  data = checkpointer.data(restored.step) if restored else {}
-  position = run.recovery.go_back(trouble, step, data)
+  position = run.recovery.go_back(trouble, restored)
   assert restored is not None  # go_back refuses that
   run.batches.seek(position)
   return forgetting(setup, restored.state), restored.step

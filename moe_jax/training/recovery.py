@@ -26,6 +26,7 @@ from moe_jax.config.saved import SKIPPED_STEP
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.logger import Logger
+from moe_jax.training.saved_step import Restored
 from moe_jax.training.state import Setup, TrainState
 
 # The standard deviation of a normal distribution over its MAD.
@@ -239,15 +240,12 @@ class Recovery:
   def _is_exhausted(self) -> bool:
     return self.rollbacks >= self._config.recovery.rollbacks
 
-  def go_back(
-    self, trouble: Trouble, step: int | None, data: Mapping[str, Any]
-  ) -> int:
+  def go_back(self, trouble: Trouble, restored: Restored | None) -> int:
     """Goes back to a checkpoint, and leaves out data.
 
     Args:
       trouble: Why.
-      step: The step of the checkpoint; None where there is none.
-      data: What is saved of it beside its arrays.
+      restored: The checkpoint; None where there is none.
 
     Returns:
       The position of the next batch to read.
@@ -255,14 +253,15 @@ class Recovery:
     Raises:
       UserError: The run has gone back too often, or cannot.
     """
-    if step is None or self._is_exhausted:
+    if restored is None or self._is_exhausted:
+      step = restored.step if restored else None
       raise UserError(self._report(trouble, step))
+    step, first = restored.step, restored.position
     # A checkpoint once followed by a sound step is not doubted again.
     self._last_sound_step = min(self._last_sound_step, step + 1)
-    first = position_of(step, data)
     position = trouble.position + self._config.recovery.skip_batches
     rollbacks = self.rollbacks + 1
-    self.begin(data)
+    self.begin(restored.data)
     self.rollbacks = rollbacks
     self.skipped.append((first, position - first))
     self._logger.went_back(
@@ -315,17 +314,6 @@ class Recovery:
       f' {self._config.recovery.rollbacks}; `moe_jax doctor --workdir={workdir}'
       f' --replay --step={trouble.step}` says where it begins'
     )
-
-
-def position_of(step: int, data: Mapping[str, Any]) -> int:
-  """Returns how many batches a run had read when a checkpoint was saved.
-
-  Args:
-    step: The step of the checkpoint.
-    data: What is saved of it beside its arrays; older runs skipped no data.
-  """
-  position = data.get('position')
-  return step if position is None else int(position)
 
 
 def forgetting(setup: Setup, state: TrainState) -> TrainState:

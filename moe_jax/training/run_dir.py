@@ -20,6 +20,7 @@ from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 from moe_jax.training import lock
 
+CHECKPOINTS, DAMAGED = 'checkpoints', 'checkpoints-damaged'
 _REMEDY = 'choose another --workdir'
 
 
@@ -155,12 +156,12 @@ class RunDir:
   @property
   def checkpoints(self) -> str:
     """The absolute path of the folder of the run's checkpoints."""
-    return os.path.abspath(os.path.join(self.path, 'checkpoints'))
+    return os.path.abspath(os.path.join(self.path, CHECKPOINTS))
 
   @property
   def damaged(self) -> str:
     """The absolute path of the folder of checkpoints that were set aside."""
-    return os.path.abspath(os.path.join(self.path, 'checkpoints-damaged'))
+    return os.path.abspath(os.path.join(self.path, DAMAGED))
 
   def aside(self, step: int) -> str:
     """Returns where to set the checkpoint of a step aside: a free path."""
@@ -296,10 +297,10 @@ def _refuse(
 def check_kinds(workdir: str) -> None:
   """Raises a UserError for a file where a folder belongs, or a folder."""
   for name, is_right, kind in (
-    ('checkpoints', os.path.isdir, 'folder'),
+    (CHECKPOINTS, os.path.isdir, 'folder'),
     ('metrics.jsonl', os.path.isfile, 'file'),
     ('tensorboard', os.path.isdir, 'folder'),
-    ('checkpoints-damaged', os.path.isdir, 'folder'),
+    (DAMAGED, os.path.isdir, 'folder'),
   ):
     path = os.path.join(workdir, name)
     if os.path.lexists(path) and not is_right(path):

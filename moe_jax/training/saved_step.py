@@ -27,6 +27,7 @@ from moe_jax.training import digests
 VOCABULARY = 'dictionary'  # how checkpoints have always spelt it
 _CHECKSUM = 'checksum'
 _MARKER = 'commit_success.txt'  # what Orbax writes last
+UNFINISHED = '.orbax-checkpoint-tmp'  # ends the name of a save until then
 _NUMBER = re.compile(r'0|[1-9]\d*')
 _ITEMS = ('state', 'data', 'config')
 _GIVEN_UP = 'Event loop is closed'  # what reads say that end after a failure
@@ -45,15 +46,26 @@ class Restored(NamedTuple):
   Attributes:
     step: The number of steps done.
     state: The arrays.
-    position: The number of batches read from the stream.
-    skipped: Stretches of the stream that are not trained on: the first
-      position of each, and how many batches.
+    data: The item `data`; older runs have fewer entries or none.
   """
 
   step: int
   state: dict[str, Any]
-  position: int
-  skipped: tuple[tuple[int, int], ...] = ()
+  data: Mapping[str, Any]
+
+  @property
+  def position(self) -> int:
+    """The number of batches read from the stream."""
+    position = self.data.get('position')
+    return self.step if position is None else int(position)
+
+  @property
+  def skipped(self) -> tuple[tuple[int, int], ...]:
+    """Stretches of the stream that are not trained on.
+
+    The first position of each, and how many batches.
+    """
+    return tuple((int(at), int(n)) for at, n in self.data.get('skipped', ()))
 
 
 def named_steps(checkpoints: str) -> list[int]:
@@ -133,12 +145,6 @@ class SavedStep:
     self._check_step('data/metadata', kept.get('step', self.step))
     self._check_position(kept)
     return kept
-
-  def restored(self, state: dict[str, Any]) -> Restored:
-    """Returns a state, with what the item `data` says of it."""
-    skipped = tuple((int(at), int(n)) for at, n in self.data.get('skipped', ()))
-    position = self.data.get('position', self.step)
-    return Restored(self.step, state, position, skipped)
 
   @functools.cached_property
   def leaves(self) -> dict[str, Any]:

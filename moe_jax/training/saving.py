@@ -18,9 +18,8 @@ from moe_jax import disk
 from moe_jax.errors import RetryableError, UserError
 from moe_jax.parallel import multihost
 from moe_jax.training.run_dir import RunDir
-from moe_jax.training.saved_step import named_steps, os_error
+from moe_jax.training.saved_step import UNFINISHED, named_steps, os_error
 
-_TEMPORARY = '.orbax-checkpoint-tmp'  # ends the name of an unfinished save
 _CLEANING_SECONDS = 60  # at the most, to remove what cut saves left
 
 
@@ -138,7 +137,7 @@ class Saver:
   def _forget_cut_save(self) -> None:
     """Frees the space that the failed save took."""
     if multihost.is_main_process():
-      name = f'{self._in_flight}{_TEMPORARY}'
+      name = f'{self._in_flight}{UNFINISHED}'
       path = os.path.join(self._folder, name)
       shutil.rmtree(path, ignore_errors=True)
     self.reload()  # the old ones that it would have replaced

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training.recovery import Policy, Recovery, position_of
+from moe_jax.training.recovery import Policy, Recovery
+from moe_jax.training.saved_step import Restored
 from tests.helpers import tiny
 
 
@@ -77,9 +78,10 @@ def test_going_on_from_what_was_saved_decides_alike() -> None:
 
 
 def test_an_older_checkpoint_has_read_as_many_batches_as_steps() -> None:
-  assert position_of(7, {}) == 7
-  assert position_of(7, {'position': None}) == 7
-  assert position_of(7, {'position': 107, 'skipped': [[3, 100]]}) == 107
+  assert Restored(7, {}, {}).position == 7
+  assert Restored(7, {}, {'position': None}).position == 7
+  skipped = {'position': 107, 'skipped': [[3, 100]]}
+  assert Restored(7, {}, skipped).position == 107
 
 
 @pytest.mark.parametrize('rollbacks', [0, 3])
