@@ -4,7 +4,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -80,17 +79,8 @@ def finish(config: ConfigDict, workdir: Path, env: dict[str, str]) -> str:
   return out
 
 
-def timeless(workdir: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl without what the clock says."""
-  rows = runs.rows(workdir)
-  for row in rows:
-    for name in ('tokens_per_second', 'tflops_per_second', 'mfu'):
-      row.pop(name, None)
-  return rows
-
-
 def assert_same_run(config: ConfigDict, workdir: Path, straight: Path) -> None:
-  assert timeless(workdir) == timeless(straight)
+  assert runs.timeless_rows(workdir) == runs.timeless_rows(straight)
   resumed = runs.restore(config, workdir, STEPS)
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -145,7 +135,7 @@ def test_goes_on_on_another_mesh(
   mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 2}
   flags = [f'--config.{axis}={size}' for axis, size in mesh.items()]
   assert runs.call('train.py', runs.arguments(config, halfway) + flags) == 0
-  rows, expected = timeless(halfway), timeless(straight)
+  rows, expected = runs.timeless_rows(halfway), runs.timeless_rows(straight)
   assert [row['step'] for row in rows] == [row['step'] for row in expected]
   np.testing.assert_allclose(
     [row['loss'] for row in rows],

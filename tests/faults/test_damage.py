@@ -461,14 +461,6 @@ def untouched(folder: Path) -> dict[str, bytes | None]:
   }
 
 
-def timeless(workdir: Path) -> list[dict[str, Any]]:
-  rows = runs.rows(workdir)
-  for row in rows:
-    for name in ('tokens_per_second', 'tflops_per_second', 'mfu'):
-      row.pop(name, None)
-  return rows
-
-
 def digests_of(workdir: Path, step: int) -> dict[str, str]:
   """What every array of a checkpoint is; it is read and verified."""
   saved = saved_step.SavedStep(str(workdir / 'checkpoints'), step)
@@ -523,7 +515,7 @@ def test_each_kind_is_told_and_survived(
     lines = [line for line in err.splitlines() if 'set aside' in line]
     assert len(lines) == 1 and kind.told in lines[0], err
     assert len(os.listdir(workdir / 'checkpoints-damaged')) == 1
-  assert timeless(workdir) == timeless(straight)
+  assert runs.timeless_rows(workdir) == runs.timeless_rows(straight)
   assert digests_of(workdir, STEPS) == digests_of(straight, STEPS)
   figures['goes on from the one before' if kind.told else 'harmless'] += 1
 
@@ -555,5 +547,5 @@ def test_a_full_disk_costs_one_save(
   assert 'Traceback' not in err
   assert runs.checkpoints(workdir) == [2, BEFORE]
   assert runs.call('train.py', flags) == 0
-  assert timeless(workdir) == timeless(straight)
+  assert runs.timeless_rows(workdir) == runs.timeless_rows(straight)
   assert digests_of(workdir, STEPS) == digests_of(straight, STEPS)

@@ -7,7 +7,6 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,15 +22,6 @@ STEPS, EVERY = 400, 20
 WORKDIRS, KILLS = 5, 10
 CONFIG = 'tests/helpers/slow_config.py'
 START_SECONDS = 3.0  # which a start about takes
-
-
-@pytest.fixture(scope='module')
-def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-  return Server(
-    JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp('compiled')),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='-1',
-  )
 
 
 @pytest.fixture(scope='module')
@@ -92,14 +82,6 @@ def wait(run: Forked, moment: str, rng: random.Random) -> None:
     time.sleep(0.002)
 
 
-def timeless(workdir: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl without speeds."""
-  return [
-    {k: v for k, v in row.items() if 'per_second' not in k and k != 'mfu'}
-    for row in runs.rows(workdir)
-  ]
-
-
 @pytest.mark.parametrize('seed', range(WORKDIRS))
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
   seed: int, server: Server, flags: list[str], straight: Path, tmp_path: Path
@@ -115,7 +97,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(
     killed.append(f'{moment} {lines(workdir)}')
   finish(server, flags, workdir)
   print(f'seed {seed}, killed at lines:', ', '.join(killed))
-  assert timeless(workdir) == timeless(straight)
+  assert runs.timeless_rows(workdir) == runs.timeless_rows(straight)
   config = loading.of_run(str(workdir))
   ours, theirs = (
     runs.restore(config, each, STEPS) for each in (workdir, straight)

@@ -149,12 +149,6 @@ def saved(workdir: Path, step: int) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-def timeless(workdir: Path) -> list[dict[str, Any]]:
-  clock = ('tokens_per_second', 'tflops_per_second', 'mfu')
-  rows = runs.rows(workdir)
-  return [{k: v for k, v in row.items() if k not in clock} for row in rows]
-
-
 def arrays(workdir: Path, step: int) -> dict[str, bytes]:
   state = runs.restore(loading.of_run(str(workdir)), workdir, step)
   leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -219,7 +213,7 @@ def test_a_killed_run_ends_like_the_one_that_was_not(
   process.communicate()
   assert process.returncode == -signal.SIGKILL
   train(command)
-  assert timeless(tmp_path / 'run') == timeless(straight)
+  assert runs.timeless_rows(tmp_path / 'run') == runs.timeless_rows(straight)
   assert arrays(tmp_path / 'run', STEPS) == arrays(straight, STEPS)
 
 

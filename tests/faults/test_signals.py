@@ -24,15 +24,6 @@ CONFIG = '--config=tests/helpers/slow_config.py'
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-  return Server(
-    JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp('compiled')),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='-1',
-  )
-
-
-@pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
   return f'--config.data.dir={tmp_path_factory.mktemp("prepared")}'
 

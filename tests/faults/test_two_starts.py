@@ -15,12 +15,8 @@ CONFIG = '--config=tests/helpers/slow_config.py:batch=0.3,wait=1'
 
 
 def test_two_starts_at_once_ten_times(
-  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+  server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  server = Server(
-    JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'compiled'),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-  )
   flags = [CONFIG, f'--config.data.dir={tmp_path}/data']
   prepared = server.start([*flags, '--config.train.steps=1'], tmp_path / 'one')
   assert prepared.ends()[0] == 0, prepared.errors()

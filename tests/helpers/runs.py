@@ -64,6 +64,15 @@ def rows(workdir: Path, split: str | None = None) -> list[dict[str, Any]]:
   return [row for row in found if split in (None, row['split'])]
 
 
+def timeless_rows(workdir: Path) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl without what the clock says."""
+  found = rows(workdir)
+  for row in found:
+    for name in ('tokens_per_second', 'tflops_per_second', 'mfu'):
+      row.pop(name, None)
+  return found
+
+
 def checkpoints(workdir: Path) -> list[int]:
   """The steps that there are checkpoints of."""
   return sorted(int(name) for name in os.listdir(workdir / 'checkpoints'))

@@ -61,6 +61,19 @@ ALONE = {
 }
 
 
+def program(code: str) -> subprocess.CompletedProcess[str]:
+  """Runs code in a process of its own, on the CPU."""
+  return subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
 @pytest.mark.parametrize('name', ALONE)
 def test_joins_nobody_where_there_is_nobody(
   name: str, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -218,15 +231,7 @@ def test_who_waits_in_vain_is_told_in_one_line() -> None:
       'from moe_jax.parallel import launch;'
       f'launch.initialize({address!r}, 2, 1, coordinator_timeout=1)'
     )
-    done = subprocess.run(
-      [sys.executable, '-c', code],
-      cwd=ROOT,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-      capture_output=True,
-      text=True,
-      timeout=120,
-      check=False,
-    )
+    done = program(code)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: not all processes of this run came together')
@@ -278,15 +283,8 @@ def test_the_coordinator_listens_on_loopback_alone(host: str) -> None:
     'print(*pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:],'
     '*pathlib.Path("/proc/net/tcp6").read_text().splitlines()[1:], sep="\\n")'
   )
-  done = subprocess.run(
-    [sys.executable, '-c', code],
-    cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=True,
-  )
+  done = program(code)
+  assert done.returncode == 0, done.stderr
   # The second column is the address in hexadecimal, the fourth the state.
   sockets = [line.split() for line in done.stdout.splitlines()]
   listening = {
