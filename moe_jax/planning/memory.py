@@ -48,8 +48,9 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
     'parameters': parameters,
     'gradients': copies * parameters,
     'optimizer': _bytes_on_device(setup, abstract['opt_state'], mesh),
-    # Hidden states that a span reaches back to.
-    'segments': _bytes_on_device(setup, segments, mesh),
+    # Hidden states that a span reaches back to, of the batch before and of this
+    # one: which of them stay is known when the step is known to be finite.
+    'segments': 2 * _bytes_on_device(setup, segments, mesh),
     **temporaries(resolved, setup.vocab_size, mesh, device)._asdict(),
   }
 
