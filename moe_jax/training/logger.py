@@ -26,8 +26,20 @@ class Logger:
   has been dispatched, so that reading them does not leave the device idle.
   """
 
-  def __init__(self, setup: Setup, workdir: str, start: int):
-    config = setup.config
+  def __init__(self, setup: Setup, workdir: str, restored: int | None):
+    """Opens the files, and drops from them what comes after `restored`.
+
+    Args:
+      setup: The run's setup.
+      workdir: The workdir.
+      restored: The step of the checkpoint that the run goes on from; None where
+        it begins.
+
+    Raises:
+      UserError: A file of an earlier start is not what it should be.
+      RetryableError: The disk is full.
+    """
+    config, start = setup.config, restored or 0
     self._steps = config.train.steps
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     params = setup.abstract['params']
@@ -45,7 +57,7 @@ class Logger:
       every={'train': config.train.log_every, 'evaluation': config.eval.every},
       tell=self.say,
     )
-    self._writer = self._open(resume_step=start or None)
+    self._writer = self._open(resume_step=restored)
     self._writer.text('config', saved.to_json(config), start)
     self._began = self._since = time.perf_counter()
     self._compiled = False

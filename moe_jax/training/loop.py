@@ -90,16 +90,15 @@ def train(config: ConfigDict, workdir: str) -> None:
     # All that can be refused, before the workdir becomes this run's.
     restored = checkpointer.resume(setup.abstract)
     params = None if restored else init_from.params(setup)
-    start, position = (restored.step, restored.position) if restored else (0, 0)
+    step = restored.step if restored else None  # 0 of a converted checkpoint
+    start, position = step or 0, restored.position if restored else 0
     data = restored.data if restored else {}
     with contextlib.closing(Batches(setup, sequences, position)) as batches:
       run.claim(record(setup, workdir, start))
       state = restored.state if restored else setup.init(params)
       del restored, params  # the steps will take their memory
       with (
-        multihost.fail_together(
-          lambda: Logger(setup, workdir, start)
-        ) as logger,
+        multihost.fail_together(lambda: Logger(setup, workdir, step)) as logger,
         Profiler(config.train.profile, workdir) as profiler,
       ):
         logger.say(describe(setup, sequences))

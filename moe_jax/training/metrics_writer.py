@@ -81,9 +81,8 @@ class MetricsWriter:
       line.step == resume_step and line.split not in (_TRAIN, *_EVENT_LINES)
       for line in lines
     )
-    self._events = _Events(
-      os.path.join(workdir, _EVENTS), (resume_step or -1) + 1, tell
-    )
+    first = 0 if resume_step is None else resume_step + 1
+    self._events = _Events(os.path.join(workdir, _EVENTS), first, tell)
 
   def __enter__(self) -> 'MetricsWriter':
     return self

@@ -1,6 +1,7 @@
 """A run becomes a released checkpoint, and that a run that can be evaluated."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +52,12 @@ def test_a_run_there_and_back_is_evaluated_alike(
     found.append(json.loads(written.read_text()))
   assert found[0]['tokens'] == found[1]['tokens']
   assert found[1]['loss'] == pytest.approx(found[0]['loss'], rel=1e-6)
+
+  # It goes on from step 0, twice: no line is of another run.
+  flags += ['--config.train.steps=1', '--config.train.log_every=1']
+  flags += ['--config.eval.every=0', '--config.train.batch_size=8']
+  assert not runs.call('train.py', flags), capsys.readouterr().err
+  shutil.rmtree(back / 'checkpoints/1')
+  assert not runs.call('train.py', flags), capsys.readouterr().err
+  assert [row['step'] for row in runs.rows(back, 'train')] == [1]
+  assert not (back / 'metrics.jsonl.1').exists()
