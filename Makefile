@@ -29,8 +29,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-tree-mode test-interop \
-  test-browser test-all lint lock clean
+.PHONY: help install quickstart test test-slow test-thorough test-tree-mode \
+  test-interop test-browser test-all lint lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -53,7 +53,11 @@ test: $(INSTALLED) ## the tests, without the slow ones
 	$(PYTEST) -m 'not slow'
 
 test-slow: $(INSTALLED) ## the slow tests only
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not thorough'
+
+# One after another, as they print what they measure.
+test-thorough: $(INSTALLED) ## more cases of the slow tests: kills, damage ...
+	$(RUN) -m pytest $(PYTEST_ARGS) -s -m thorough
 
 # Flax means to make tree mode its default: the models have to be ready.
 test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
@@ -74,7 +78,8 @@ test-browser: ## the tests of reports in Chromium, which it installs
 	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium; }
 	$(RUN) -m pytest $(PYTEST_ARGS) tests/analysis/test_report_browser.py
 
-test-all: lint test test-slow test-tree-mode test-interop test-browser ## all
+test-all: lint test test-slow test-thorough test-tree-mode test-interop \
+  test-browser ## all
 
 lint: $(INSTALLED) ## style, formatting and types
 	$(BIN)/ruff check .

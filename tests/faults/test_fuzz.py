@@ -35,7 +35,7 @@ from moe_jax.config.schema import KEYS
 from moe_jax.interop import checkpoint
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
-from tests.helpers import tiny
+from tests.helpers import marks, tiny
 from tests.helpers.released import RELEASED
 
 pytestmark = pytest.mark.slow
@@ -209,11 +209,14 @@ def _odd_text(rng: random.Random, name: str) -> str:
   return rng.choice(_INTEGERS if isinstance(key.default, int) else _NUMBERS)
 
 
-def test_overrides(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize('count', marks.at_first(1, (40, 170)))
+def test_overrides(
+  count: int, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   def cases() -> Iterator[tuple[list[str], Path]]:
     rng = random.Random(1)
     workdir = texts.parent / 'run'
-    for _ in range(170):
+    for _ in range(count):
       names = rng.sample(list(KEYS), rng.randint(1, 3))
       odd = [f'--config.{name}={_odd_text(rng, name)}' for name in names]
       yield [*_tiny(texts), f'--workdir={workdir}', *odd], workdir
@@ -299,11 +302,14 @@ def _mutated(rng: random.Random, value: Any) -> Any:
   return copy
 
 
-def test_config_files(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize('count', marks.at_first(1, (25, 110)))
+def test_config_files(
+  count: int, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   def cases() -> Iterator[tuple[list[str], Path]]:
     rng = random.Random(2)
     workdir = texts.parent / 'run'
-    for i in range(110):
+    for i in range(count):
       kind = rng.choice(('py', 'json'))
       # Of a name of its own: a module is loaded once.
       path = texts.parent / f'config_{i}.{kind}'
@@ -356,11 +362,14 @@ def _archive(rng: random.Random, path: Path, name: str) -> None:
     path.write_bytes(_flipped(rng, content, 12))
 
 
-def test_corpora(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize('count', marks.at_first(1, (20, 90)))
+def test_corpora(
+  count: int, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   def cases() -> Iterator[tuple[list[str], Path]]:
     rng = random.Random(3)
     workdir = texts.parent / 'run'
-    for i in range(90):
+    for i in range(count):
       name = rng.choice(('text_folder', 'text_folder', 'enwik8', 'wikitext103'))
       path = texts.parent / f'corpus_{i}'
       if name == 'text_folder':
@@ -423,12 +432,13 @@ def _damage_release(rng: random.Random, folder: Path) -> None:
     _damage_tensors(rng, path)
 
 
+@pytest.mark.parametrize('count', marks.at_first(1, (30, 130)))
 def test_released_checkpoints(
-  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+  count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   def cases() -> Iterator[tuple[list[str], Path]]:
     rng = random.Random(4)
-    for i in range(130):
+    for i in range(count):
       folder, target = tmp_path / f'release_{i}', tmp_path / 'out' / 'run'
       shutil.copytree(RELEASED / rng.choice(('rmoe_gru', 'cartesian')), folder)
       (folder / 'reference.npz').unlink()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import loading
-from tests.helpers import runs
+from tests.helpers import marks, runs
 from tests.helpers.forks import Forked, Server
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def wait(run: Forked, moment: str, rng: random.Random) -> None:
     time.sleep(0.002)
 
 
-@pytest.mark.parametrize('seed', range(WORKDIRS))
+@pytest.mark.parametrize('seed', marks.at_first(1, range(WORKDIRS)))
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
   seed: int, server: Server, flags: list[str], straight: Path, tmp_path: Path
 ) -> None:

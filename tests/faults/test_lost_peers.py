@@ -20,12 +20,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.data import folders
-from tests.helpers import pairs, runs, tiny
+from tests.helpers import marks, pairs, runs, tiny
 from tests.helpers.nursery import Nursery
 from tests.helpers.pairs import PATIENCE, Pair
 
 SEED = 20
-KILLS, STEPS = 10, 50
+STEPS = 50
 SAVE, EVALUATE = 3, 4  # every so many steps
 # Seconds; what is promised is 15, to a machine with nothing else to do.
 BOUND = 45
@@ -132,10 +132,10 @@ def wait_for_moment(
     time.sleep(chance.uniform(0, 0.3))
 
 
-def kills() -> Iterator[tuple[str, int]]:
+def kills(count: int) -> Iterator[tuple[str, int]]:
   moments = ('step', 'save', 'evaluation', 'step', 'compile')
   return itertools.islice(
-    zip(itertools.cycle(moments), itertools.cycle((1, 0, 0, 1, 1, 0))), KILLS
+    zip(itertools.cycle(moments), itertools.cycle((1, 0, 0, 1, 1, 0))), count
   )
 
 
@@ -157,12 +157,17 @@ def assert_same(config: ConfigDict, workdir: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('count', marks.at_first(1, (3, 10)))
 def test_the_other_process_says_which_has_gone_and_the_next_start_goes_on(
-  nursery: Nursery, config: ConfigDict, undisturbed: Path, tmp_path: Path
+  count: int,
+  nursery: Nursery,
+  config: ConfigDict,
+  undisturbed: Path,
+  tmp_path: Path,
 ) -> None:
   workdir = tmp_path / 'killed'
   chance = random.Random(SEED)
-  for moment, target in kills():
+  for moment, target in kills(count):
     with start(nursery, config, workdir) as pair:
       wait_for_moment(moment, pair, workdir, chance)
       step = trained(workdir)

@@ -13,7 +13,7 @@ from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 
-from tests.helpers import runs
+from tests.helpers import marks, runs
 from tests.helpers.forks import Forked, Server
 
 pytestmark = pytest.mark.slow
@@ -137,16 +137,16 @@ def test_first_compile(
 
 
 STEPS = [
-  [SIGINT],
   [SIGTERM],
+  [SIGHUP, SIGTERM],
+  [SIGINT],
   [SIGHUP],
   [SIGTERM, SIGTERM],
   [SIGINT, SIGINT],
-  [SIGHUP, SIGTERM],
 ]
 
 
-@pytest.mark.parametrize('numbers', STEPS)
+@pytest.mark.parametrize('numbers', marks.at_first(2, STEPS))
 def test_steps(
   numbers: list[int], server: Server, data: str, tmp_path: Path
 ) -> None:
@@ -165,7 +165,10 @@ def test_steps(
     assert_goes_on(server, flags, run)
 
 
-@pytest.mark.parametrize('numbers', [*TWICE, [SIGINT, SIGTERM]])
+@pytest.mark.parametrize(
+  'numbers',
+  marks.at_first(2, [[SIGTERM, SIGTERM], *TWICE[:3], [SIGINT, SIGTERM]]),
+)
 def test_evaluation(
   numbers: list[int], server: Server, data: str, tmp_path: Path
 ) -> None:
@@ -182,7 +185,7 @@ def test_evaluation(
     assert_goes_on(server, [CONFIG, data], run)
 
 
-@pytest.mark.parametrize('numbers', STEPS)
+@pytest.mark.parametrize('numbers', marks.at_first(2, STEPS))
 def test_saves(
   numbers: list[int], server: Server, data: str, tmp_path: Path
 ) -> None:

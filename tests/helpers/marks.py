@@ -1,4 +1,4 @@
-"""Which parameters of a test the fast suite runs."""
+"""Which parameters of a test the fast and the slow suite run."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,4 +12,12 @@ def fast_only(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
   return [
     pytest.param(name, marks=[] if name in fast else [pytest.mark.slow])
     for name in names
+  ]
+
+
+def at_first(count: int, values: Iterable[Any]) -> list[Any]:
+  """All `values` as parameters; those from number `count` on are thorough."""
+  return [
+    pytest.param(value, marks=[] if i < count else [pytest.mark.thorough])
+    for i, value in enumerate(values)
   ]
