@@ -173,12 +173,13 @@ def _summed(
   """
   sums = np.zeros((count, 2), np.uint32)
   waiting = iter(chunks)
+  # Filled again and again: new memory costs more than the copies.
+  words, places = np.zeros((2, _BATCH, _CHUNK), np.uint32)
   while batch := list(itertools.islice(waiting, _BATCH)):
-    # What is left over is a word 0 in place 0, which adds 0.
-    words, places = np.zeros((2, _BATCH, _CHUNK), np.uint32)
     for i, (_, some, where) in enumerate(batch):
-      words[i, : some.size] = some.reshape(-1)
-      places[i, : some.size] = where.reshape(-1)
+      for row, values in ((words[i], some), (places[i], where)):
+        row[: some.size] = values.reshape(-1)
+        row[some.size :] = 0  # a word 0 in place 0 adds 0
     added = np.asarray(_added_chunks(words, places))
     np.add.at(sums, [number for number, *_ in batch], added[: len(batch)])
   return sums
