@@ -41,6 +41,7 @@ def test_data_parallelism_sends_every_gradient_once_around() -> None:
   assert told['estimated_cycles'] is None
 
 
+@pytest.mark.slow
 def test_a_tpu_program() -> None:
   config = tiny.config(
     model__num_layers=1, model__dtype='auto', mesh__data=1, mesh__fsdp=4

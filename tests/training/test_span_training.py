@@ -61,6 +61,7 @@ def losses(made: Setup, steps: int = 4) -> tuple[np.ndarray, dict[str, Any]]:
   return np.array(found), state
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_the_memory() -> None:
   made, train_step = trainer(tiny.config(**SPAN))
   first, second = batches(made.config, 2)

@@ -63,6 +63,7 @@ def test_it_ends_the_process_if_asked_to() -> None:
   )
 
 
+@pytest.mark.slow
 def test_stacks_are_shown_where_no_other_thread_can_run() -> None:
   # PyDLL keeps the interpreter's lock.
   done = run(
