@@ -40,7 +40,10 @@ def check_steps(steps: int, warmup: int) -> None:
 
 
 def random_batches(made: Setup, count: int) -> list[Batch]:
-  """Batches of uniformly random tokens without padding, on the devices."""
+  """Batches of uniformly random tokens without padding, on the devices.
+
+  Packed rows have two documents each, cut at random.
+  """
   rng = np.random.default_rng(0)
 
   def batch() -> Batch:
@@ -49,9 +52,24 @@ def random_batches(made: Setup, count: int) -> list[Batch]:
     rows['padding_mask'] = np.ones(_shape(made), bool)
     if made.config.data.order == 'contiguous':
       rows['segment_start'] = np.zeros(len(ids[0]), bool)
+    if made.config.data.order == 'packed':
+      rows |= _halves(rng, *_shape(made))
     return jax.device_put(rows, mesh_lib.batch_sharding(made.mesh))
 
   return [batch() for _ in range(count)]
+
+
+def _halves(
+  rng: np.random.Generator, size: int, length: int
+) -> dict[str, np.ndarray]:
+  """Segments of rows that two documents share."""
+  cut = rng.integers(1, length + 1, size=(size, 1), dtype=np.int32)
+  place = np.arange(length, dtype=np.int32)
+  second = place >= cut
+  return {
+    'segment_ids': 1 + second.astype(np.int32),
+    'positions': place - cut * second,
+  }
 
 
 def show(row: dict[str, Any], as_json: bool) -> None:

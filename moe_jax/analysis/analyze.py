@@ -23,14 +23,14 @@ from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
 from moe_jax.analysis.runs import ANALYSIS_FORMAT
-from moe_jax.data import sources
+from moe_jax.data import orders, sources
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.sequences import TokenSequences
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.experts.layer import Aux
 from moe_jax.model import build
-from moe_jax.model.attention import AttentionState
+from moe_jax.model.attention import AttentionState, segments_of
 from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets
 from moe_jax.parallel import mesh as mesh_lib
@@ -365,6 +365,7 @@ class _Analysis:
       batch['padding_mask'],
       _routing_of,
       attention_state=attention_state,
+      segments=segments_of(batch),
     )
 
   def _of_checkpoint(
@@ -385,7 +386,11 @@ class _Analysis:
       whole = parameters.joined(routers, rest)
       model: Decoder = nnx.merge(self.setup.graphdef, whole)
       x_BLD, aux, remembered = model.hidden(
-        batch['token_ids'], mask_BL, _all, attention_state=attention_state
+        batch['token_ids'],
+        mask_BL,
+        _all,
+        attention_state=attention_state,
+        segments=segments_of(batch),
       )
       _, metrics = losses.total_loss(
         config,
@@ -432,7 +437,8 @@ class _Analysis:
   def _passage(self, params: Params, tokens: int) -> dict[str, Any]:
     """Returns what happens to the first tokens of the split."""
     tokens = min(tokens, self._sequences.num_tokens)
-    length, size = self.config.data.seq_len, self._num_experts
+    in_order = orders.in_order(self._sequences, self.config.data.order)
+    size, predicted = self._num_experts, None
     rows = self._rows(self._num_rows(1))
     program, remembered = self._jit(self._of_window), None
     ids: list[int] = []
@@ -441,18 +447,20 @@ class _Analysis:
       key: [[] for _ in self.names]
       for key in ('experts', 'weights', 'top', 'top_probability')
     }
-    for i in range(math.ceil(tokens / length)):
+    for i in itertools.count():
+      if len(ids) == tokens:
+        break
       # All rows but the first are padding.
-      window = [
-        self._sequences.at(len(self._sequences) if row else i)
-        for row in rows.local
-      ]
+      window = [in_order.at(len(in_order) if row else i) for row in rows.local]
       batch = rows.join(
         {k: np.stack([w[k] for w in window]) for k in window[0]}
       )
       found, remembered = self._run(program, params, batch, remembered)
-      here = self._sequences.at(i)
-      count = min(tokens - len(ids), length)
+      here = in_order.at(i)
+      count = min(tokens - len(ids), int(here['padding_mask'].sum()))
+      if predicted != here['token_ids'][0]:  # another document's
+        loss[-1] = None
+      predicted = here['targets'][count - 1]
       ids += here['token_ids'][:count].tolist()
       loss += found['loss'][:count].tolist()
       for w in range(len(self.names)):

@@ -555,8 +555,9 @@ KEYS = {
   'data.seq_len': Key(256, 'The tokens of a sequence.', low=1, high=2**24),
   'data.order': Key(
     'shuffled',
-    'Sequences in a random order, or rows of text that are read on and on.',
-    ('shuffled', 'contiguous'),
+    'Sequences of the stream in a random order, rows of text that are read on'
+    ' and on, or rows of whole documents, none of which sees another.',
+    ('shuffled', 'contiguous', 'packed'),
   ),
   'data.changed': Key(
     'refuse',

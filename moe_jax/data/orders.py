@@ -4,12 +4,15 @@
 memory: the stream of a split is cut into as many equal parts as a batch has
 rows, and step s reads the next segment of every part, so a row's memory of the
 segment before is right for this one. Where it is not, the batch says so:
-`segment_start` is True.
+`segment_start` is True. `packed` has whole documents side by side in its rows,
+and says in `segment_ids` and `positions` which is where.
 """
 
 import bisect
+import functools
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -100,6 +103,98 @@ class EvaluationRows:
     return sequence | {'segment_start': np.array(step == 0)}
 
 
+class PackedRows:
+  """The packed rows of a run's steps, a function of (seed, step).
+
+  The rows of `TokenSequences.packing`, shuffled anew in every epoch, in which
+  every token that can be a target is one once. An epoch may end inside a batch.
+  """
+
+  def __init__(
+    self, sequences: TokenSequences, num_rows: int, seed: int
+  ) -> None:
+    """Packs the documents.
+
+    Args:
+      sequences: The split.
+      num_rows: The rows of a batch, over all processes.
+      seed: The seed of the order.
+    """
+    self._sequences = sequences
+    self._num_rows = num_rows
+    packing = sequences.packing
+    self._stream = grain.MapDataset.range(len(packing)).shuffle(seed).repeat()
+    # Two: a batch may begin in one epoch and end in the next.
+    self._drawn = functools.lru_cache(2)(functools.partial(packing.drawn, seed))
+
+  def at(self, step: int, row: int) -> TokenSequence:
+    """Returns the sequence of a row at a step."""
+    n = step * self._num_rows + row
+    packing = self._sequences.packing
+    arrangement = self._drawn(n // len(packing))
+    pieces = packing.pieces(arrangement, self._stream[n])
+    return _side_by_side(self._sequences, pieces)
+
+
+class PackedInOrder:
+  """A split's packed rows, once, in the order of their first documents."""
+
+  def __init__(self, sequences: TokenSequences) -> None:
+    self._sequences = sequences
+    self._arrangement = sequences.packing.in_order()
+    self._rows = sequences.packing.by_first(self._arrangement)
+
+  def __len__(self) -> int:
+    """Returns the number of rows."""
+    return len(self._rows)
+
+  def at(self, i: int) -> TokenSequence:
+    """Returns row `i`; past the last one it is all padding."""
+    pieces = np.zeros(0, int)
+    if i < len(self):
+      packing = self._sequences.packing
+      pieces = packing.pieces(self._arrangement, self._rows[i])
+    return _side_by_side(self._sequences, pieces)
+
+
+def _side_by_side(
+  sequences: TokenSequences, pieces: np.ndarray
+) -> TokenSequence:
+  """Returns a row of some pieces of the packing, and padding after them."""
+  packing, begin = sequences.packing, 0
+  row = sequences.read(0, 0)
+  row['segment_ids'], row['positions'] = np.zeros(
+    (2, sequences.seq_len), np.int32
+  )
+  for number, piece in enumerate(pieces, start=1):
+    size = packing.sizes[piece]
+    here = slice(begin, begin + size)
+    read = sequences.read(packing.begins[piece], size)
+    for key, array in read.items():
+      row[key][here] = array[:size]
+    row['segment_ids'][here] = number
+    row['positions'][here] = np.arange(size)
+    begin += size
+  return row
+
+
+class InOrder(Protocol):
+  """The rows of a split, each target once."""
+
+  def __len__(self) -> int:
+    """Returns the number of rows."""
+    ...
+
+  def at(self, i: int) -> TokenSequence:
+    """Returns row `i`; past the last one it is all padding."""
+    ...
+
+
+def in_order(sequences: TokenSequences, order: str) -> InOrder:
+  """Returns the rows of a split in order, as a model of that order reads."""
+  return PackedInOrder(sequences) if order == 'packed' else sequences
+
+
 def _shuffled(
   sequences: TokenSequences, batch_size: int, seed: int
 ) -> Callable[[int, int], TokenSequence]:
@@ -115,4 +210,5 @@ def _shuffled(
 ORDERS = {
   'shuffled': _shuffled,
   'contiguous': lambda *arguments: ContiguousRows(*arguments).at,
+  'packed': lambda *arguments: PackedRows(*arguments).at,
 }

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from moe_jax.data.orders import ORDERS, EvaluationRows
+from moe_jax.data.orders import ORDERS, EvaluationRows, InOrder, in_order
 from moe_jax.data.sequences import TokenSequences
 from moe_jax.errors import UserError
 
@@ -31,8 +31,9 @@ def train_batches(
   """Returns this process's part of the batches, from step `start` on.
 
   A batch is token_ids, targets int32 and padding_mask bool, all [rows, L], and
-  `segment_start` bool [rows] if the order is contiguous. `close` ends the
-  threads that read ahead.
+  `segment_start` bool [rows] if the order is contiguous, `segment_ids` and
+  `positions` int32 [rows, L] if it is packed. `close` ends the threads that
+  read ahead.
 
   Args:
     sequences: The split.
@@ -65,7 +66,7 @@ def train_batches(
   return iter(steps.to_iter_dataset(options))
 
 
-def num_batches(sequences: TokenSequences, batch_size: int) -> int:
+def num_batches(sequences: InOrder, batch_size: int) -> int:
   """Returns how many batches hold all sequences once."""
   return -(-len(sequences) // batch_size)
 
@@ -82,15 +83,17 @@ def eval_batches(
   Every token is a target once, and every process yields the same number of
   batches; what a batch lacks is filled up with padding, whose mask is False.
   The arguments are those of `train_batches`. Where training is contiguous so is
-  this: a row goes on in the next batch where it stopped in this one.
+  this: a row goes on in the next batch where it stopped in this one. Where it
+  is packed, so is this.
   """
   if order == 'contiguous':
     whole = EvaluationRows(sequences, batch_size)
     for step in range(len(whole)):
       yield _stack([whole.at(step, row) for row in rows])
     return
-  for i in range(num_batches(sequences, batch_size)):
-    yield _stack([sequences.at(i * batch_size + row) for row in rows])
+  rows_in_order = in_order(sequences, order)
+  for i in range(num_batches(rows_in_order, batch_size)):
+    yield _stack([rows_in_order.at(i * batch_size + row) for row in rows])
 
 
 def _stack(parts: list[Batch]) -> Batch:

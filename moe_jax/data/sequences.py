@@ -5,6 +5,7 @@ of one text, that text.
 """
 
 import collections
+import functools
 import hashlib
 import threading
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from ml_collections import ConfigDict
 
 from moe_jax.data import sources
 from moe_jax.data.lengths import document_lengths
+from moe_jax.data.packing import Packing
 from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 
 # 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
-# and in a contiguous order 'segment_start' bool [].
+# and in a contiguous order 'segment_start' bool []. Packed ones have int32 [L]
+# 'segment_ids', 1, 2, ... and 0 at padding, and 'positions', from 0 on in every
+# segment.
 TokenSequence = dict[str, np.ndarray]
 
 # Encoded documents that a split keeps at hand; python_stdlib fits whole.
@@ -41,6 +45,7 @@ class TokenSequences:
     num_tokens: The targets in all sequences.
     num_stream_tokens: The tokens of the stream; one more.
     num_bytes: The UTF-8 bytes of the text, without what separates documents.
+    lengths: The tokens of every document, int64 [documents].
   """
 
   def __init__(
@@ -62,6 +67,7 @@ class TokenSequences:
     self.num_stream_tokens = int(self._starts[-1]) + self._separated
     self.num_tokens = self.num_stream_tokens - 1
     self.num_bytes = int(measured[:, 1].sum())
+    self.lengths = measured[:, 0]
 
   @classmethod
   def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
@@ -73,6 +79,17 @@ class TokenSequences:
       tokenizer: That of the config.
     """
     return cls(sources.open_documents(data, split), tokenizer, data.seq_len)
+
+  @functools.cached_property
+  def packing(self) -> Packing:
+    """How the documents share rows of L; the pieces of one text are one.
+
+    A document takes a position more than it has tokens: its inputs begin with
+    eos and its targets end with it, so that the targets are those of the
+    stream, and its positions those of the stream too.
+    """
+    one = np.array([self.num_tokens])
+    return Packing(self.lengths + 1 if self._separated else one, self.seq_len)
 
   def fingerprint(self) -> dict[str, str | int]:
     """Returns what tells this stream from others, as JSON can hold it.

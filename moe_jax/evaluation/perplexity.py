@@ -22,8 +22,9 @@ from moe_jax.training.watchdog import waits_for
 class Perplexity:
   """Adds up the loss over a split, every token predicted exactly once.
 
-  A token is predicted from those before it in its sequence of `data.seq_len`;
-  by a model with a memory, from its span as well. Its batches go on where the
+  A token is predicted from those before it in its sequence of `data.seq_len`,
+  where documents are packed from those of its own; by a model with a memory,
+  from its span as well. Its batches go on where the
   one before stopped, so the split is as many texts as a batch has rows.
 
   The metrics are `loss` (nats per token), `perplexity` (e to that),

@@ -7,7 +7,7 @@ of `ATTENTIONS`, and a user's own class may be among them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,6 +24,26 @@ from moe_jax.routing.router import Context
 AttentionState = Any
 
 
+class Segments(NamedTuple):
+  """Where the documents of packed rows lie.
+
+  Attributes:
+    ids_BL: The number of a position's segment in its row, int32: 1, 2, ... from
+      left to right, and 0 at padding. A token sees its own segment alone.
+    positions_BL: The position in its segment, int32, from 0 on.
+  """
+
+  ids_BL: jax.Array
+  positions_BL: jax.Array
+
+
+def segments_of(batch: Mapping[str, jax.Array]) -> Segments | None:
+  """Returns the segments of a batch; None where its rows are not packed."""
+  if 'segment_ids' not in batch:
+    return None
+  return Segments(batch['segment_ids'], batch['positions'])
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockContext(Context):
   """What a block is told beside its input and its states.
@@ -31,9 +51,11 @@ class BlockContext(Context):
   Attributes:
     key_pe_AW: The learned keys of relative positions, which all layers and
       heads share; None where positions are not learned.
+    segments: The documents of packed rows; None where a row is one segment.
   """
 
   key_pe_AW: jax.Array | None = None
+  segments: Segments | None = None
 
 
 class Attend(Protocol):
@@ -157,12 +179,14 @@ class Case(NamedTuple):
     mesh: Where the arrays are; None for one device.
     dtype: The type of queries, keys and values.
     head_dim: A.
+    packed: Whether a row holds several documents, none of which sees another.
   """
 
   device: jax.Device
   mesh: jax.sharding.Mesh | None
   dtype: jnp.dtype
   head_dim: int
+  packed: bool = False
 
 
 class CausalAttention:
@@ -193,6 +217,25 @@ class CausalAttention:
     """
     raise NotImplementedError
 
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same where a position sees its own segment alone.
+
+    It is for packed rows, where a class that does not have it is refused.
+
+    Args:
+      query_BLHA: As in `__call__`, like the two after it.
+      key_BLGA: The keys.
+      value_BLGA: The values.
+      segment_ids_BL: As in `Segments`.
+    """
+    raise NotImplementedError
+
 
 class RotaryAttend:
   """Lets a position see itself and all before it; positions are rotations."""
@@ -212,8 +255,9 @@ class RotaryAttend:
       theta: The base of the wavelengths.
       causal: The attention of rotated queries and keys.
       dropout: The rate of dropout on the attention weights.
-      dropping: The attention with dropout: like `causal`, and with the rate
-        and the key of the random numbers as further arguments.
+      dropping: The attention with dropout: like `causal`, and with the rate,
+        the key of the random numbers and the ids of segments, or None, as
+        further arguments.
     """
     self.theta = theta
     self.causal = causal
@@ -245,10 +289,13 @@ class RotaryAttend:
     context: BlockContext,
   ) -> jax.Array:
     """Returns the weighted values, [B, L, H, A]."""
-    query_BLHA = rotate(query_BLHA, self.theta)
-    key_BLGA = rotate(key_BLGA, self.theta)
+    ids_BL, positions_BL = context.segments or (None, None)
+    query_BLHA = rotate(query_BLHA, self.theta, positions_BL)
+    key_BLGA = rotate(key_BLGA, self.theta, positions_BL)
     if self.dropout and context.rng is not None:
       return self.dropping(
-        query_BLHA, key_BLGA, value_BLGA, self.dropout, context.rng
+        query_BLHA, key_BLGA, value_BLGA, self.dropout, context.rng, ids_BL
       )
-    return self.causal(query_BLHA, key_BLGA, value_BLGA)
+    if ids_BL is None:
+      return self.causal(query_BLHA, key_BLGA, value_BLGA)
+    return self.causal.within(query_BLHA, key_BLGA, value_BLGA, ids_BL)

@@ -33,6 +33,23 @@ class SquareAttention(CausalAttention):
       query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='xla'
     )
 
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same within segments."""
+    return jax.nn.dot_product_attention(
+      query_BLHA,
+      key_BLGA,
+      value_BLGA,
+      mask=same_segment(segment_ids_BL, segment_ids_BL)[:, None],
+      is_causal=True,
+      implementation='xla',
+    )
+
 
 @ATTENTIONS.register(BLOCKS)
 class BlockAttention(CausalAttention):
@@ -44,6 +61,27 @@ class BlockAttention(CausalAttention):
     """Returns softmax attention, [B, L, H, A]."""
     return blocks(query_BLHA, key_BLGA, value_BLGA)
 
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same within segments."""
+    return blocks(
+      query_BLHA, key_BLGA, value_BLGA, segment_ids_BL=segment_ids_BL
+    )
+
+
+def same_segment(query_BQ: jax.Array, key_BL: jax.Array) -> jax.Array:
+  """Returns seen_BQL, bool: of which keys a query's segment is.
+
+  Padding is a segment too, the last of its row, so that every query sees
+  itself and no softmax is empty.
+  """
+  return query_BQ[:, :, None] == key_BL[:, None, :]
+
 
 def blocks(
   query_BLHA: jax.Array,
@@ -51,6 +89,7 @@ def blocks(
   value_BLGA: jax.Array,
   rate: float = 0.0,
   rng: jax.Array | None = None,
+  segment_ids_BL: jax.Array | None = None,
 ) -> jax.Array:
   """Causal softmax attention, 128 queries at a time.
 
@@ -65,6 +104,8 @@ def blocks(
     value_BLGA: Their values.
     rate: The rate of dropout on the weights.
     rng: The key of its random numbers; None for no dropout.
+    segment_ids_BL: The segments that a query does not see beyond; None for one
+      a row.
 
   Returns:
     An array [B, L, H, A] in the dtype of the values. The softmax is float32.
@@ -76,6 +117,10 @@ def blocks(
   firsts = range(0, count, per_part)
   queries = _cut(query_BLHA, rows, groups=key_BLGA.shape[2])
   key_BGLA, value_BGLA = key_BLGA.swapaxes(1, 2), value_BLGA.swapaxes(1, 2)
+  if segment_ids_BL is not None:
+    # What fills the last block up is like the last query, which sees itself.
+    padding = [(0, 0), (0, -length % rows)]
+    segment_ids_BL = jnp.pad(segment_ids_BL, padding, mode='edge')
   sizes = [min(per_part, count - first) for first in firsts]
   attended = []
   # `lax.split`, as its gradient is one concatenation.
@@ -89,7 +134,7 @@ def blocks(
     def block(
       query_BGhQA: jax.Array, i: jax.Array | int, attend=attend
     ) -> jax.Array:
-      return attend(query_BGhQA, key_BGLA, value_BGLA, i, rng)
+      return attend(query_BGhQA, key_BGLA, value_BGLA, i, rng, segment_ids_BL)
 
     if len(part) == 1:
       attended.append(block(part[0], first)[None])
@@ -105,6 +150,7 @@ def _block(
   value_BGLA: jax.Array,
   i: jax.Array | int,
   rng: jax.Array | None,
+  segment_ids_BL: jax.Array | None,
   *,
   end: int,
   rate: float,
@@ -120,8 +166,12 @@ def _block(
     preferred_element_type=jnp.float32,
   )
   scores = scores_BGML.reshape(batch, groups, -1, rows, end) / head_dim**0.5
-  seen_QL = i * rows + jnp.arange(rows)[:, None] >= jnp.arange(end)
-  weights = jax.nn.softmax(jnp.where(seen_QL, scores, -jnp.inf), axis=-1)
+  seen = i * rows + jnp.arange(rows)[:, None] >= jnp.arange(end)
+  if segment_ids_BL is not None:
+    own_BQ = lax.dynamic_slice_in_dim(segment_ids_BL, i * rows, rows, axis=1)
+    own_BQL = same_segment(own_BQ, segment_ids_BL[:, :end])
+    seen = seen & own_BQL[:, None, None]
+  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
   if rng is not None:
     weights = dropout(weights, rate, jax.random.fold_in(rng, i))
   attended_BGMA = jnp.einsum(

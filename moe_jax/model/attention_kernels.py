@@ -5,6 +5,7 @@ on several each computes its own sequences and heads in a `shard_map`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
+from moe_jax.model.attention_blocks import same_segment
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.devices import capability
 
@@ -19,7 +21,8 @@ _LANES = 128  # of a TPU's vector registers, which fill its blocks
 # Of queries and keys that a TPU core works on at a time; those of MaxText.
 _BLOCK = 512
 
-_Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Of queries, keys and values, and ids of segments where there are some.
+_Attention = Callable[..., jax.Array]
 
 
 CUDNN, SPLASH = 'cudnn', 'splash'
@@ -55,6 +58,17 @@ class CudnnAttention(CausalAttention):
     attend = sharded(cudnn, self.case.mesh)
     return attend(query_BLHA, key_BLGA, value_BLGA)
 
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same within segments; the mask is a square, 16 bits each."""
+    attend = sharded(cudnn, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
+
 
 @ATTENTIONS.register(SPLASH)
 class SplashAttention(CausalAttention):
@@ -74,13 +88,42 @@ class SplashAttention(CausalAttention):
     attend = sharded(splash, self.case.mesh)
     return attend(query_BLHA, key_BLGA, value_BLGA)
 
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same within segments."""
+    attend = sharded(splash, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
+
 
 def cudnn(
-  query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  query_BLHA: jax.Array,
+  key_BLGA: jax.Array,
+  value_BLGA: jax.Array,
+  segment_ids_BL: jax.Array | None = None,
 ) -> jax.Array:
-  """Calls cuDNN's flash attention, for bfloat16 and float16."""
+  """Calls cuDNN's flash attention, for bfloat16 and float16.
+
+  JAX's interface to it takes segments as a mask.
+  """
+  mask = None
+  length = query_BLHA.shape[1]
+  if segment_ids_BL is not None:
+    if length % 2:  # which it does not train with a mask
+      padded = _padded(1, query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
+      return cudnn(*padded)[:, :length]
+    mask = same_segment(segment_ids_BL, segment_ids_BL)[:, None]
   return jax.nn.dot_product_attention(
-    query_BLHA, key_BLGA, value_BLGA, is_causal=True, implementation='cudnn'
+    query_BLHA,
+    key_BLGA,
+    value_BLGA,
+    mask=mask,
+    is_causal=True,
+    implementation='cudnn',
   )
 
 
@@ -88,6 +131,8 @@ def splash(
   query_BLHA: jax.Array,
   key_BLGA: jax.Array,
   value_BLGA: jax.Array,
+  segment_ids_BL: jax.Array | None = None,
+  *,
   interpret: bool = False,
 ) -> jax.Array:
   """Calls JAX's splash attention, a Pallas kernel for TPUs.
@@ -95,13 +140,10 @@ def splash(
   `interpret` runs its program on any device, slowly.
   """
   length, heads, head_dim = query_BLHA.shape[1:]
-  padding = -length % _LANES  # at the end, where causality hides it
+  padding = -length % _LANES
   if padding:
-    query_BLHA, key_BLGA, value_BLGA = (
-      jnp.pad(a, [(0, 0), (0, padding), (0, 0), (0, 0)])
-      for a in (query_BLHA, key_BLGA, value_BLGA)
-    )
-    return splash(query_BLHA, key_BLGA, value_BLGA, interpret)[:, :length]
+    padded = _padded(padding, query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
+    return splash(*padded, interpret=interpret)[:, :length]
   mask = splash_attention.MultiHeadMask(
     [splash_attention.CausalMask((length, length))] * heads
   )
@@ -113,10 +155,26 @@ def splash(
     interpret=interpret,
   )
   query_BHLA = query_BLHA.swapaxes(1, 2) * head_dim**-0.5  # it does not scale
+  segments = None
+  if segment_ids_BL is not None:
+    segments = splash_attention.SegmentIds(segment_ids_BL, segment_ids_BL)
   attended_BHLA = jax.vmap(attend)(
-    query_BHLA, key_BLGA.swapaxes(1, 2), value_BLGA.swapaxes(1, 2)
+    query_BHLA, key_BLGA.swapaxes(1, 2), value_BLGA.swapaxes(1, 2), segments
   )
   return attended_BHLA.swapaxes(1, 2)
+
+
+def _padded(count: int, *arrays: jax.Array | None) -> list[Any]:
+  """Adds positions at the end, where causality hides them.
+
+  They are of segment 0, as padding is, and so each sees itself.
+  """
+  return [
+    a
+    if a is None
+    else jnp.pad(a, [(0, 0), (0, count)] + [(0, 0)] * (a.ndim - 2))
+    for a in arrays
+  ]
 
 
 def sharded(
@@ -125,12 +183,22 @@ def sharded(
   """Returns the same, run on every device's own sequences and heads."""
   if mesh is None or mesh.size == 1:
     return attention
+  rows = P(mesh_lib.BATCH_AXES)
   spec = P(mesh_lib.BATCH_AXES, None, mesh_lib.TENSOR, None)
-  # Unchecked, as the kernels do not say along which axes their results vary.
-  # No array is the same on two devices here, neither going in nor coming out.
-  return jax.shard_map(
-    attention, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-  )
+
+  def attend(*arrays: jax.Array) -> jax.Array:
+    # Unchecked, as the kernels do not say along which axes their results vary.
+    # Neither going in nor coming out is an array with heads the same on two
+    # devices; the ids of segments are, and have no gradient.
+    return jax.shard_map(
+      attention,
+      mesh=mesh,
+      in_specs=tuple(spec if a.ndim == 4 else rows for a in arrays),
+      out_specs=spec,
+      check_vma=False,
+    )(*arrays)
+
+  return attend
 
 
 def _block_sizes(length: int) -> splash_attention.BlockSizes:

@@ -73,6 +73,7 @@ class SpanAttend:
     """Returns the weighted values, [B, L, H, A]."""
     length, rng = query_BLHA.shape[1], context.rng
     assert context.key_pe_AW is not None, 'the decoder makes it'
+    assert context.segments is None, 'a config that asks for both is refused'
     key_pe_AW = context.key_pe_AW.astype(query_BLHA.dtype)
     if length <= self.block:
       return self._attend(query_BLHA, key_BLGA, value_BLGA, key_pe_AW, rng)

@@ -13,7 +13,7 @@ from moe_jax.config import head_dim, layer_kinds
 from moe_jax.experts.layer import Aux
 from moe_jax.experts.mlp import HIDDEN
 from moe_jax.model import build
-from moe_jax.model.attention import AttentionState, BlockContext
+from moe_jax.model.attention import AttentionState, BlockContext, Segments
 from moe_jax.model.block import Carry, Period
 from moe_jax.model.embedding import look_up
 from moe_jax.parallel import mesh as mesh_lib
@@ -145,6 +145,7 @@ class Decoder(nnx.Module):
     keep: Callable[[Aux], Any] = load_only,
     *,
     attention_state: AttentionState = None,
+    segments: Segments | None = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Output:
@@ -154,6 +155,7 @@ class Decoder(nnx.Module):
       padding_mask_BL,
       keep,
       attention_state=attention_state,
+      segments=segments,
       step=step,
       rng=rng,
     )
@@ -166,6 +168,7 @@ class Decoder(nnx.Module):
     keep: Callable[[Aux], Any] = load_only,
     *,
     attention_state: AttentionState = None,
+    segments: Segments | None = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Hidden:
@@ -177,6 +180,7 @@ class Decoder(nnx.Module):
       keep: What to return of each MoE layer's `Aux`.
       attention_state: What the call returned whose tokens came right before;
         None for that of a text's beginning.
+      segments: The documents of packed rows; None where a row is one segment.
       step: The training step, int32; None in evaluation.
       rng: The key of the random numbers of training; None, as in evaluation,
         for none.
@@ -186,6 +190,7 @@ class Decoder(nnx.Module):
     carry, aux, attention_state = self._run_blocks(
       self._embed(token_ids_BL),
       Context(self.cell, token_ids_BL, padding_mask_BL, step, rng),
+      segments,
       attention_state,
       keep,
     )
@@ -198,6 +203,7 @@ class Decoder(nnx.Module):
     padding_mask_BL: jax.Array,
     *,
     attention_state: AttentionState,
+    segments: Segments | None = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Iterator[tuple[Carry, Aux | None]]:
@@ -210,7 +216,7 @@ class Decoder(nnx.Module):
     carry = self._embed(token_ids_BL)
     yield carry, None
     for period, of_blocks, of_period in self._each_period(
-      context, attention_state
+      context, segments, attention_state
     ):
       for block, block_context, state in zip(
         period.blocks,
@@ -222,7 +228,10 @@ class Decoder(nnx.Module):
         yield carry, aux
 
   def _each_period(
-    self, context: Context, attention_state: AttentionState
+    self,
+    context: Context,
+    segments: Segments | None,
+    attention_state: AttentionState,
   ) -> Iterator[tuple[Period, AttentionState, BlockContext]]:
     """Yields the prefix, and every period, with what its blocks are given."""
     of_prefix, of_periods = self._by_period(attention_state)
@@ -237,6 +246,7 @@ class Decoder(nnx.Module):
         context.step,
         rng,
         key_pe_AW,
+        segments,
       )
 
     yield self.prefix, of_prefix, given(for_prefix.rng)
@@ -276,6 +286,7 @@ class Decoder(nnx.Module):
     self,
     carry: Carry,
     context: Context,
+    segments: Segments | None,
     attention_state: AttentionState,
     keep: Callable[[Aux], Any],
   ) -> tuple[Carry, Any, AttentionState]:
@@ -295,6 +306,7 @@ class Decoder(nnx.Module):
       context.token_ids_BL,
       context.padding_mask_BL,
       key_pe_AW,
+      segments,
     )
     carry, outputs = run_period(
       carry, *shared, self.prefix, of_prefix, for_prefix.rng
@@ -302,7 +314,7 @@ class Decoder(nnx.Module):
     if self.periods is not None:
       scan = nnx.scan(
         self._rematerialized(run_period),
-        in_axes=(nnx.Carry, None, None, None, None, 0, 0, 0),
+        in_axes=(nnx.Carry, *[None] * len(shared), 0, 0, 0),
         out_axes=(nnx.Carry, 0),
         unroll=self.unroll,
       )
@@ -324,12 +336,13 @@ class Decoder(nnx.Module):
       token_ids_BL: jax.Array,
       padding_mask_BL: jax.Array,
       key_pe_AW: jax.Array | None,
+      segments: Segments | None,
       period: Period,
       attention_state: AttentionState,
       rng: jax.Array | None,
     ) -> tuple[Carry, tuple[Any, AttentionState]]:
       context = BlockContext(
-        cell, token_ids_BL, padding_mask_BL, step, rng, key_pe_AW
+        cell, token_ids_BL, padding_mask_BL, step, rng, key_pe_AW, segments
       )
       states = _unstack(attention_state, len(period.blocks))
       carry, auxes, states = period(carry, context, states)

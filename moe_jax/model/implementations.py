@@ -22,7 +22,13 @@ from moe_jax.experts.exchange_cost import ExchangeSizes
 from moe_jax.experts.expert_parallel import ExpertParallel, Layout
 from moe_jax.experts.grouped_matmul import GROUPED_MATMULS, TunedMatmul
 from moe_jax.model import attention_blocks, attention_kernels, tuned
-from moe_jax.model.attention import ATTENTIONS, Attend, Case, RotaryAttend
+from moe_jax.model.attention import (
+  ATTENTIONS,
+  Attend,
+  Case,
+  CausalAttention,
+  RotaryAttend,
+)
 from moe_jax.model.attention_span import SpanAttend
 from moe_jax.parallel import mesh as mesh_lib
 
@@ -50,7 +56,7 @@ def resolved(
   dtype = compute_dtype(config, device)
   parts = {'dtype': dtype.name, 'attention': config.model.positions}
   if config.model.positions != 'span':
-    case = Case(device, None, dtype, head_dim(config))
+    case = _attention_case(config, None, dtype, device)
     parts['attention'] = attention_name(config.model.attention, case)
   if 'moe' not in layer_kinds(config):
     return parts
@@ -93,11 +99,21 @@ def attention(
   model = config.model
   if model.positions == 'span':
     return SpanAttend(model.span, model.dropout)
-  case = Case(first_device(mesh), mesh, dtype, head_dim(config))
+  case = _attention_case(config, mesh, dtype, first_device(mesh))
   causal = ATTENTIONS[attention_name(model.attention, case)](case)
   return RotaryAttend(
     model.rope_theta, causal, model.dropout, attention_blocks.blocks
   )
+
+
+def _attention_case(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh | None,
+  dtype: jnp.dtype,
+  device: jax.Device,
+) -> Case:
+  packed = config.data.order == 'packed'
+  return Case(device, mesh, dtype, head_dim(config), packed)
 
 
 # Of the attentions that can run `auto` takes the first.
@@ -112,9 +128,18 @@ def attention_name(asked: str, case: Case) -> str:
   """Returns the name of what `model.attention` means; see `attention`."""
 
   def obstacle(name: str) -> str | None:
-    return ATTENTIONS[name].obstacle(case)
+    own = ATTENTIONS[name]
+    if case.packed and own.within is CausalAttention.within:
+      return (
+        "has no method `within`, which data.order = 'packed' needs to keep"
+        ' documents apart'
+      )
+    return own.obstacle(case)
 
-  best = next(name for name in _PREFERRED_ATTENTIONS if not obstacle(name))
+  preferred = list(_PREFERRED_ATTENTIONS)
+  if case.packed:  # it would keep a square of positions, the mask
+    preferred.remove(attention_kernels.CUDNN)
+  best = next(name for name in preferred if not obstacle(name))
   return _asked_or_best('model.attention', asked, best, ATTENTIONS, obstacle)
 
 

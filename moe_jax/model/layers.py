@@ -49,25 +49,30 @@ class LayerNorm(nnx.Module):
     return (normal * self.scale_D[...] + self.shift_D[...]).astype(x.dtype)
 
 
-def rotate(x_BLHA: jax.Array, theta: float) -> jax.Array:
-  """Applies rotary position embedding (arXiv 2104.09864) at 0 .. L-1.
+def rotate(
+  x_BLHA: jax.Array, theta: float, positions_BL: jax.Array | None = None
+) -> jax.Array:
+  """Applies rotary position embedding (arXiv 2104.09864).
 
   Pairs are (a, a + A/2), the half-split layout of Llama checkpoints.
 
   Args:
     x_BLHA: The queries or keys; A is even.
     theta: The base of the wavelengths.
+    positions_BL: The positions, int32; None for 0 .. L-1 in every row.
 
   Returns:
     The rotated array, in the dtype of `x_BLHA`.
   """
   length, head_dim = x_BLHA.shape[1], x_BLHA.shape[-1]
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = jnp.arange(length)[:, None, None, None] * frequency  # [L, 1, 1, A/2]
+  positions = jnp.arange(length) if positions_BL is None else positions_BL
+  # [L, 1, 1, A/2], and with positions of every row [B, L, 1, 1, A/2].
+  angle = positions[..., None, None, None] * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   # Made once: fused into what follows they would be for every head and batch.
   cos, sin = jax.lax.optimization_barrier(
-    (cos, jnp.concatenate([-sin, sin], 2))
+    (cos, jnp.concatenate([-sin, sin], -2))
   )
   pairs = x_BLHA.astype(jnp.float32).reshape(*x_BLHA.shape[:-1], 2, -1)
   # (a cos - b sin, b cos + a sin); reversing keeps inner loops free of a

@@ -53,6 +53,9 @@ class DoesNotFitError(UserError):
     self.available = available
 
 
+_OF_SEGMENTS = 'segment_ids', 'positions'
+
+
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of the batches that a setup trains on."""
   rows = setup.config.train.batch_size, setup.config.data.seq_len
@@ -65,6 +68,8 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
   batch['padding_mask'] = array(rows, jnp.bool)
   if setup.config.data.order == 'contiguous':
     batch['segment_start'] = array(rows[:1], jnp.bool)
+  if setup.config.data.order == 'packed':
+    batch |= {name: array(rows, jnp.int32) for name in _OF_SEGMENTS}
   return batch
 
 

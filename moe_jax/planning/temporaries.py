@@ -102,12 +102,15 @@ def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
   span there are four, their gradients, shifted and not; and where blocks of
   queries are recomputed one at a time, so that none is among what is kept, as
   many again. The fours are what compiled programs come to. Rotary attention in
-  blocks has scores, weights and the gradients of both; other implementations
-  have nothing that is not among what is kept.
+  blocks has scores, weights and the gradients of both; cuDNN's has the mask of
+  packed rows, in 16 bits; other implementations have nothing that is not among
+  what is kept.
   """
   model, length = config.model, config.data.seq_len
   if model.positions != 'span':
     parts = implementations.resolved(config, mesh.shape, mesh.devices.flat[0])
+    if parts['attention'] == 'cudnn' and config.data.order == 'packed':
+      return 2 * length**2
     if parts['attention'] != 'blocks':
       return 0
     return (

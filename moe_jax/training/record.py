@@ -88,14 +88,18 @@ def describe(setup: Setup, sequences: TokenSequences) -> str:
   )
   packages = versions()
   used = ', '.join(f'{name} {packages[name]}' for name in ('jax', 'flax'))
-  epochs = config.train.steps * config.train.batch_size / len(sequences)
+  rows, packed = len(sequences), ''
+  if config.data.order == 'packed':
+    rows = len(sequences.packing)
+    packed = f', packed with {sequences.packing.waste:.2%} padding'
+  epochs = config.train.steps * config.train.batch_size / rows
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
     f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
     f'runs     {runs}; {used}\n'
     f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
-    f' {epochs:.2f} epochs in {config.train.steps} steps'
+    f' {epochs:.2f} epochs in {config.train.steps} steps{packed}'
   )
 
 

@@ -21,6 +21,7 @@ from moe_jax import files
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
+from moe_jax.model.attention import segments_of
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import multihost
 from moe_jax.training import init_from, terminal
@@ -240,6 +241,7 @@ def _activations(model: Decoder, inputs: Inputs) -> Any:
     batch['token_ids'],
     batch['padding_mask'],
     attention_state=inputs.attention_state,
+    segments=segments_of(batch),
     step=inputs.step,
     rng=inputs.rng,
   )

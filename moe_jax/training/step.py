@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.model.attention import AttentionState
+from moe_jax.model.attention import AttentionState, segments_of
 from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
@@ -21,7 +21,9 @@ from moe_jax.training.state import Setup, TrainState
 
 # {'token_ids': int32 [B, L], 'targets': int32 [B, L], 'padding_mask': bool
 # [B, L], True at tokens}, and of a contiguous stream 'segment_start': bool [B],
-# True where a row begins anew.
+# True where a row begins anew. Packed rows have 'segment_ids' and 'positions',
+# int32 [B, L]: see `Segments`. Where only some tokens are to be predicted there
+# is 'target_mask', bool [B, L], True at a subset of the tokens.
 Batch = dict[str, jax.Array]
 
 
@@ -54,7 +56,9 @@ class TrainStep(jax.stages.Wrapped, Protocol):
 def make_train_step(setup: Setup) -> TrainStep:
   """Returns the jitted update, which donates the state it is given.
 
-  The loss is the mean over all targets of the global batch, whatever the mesh
+  The loss is the mean over all targets of the global batch, which are all its
+  tokens unless a `target_mask` names some; routing, its statistics and losses
+  are of all tokens. That holds whatever the mesh
   and the number of micro-batches. What the balance loss is taken over,
   `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
   the global batch, for which a first pass over its micro-batches counts. Rows
@@ -110,13 +114,13 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
       batch['token_ids'],
       batch['padding_mask'],
       attention_state=attention_state,
+      segments=segments_of(batch),
     )
-    targets = Targets(
-      batch['targets'], batch['padding_mask'].astype(jnp.float32)
-    )
+    mask_BL = _target_mask(batch)
+    targets = Targets(batch['targets'], mask_BL.astype(jnp.float32))
     return {
       'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets),
-      'targets': batch['padding_mask'].sum(),
+      'targets': mask_BL.sum(),
       'load': load,
       'attention_state': attention_state,
     }
@@ -197,12 +201,12 @@ def gradient(
     batch: The global batch.
   """
   params, inputs = state['params'], inputs_of(setup, state, batch)
-  num_targets, num_sequences = _size(inputs.batch)
+  whole = _size(inputs.batch)
   gradient_of = jax.grad(_loss, argnums=1, has_aux=True)
   count = setup.config.train.accumulation
   if count == 1:
     grads, (metrics, remembered) = gradient_of(
-      setup, params, inputs, num_targets, WHOLE
+      setup, params, inputs, whole.targets, WHOLE
     )
     return grads, metrics, remembered
 
@@ -213,10 +217,12 @@ def gradient(
     return _run(_model(setup, params), with_step(part)).aux, None
 
   def gradient_of_part(part: Inputs) -> tuple[Any, AttentionState]:
-    tokens, sequences = _size(part.batch)
-    share = Share(tokens / num_targets, sequences / num_sequences, batch_load)
+    size = _size(part.batch)
+    share = Share(
+      size.tokens / whole.tokens, size.sequences / whole.sequences, batch_load
+    )
     grads, (metrics, remembered) = gradient_of(
-      setup, params, with_step(part), num_targets, share
+      setup, params, with_step(part), whole.targets, share
     )
     return (grads, metrics), remembered
 
@@ -245,20 +251,40 @@ def _loss(
   """
   model, batch = _model(setup, params), inputs.batch
   x_BLD, load, remembered = _run(model, inputs)
-  targets = Targets(batch['targets'], batch['padding_mask'] / num_targets)
+  targets = Targets(batch['targets'], _target_mask(batch) / num_targets)
   loss, metrics = total_loss(
     setup.config, setup.mesh, x_BLD, model.head(), targets, load, share
   )
   return loss, (metrics, remembered)
 
 
-def _size(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Returns the real tokens of a batch, and its sequences that have any."""
+class _Size(NamedTuple):
+  """How large a batch is, float32.
+
+  Attributes:
+    targets: The tokens to be predicted; 1 where there are none, so that their
+      mean is 0.
+    tokens: The real tokens, which are routed.
+    sequences: The sequences with a real token.
+  """
+
+  targets: jax.Array
+  tokens: jax.Array
+  sequences: jax.Array
+
+
+def _size(batch: Batch) -> _Size:
   mask_BL = batch['padding_mask']
-  return (
-    mask_BL.sum().astype(jnp.float32),
-    mask_BL.any(-1).sum().astype(jnp.float32),
-  )
+  tokens = mask_BL.sum().astype(jnp.float32)
+  targets = tokens
+  if 'target_mask' in batch:
+    targets = jnp.maximum(batch['target_mask'].sum().astype(jnp.float32), 1)
+  return _Size(targets, tokens, mask_BL.any(-1).sum().astype(jnp.float32))
+
+
+def _target_mask(batch: Batch) -> jax.Array:
+  """Returns which tokens are to be predicted; all where nothing is said."""
+  return batch.get('target_mask', batch['padding_mask'])
 
 
 def _model(setup: Setup, params: Any) -> Decoder:
@@ -270,6 +296,7 @@ def _run(model: Decoder, inputs: Inputs) -> Hidden:
     inputs.batch['token_ids'],
     inputs.batch['padding_mask'],
     attention_state=inputs.attention_state,
+    segments=segments_of(inputs.batch),
     step=inputs.step,
     rng=inputs.rng,
   )

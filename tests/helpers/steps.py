@@ -77,5 +77,30 @@ def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
   return {'token_ids': ids[:, :-1], 'targets': ids[:, 1:], 'padding_mask': mask}
 
 
+def packed_batch(
+  config: ConfigDict, lengths: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+  """Rows that hold documents of these lengths, and padding after them.
+
+  The n-th document of a row has the ids from 15 n to 15 n + 14; every row has
+  them in another order.
+  """
+  rng = np.random.default_rng(0)
+  size, length = config.train.batch_size, config.data.seq_len
+  made = {
+    key: np.zeros((size, length), np.int32)
+    for key in ('token_ids', 'targets', 'segment_ids', 'positions')
+  }
+  for b in range(size):
+    begin = 0
+    for n, count in enumerate(np.roll(lengths, b)):
+      here = b, slice(begin, begin + count)
+      ids = rng.integers(15 * n, 15 * n + 15, count + 1)
+      made['token_ids'][here], made['targets'][here] = ids[:-1], ids[1:]
+      made['segment_ids'][here], made['positions'][here] = n + 1, range(count)
+      begin += count
+  return made | {'padding_mask': made['segment_ids'] > 0}
+
+
 def to_numpy(tree: Any) -> Any:
   return jax.tree.map(np.asarray, tree)

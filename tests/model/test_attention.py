@@ -35,12 +35,18 @@ def random_arrays(shape: tuple[int, ...]) -> list[np.ndarray]:
   ]
 
 
-def oracle(q: Any, k: Any, v: Any, g: Any) -> list[np.ndarray]:
-  """The weighted values and the gradients of the three, by hand."""
+def oracle(
+  q: Any, k: Any, v: Any, g: Any, ids: np.ndarray | None = None
+) -> list[np.ndarray]:
+  """The weighted values and the gradients of the three, by hand.
+
+  `ids` are those of segments, [B, L]; without them a row is one.
+  """
   out, dq, dk, dv = (np.zeros_like(a) for a in (q, q, k, v))
-  seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+  causal = np.tril(np.ones((q.shape[1],) * 2, bool))
   scale = q.shape[-1] ** -0.5
   for b in range(len(q)):
+    seen = causal if ids is None else causal & (ids[b][:, None] == ids[b])
     for h in range(q.shape[2]):
       at = (b, slice(None), h)
       kv = (b, slice(None), h * k.shape[2] // q.shape[2])
@@ -79,12 +85,89 @@ def test_equals_the_oracle(name: str, shape: tuple[int, ...]) -> None:
   check(ATTENTIONS[name](CPU), shape)
 
 
+def random_segments(shape: tuple[int, ...]) -> np.ndarray:
+  """Ids of one to five segments a row and, of the last row, padding."""
+  batch, length = shape[:2]
+  rng = np.random.default_rng(1)
+  starts = np.zeros((batch, length), np.int32)
+  for row in starts:
+    row[rng.integers(length, size=4)] = 1
+  starts[:, 0] = 1
+  ids = np.cumsum(starts, axis=1, dtype=np.int32)
+  ids[-1, length - 3 :] = 0
+  return ids
+
+
+def check_within(attention: Any, shape: tuple[int, ...]) -> None:
+  """`attention` takes the ids of segments as its fourth argument."""
+  arrays, ids = random_arrays(shape), random_segments(shape)
+  within = functools.partial(_last, attention, jnp.asarray(ids))
+  for ours, exact in zip(
+    run(within, arrays, jnp.float32), oracle(*arrays, ids), strict=True
+  ):
+    np.testing.assert_allclose(ours, exact, atol=2e-5 * np.abs(exact).max())
+
+
+def _last(attention: Any, last: Any, *arrays: Any) -> Any:
+  return attention(*arrays, last)
+
+
+@pytest.mark.parametrize('name', RUN_HERE)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_equals_the_oracle_within_segments(
+  name: str, shape: tuple[int, ...]
+) -> None:
+  check_within(ATTENTIONS[name](CPU).within, shape)
+
+
+@pytest.mark.parametrize('name', [*RUN_HERE, 'dropping'])
+def test_no_gradient_reaches_another_segment(name: str) -> None:
+  """Exactly none, through queries, keys or values."""
+  shape = SHAPES[1]
+  ids = jnp.asarray(random_segments(shape))
+  q, k, v, g = (jnp.asarray(a, 'float32') for a in random_arrays(shape))
+  attention = (
+    functools.partial(_dropping, jax.random.key(0))
+    if name == 'dropping'
+    else ATTENTIONS[name](CPU).within
+  )
+  own = (ids == 2)[:, :, None, None]
+  gradients = jax.grad(
+    lambda *a: (attention(*a, ids) * g * own).sum(), argnums=(0, 1, 2)
+  )(q, k, v)
+  for gradient in gradients:
+    assert not np.asarray(gradient)[np.asarray(ids) != 2].any()
+    assert np.asarray(gradient)[np.asarray(ids) == 2].any()
+
+
+def _dropping(key: Any, q: Any, k: Any, v: Any, ids: Any) -> Any:
+  return attention_blocks.blocks(q, k, v, 0.5, key, ids)
+
+
+def test_cudnn_is_told_segments_by_a_mask(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """What it is given means the right thing, at an odd length too."""
+  asked, lengths = jax.nn.dot_product_attention, []
+
+  def elsewhere(query: Any, *arrays: Any, implementation: str, **keys: Any):
+    assert implementation == 'cudnn'
+    lengths.append(query.shape[1])
+    return asked(query, *arrays, implementation='xla', **keys)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', elsewhere)
+  check_within(attention_kernels.cudnn, SHAPES[0])
+  assert set(lengths) == {8}
+
+
 def test_parts_of_several_blocks_equal_the_oracle(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """Long sequences: two parts, of three blocks and of two, one not full."""
   monkeypatch.setattr(attention_blocks, '_PARTS', 2)
-  check(attention_blocks.blocks, (1, 4 * attention_blocks.BLOCK + 70, 2, 1, 4))
+  shape = 1, 4 * attention_blocks.BLOCK + 70, 2, 1, 4
+  check(attention_blocks.blocks, shape)
+  check_within(attention_blocks.BlockAttention(CPU).within, shape)
 
 
 @pytest.mark.parametrize('name', RUN_HERE)
@@ -147,6 +230,7 @@ def test_splash_equals_the_oracle() -> None:
   """The kernel's program, interpreted: grouped heads, lanes not full."""
   attention = functools.partial(attention_kernels.splash, interpret=True)
   check(attention, (1, 200, 2, 1, 128))
+  check_within(attention, (1, 200, 2, 1, 128))
 
 
 def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
@@ -155,12 +239,15 @@ def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:8])
   seen = []
 
-  def attention(q: Any, k: Any, v: Any) -> Any:
-    seen.append((q.shape, k.shape))
-    return attention_blocks.blocks(q, k, v)
+  def attention(q: Any, k: Any, v: Any, ids: Any = None) -> Any:
+    seen.append((q.shape, k.shape, None if ids is None else ids.shape))
+    return attention_blocks.blocks(q, k, v, segment_ids_BL=ids)
 
-  check(attention_kernels.sharded(attention, mesh), (4, 9, 4, 2, 8))
-  assert seen[0] == ((1, 9, 2, 8), (1, 9, 1, 8))
+  sharded, shape = attention_kernels.sharded(attention, mesh), (4, 9, 4, 2, 8)
+  check(sharded, shape)
+  check_within(sharded, shape)
+  assert seen[0] == ((1, 9, 2, 8), (1, 9, 1, 8), None)
+  assert seen[-1] == (*seen[0][:2], (1, 9))
 
 
 def case(
@@ -168,9 +255,10 @@ def case(
   dtype: str = 'bfloat16',
   head_dim: int = 128,
   capability: str = '9.0',
+  packed: bool = False,
 ) -> Case:
   device = SimpleNamespace(platform=platform, compute_capability=capability)
-  return Case(device, None, jnp.dtype(dtype), head_dim)
+  return Case(device, None, jnp.dtype(dtype), head_dim, packed)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +271,10 @@ def case(
     (case('gpu', dtype='float32'), 'blocks'),
     (case('tpu'), 'splash'),
     (case('tpu', dtype='float32'), 'splash'),
+    (case('cpu', packed=True), 'blocks'),
+    # cuDNN would need a square of positions; it can be asked for.
+    (case('gpu', packed=True), 'blocks'),
+    (case('tpu', packed=True), 'splash'),
   ],
 )
 def test_auto_takes_the_best_that_fits(of: Case, expected: str) -> None:
@@ -226,6 +318,20 @@ class Naive(CausalAttention):
     scores_BHLL = scores_BHLL / query_BLHA.shape[-1] ** 0.5
     weights_BHLL = jax.nn.softmax(jnp.where(seen_LL, scores_BHLL, -jnp.inf))
     return jnp.einsum('BHLK,BKHA->BLHA', weights_BHLL, value_BLHA)
+
+
+def test_an_own_attention_that_knows_no_segments_is_refused_for_packed_rows(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  registries.forget(monkeypatch, ATTENTIONS)
+  ATTENTIONS.register('own')(Naive)
+  config = tiny.config(**{'model.attention': 'own', 'data.order': 'packed'})
+  with pytest.raises(
+    UserError, match=r"'own' has no method `within`.*takes 'blocks', or one of"
+  ):
+    jax.eval_shape(lambda: Decoder(config, 61, None, rngs=nnx.Rngs(params=0)))
+  config.data.order = 'shuffled'
+  jax.eval_shape(lambda: Decoder(config, 61, None, rngs=nnx.Rngs(params=0)))
 
 
 @pytest.mark.parametrize(
