@@ -120,7 +120,7 @@ SCHEDULES: Registry[Any] = Registry(
   'optimizer.schedule', 'cosine linear constant wsd inverse_sqrt'
 )
 DATA_SOURCES: Registry[Any] = Registry(
-  'data.name', 'python_stdlib python_docs text_folder enwik8 wikitext103'
+  'data.name', 'python_stdlib python_docs text_folder files enwik8 wikitext103'
 )
 TOKENIZERS: Registry[Any] = Registry('data.tokenizer', 'bytes enwik8 words')
 EVALUATIONS: Registry[Any] = Registry('eval.evaluations', 'perplexity')

@@ -64,7 +64,8 @@ ROOMS = {
   # No jax, so that reading data never touches a device.
   'data': Room(
     'errors disk files registry',
-    'tensorflow_datasets grain numpy etils ml_collections',
+    'tensorflow_datasets array_record pyarrow datasets grain numpy etils'
+    ' ml_collections',
   ),
   'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
   'interop': Room(

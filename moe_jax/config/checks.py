@@ -129,9 +129,11 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 
 def _check_data(config: ConfigDict) -> None:
-  if config.data.name == 'text_folder' and not config.data.path:
+  what = {'text_folder': 'a folder', 'files': 'a file, a folder or a pattern'}
+  if config.data.name in what and not config.data.path:
     raise UserError(
-      "data.path = '' must name a folder when data.name = 'text_folder'"
+      f"data.path = '' must name {what[config.data.name]} when data.name ="
+      f' {config.data.name!r}'
     )
 
 

@@ -524,8 +524,9 @@ KEYS = {
   ),
   'data.name': Key(
     'python_stdlib',
-    'The data set: python_stdlib, python_docs, text_folder, enwik8,'
-    ' wikitext103, or any text data set of TensorFlow Datasets.',
+    'The data set: python_stdlib, python_docs, text_folder, files, enwik8,'
+    ' wikitext103, huggingface:OWNER/NAME, or any text data set of TensorFlow'
+    ' Datasets.',
   ),
   'data.dir': Key(
     '',
@@ -535,8 +536,9 @@ KEYS = {
   ),
   'data.path': Key(
     '',
-    'text_folder: the folder whose files are read. enwik8 and wikitext103:'
-    ' their zip file, if it is here already.',
+    'text_folder: the folder whose files are read. files: a file, a folder or'
+    ' a pattern, such as texts/*.jsonl.zst. enwik8 and wikitext103: their zip'
+    ' file, if it is here already.',
     resume=True,  # a folder may be moved
     path=True,
   ),
@@ -547,7 +549,9 @@ KEYS = {
     " may be a stranger's.",
     resume=True,
   ),
-  'data.text_key': Key('text', 'The feature that holds a document.'),
+  'data.text_key': Key(
+    'text', 'The field, column or feature that holds a document.'
+  ),
   'data.train_split': Key('train', 'The split to train on.'),
   'data.tokenizer': Key(
     'bytes', 'The tokenizer: bytes, enwik8 or words.', function=True

@@ -18,8 +18,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import hashing
 
 from moe_jax import errors, files
+from moe_jax.data import formats, records
 from moe_jax.data.progress import counted
 
 SPLITS = ('train', 'validation', 'test')  # 90, 5 and 5 of 100 names
@@ -28,17 +30,14 @@ _TOPICS = 'pydoc_data/topics.py'
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def split_of(name: str) -> str:
-  """Returns the split of a file: a function of its relative name alone."""
+def split_of(name: str | bytes) -> str:
+  """Returns the split of a file, by its relative name, or of a text."""
   digest = hashlib.sha256(os.fsencode(name)).digest()
   part = int.from_bytes(digest[:8], 'big') % 20
   return {0: 'validation', 1: 'test'}.get(part, 'train')
 
 
-class FolderBuilder(
-  tfds.core.GeneratorBasedBuilder,
-  skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
-):
+class FolderBuilder(records.StreamedBuilder):
   """Documents `text` and their relative posix names `name`, as stored."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -60,33 +59,16 @@ class FolderBuilder(
     config = tfds.core.BuilderConfig(name=re.sub(r'[^\w.-]', '_', key))
     super().__init__(config=config, **kwargs)
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {'text': tfds.features.Text(), 'name': tfds.features.Text()}
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self.__doc__,
-      features=tfds.features.FeaturesDict(features),
-    )
-
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Iterator]:
-    """Returns the splits that have files: TFDS writes no empty one."""
-    del dl_manager
+  def _documents(self) -> Iterator[records.Named]:
+    """Yields the documents of a split after the other, in TFDS's order."""
     members: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in self._names:
       members[split_of(name)].append(name)
-    return {s: self._generate_examples(m) for s, m in members.items() if m}
-
-  def _generate_examples(
-    self, names: list[str]
-  ) -> Iterator[tuple[bytes, dict]]:
-    for name in counted(self.info.full_name, names):
-      text = self._document(name, (self._folder / name).read_bytes())
-      if text:
-        # Bytes, because a file name need not be valid UTF-8 either.
-        key = os.fsencode(name)
-        yield key, {'text': text, 'name': key}
+    for split, names in members.items():
+      for name in counted(self.info.full_name, _in_order(split, names)):
+        text = self._document(name, (self._folder / name).read_bytes())
+        if text:
+          yield split, os.fsencode(name), text
 
   def _document(self, name: str, content: bytes) -> bytes:
     """Returns the text of a file; b'' leaves it out.
@@ -103,14 +85,14 @@ class PythonStdlib(FolderBuilder):
   def __init__(self, **kwargs: object) -> None:
     """Finds the library's files; UserError if this Python has none."""
     folder = pathlib.Path(sysconfig.get_path('stdlib'))
-    names = [n for n in _files(folder, _NOT_LIBRARY) if n.endswith('.py')]
+    names = [n for n in find_files(folder, _NOT_LIBRARY) if n.endswith('.py')]
     if not names:
       raise errors.UserError(
         f'data.name = {self.name!r}: {folder} holds no .py files;'
         ' use a Python installed with its library, or another data set'
       )
     # No times: the files of one release differ in nothing else between hosts.
-    stamp = _fingerprint(folder, names, times=False)
+    stamp = fingerprint(folder, names, times=False)
     python = f'{sys.implementation.name}-{platform.python_version()}'
     key = f'{python}-{stamp}'
     super().__init__(folder=folder, names=names, key=key, **kwargs)
@@ -161,17 +143,22 @@ class TextFolder(FolderBuilder):
         f'data.path = {path!r} is not a folder;'
         " data.name = 'text_folder' reads the text files in data.path"
       )
-    names = list(_files(folder, links=True))
+    names = list(find_files(folder, links=True))
     if not names:
       raise errors.UserError(
         f'data.path = {path!r} holds no text: put at least one non-empty,'
         ' non-hidden UTF-8 file there'
       )
-    key = _fingerprint(folder, names, times=True)
+    for name in names:
+      if kind := formats.data_format(name):
+        raise _no_text(str(folder / name), kind)
+    key = fingerprint(folder, names, times=True)
     super().__init__(folder=folder, names=names, key=key, **kwargs)
 
   def _document(self, name: str, content: bytes) -> bytes:
-    del name
+    listed = name.lower().endswith('.json') and formats.looks_like_rows(content)
+    if listed or not formats.looks_like_text(content):
+      raise _no_text(name, 'JSON of many objects' if listed else 'not text')
     return content.removeprefix(codecs.BOM_UTF8)
 
 
@@ -221,10 +208,12 @@ class GivenTexts(
       yield i, {'text': text}
 
 
-def _files(
+def find_files(
   folder: pathlib.Path, skip: tuple[str, ...] = (), links: bool = False
 ) -> Iterator[str]:
   """Yields the relative posix names of the non-empty files, in fixed order.
+
+  Hidden files are left out, and what is neither a file nor a folder.
 
   What lies behind symbolic links to folders comes last, and only if `links`. No
   folder is read twice, so links may go round in circles.
@@ -246,6 +235,22 @@ def _files(
         path = pathlib.Path(parent, name)
         if path.is_file() and path.stat().st_size:
           yield path.relative_to(folder).as_posix()
+
+
+def _in_order(split: str, names: list[str]) -> list[str]:
+  """Returns the names as TFDS would shuffle them."""
+  hasher = hashing.Hasher(split)
+  # Bytes, because a file name need not be valid UTF-8.
+  return sorted(names, key=lambda name: hasher.hash_key(os.fsencode(name)))
+
+
+def _no_text(name: str, kind: str) -> errors.UserError:
+  """Returns the refusal of a file that is no document in itself."""
+  return errors.UserError(
+    f'{errors.printable(name)} is {kind}, and data.name ='
+    " 'text_folder' takes every file for one text: data.name = 'files' reads"
+    ' the documents in such files, and leaves out what is not text'
+  )
 
 
 def _docstrings(module: ast.Module) -> Iterator[str]:
@@ -272,7 +277,7 @@ def _raise(error: OSError) -> None:
   raise error
 
 
-def _fingerprint(folder: pathlib.Path, names: list[str], times: bool) -> str:
+def fingerprint(folder: pathlib.Path, names: list[str], times: bool) -> str:
   """Returns 16 hex digits of the names, sizes and, if `times`, change times."""
   digest = hashlib.sha256()
   for name in names:

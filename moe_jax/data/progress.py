@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar('T')
@@ -32,3 +32,29 @@ def counted(what: str, documents: Sequence[T]) -> Iterator[T]:
         file=sys.stderr,
       )
     yield document
+
+
+def by_bytes(what: str, total: int) -> Callable[[int], None]:
+  """Returns a function that is told how many bytes are done, and tells that.
+
+  It may be called often: as above, it prints every few seconds and to stderr.
+
+  Args:
+    what: What is being prepared.
+    total: How many bytes there are.
+  """
+  began = last = time.monotonic()
+
+  def tell(done: int) -> None:
+    nonlocal last
+    now = time.monotonic()
+    if now - last >= _SECONDS and done:
+      last = now
+      rate = done / (now - began)
+      print(
+        f'preparing {what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB,'
+        f' {rate / 1e6:.1f} MB/s, {max(0, total - done) / rate:.0f} s left',
+        file=sys.stderr,
+      )
+
+  return tell

@@ -1,8 +1,8 @@
 """Documents by the name of their data set, read at random from ArrayRecord.
 
-`python_stdlib`, `python_docs` and `text_folder` (`folders.py`), `enwik8` and
-`wikitext103` (`texts.py`) are ours; any other name is TFDS's own. TensorFlow is
-not imported for any of this.
+`python_stdlib`, `python_docs` and `text_folder` (`folders.py`), `files` and
+`huggingface:NAME` (`corpora.py`), `enwik8` and `wikitext103` (`texts.py`) are
+ours; any other name is TFDS's own. TensorFlow is not imported for any of this.
 
 A user's own is a function of `config.data` and of the options of a TFDS builder
 that returns one, registered in a config file:
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from tensorflow_datasets.core.utils import file_utils
 
 from moe_jax import disk, errors, files
-from moe_jax.data import folders, texts
+from moe_jax.data import corpora, folders, texts
 from moe_jax.data.checks import check_name, one_line, prepared_files, undamaged
 from moe_jax.data.folders import GivenTexts
 from moe_jax.registry import DATA_SOURCES
@@ -56,6 +56,11 @@ DATA_SOURCES.register('python_docs')(
 )
 DATA_SOURCES.register('text_folder')(
   lambda data, **options: folders.TextFolder(path=data.path, **options)
+)
+DATA_SOURCES.register('files')(
+  lambda data, **options: corpora.Files(
+    path=data.path, text_key=data.text_key, **options
+  )
 )
 DATA_SOURCES.register('enwik8')(
   lambda data, **options: texts.Enwik8(path=data.path, **options)
@@ -131,15 +136,18 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
   with _quiet():
     builder = _prepared(data)
     _check_split(builder, split)
-    _check_text_key(builder, data.text_key)
+    # Or it has chosen among the fields of the source already.
+    chosen = isinstance(builder, corpora.Files | corpora.HuggingFace)
+    text_key = 'text' if chosen else data.text_key
+    _check_text_key(builder, text_key)
     with undamaged(builder.data_path):
-      records = builder.as_data_source(split)
+      examples = builder.as_data_source(split)
   info = builder.info
   return Documents(
-    records,
+    examples,
     info.full_name,
     split,
-    data.text_key,
+    text_key,
     builder.data_path,
     data.name in texts.BUILDERS,
   )
@@ -209,6 +217,9 @@ def _registered(
   data: ConfigDict, **kwargs: str | None
 ) -> tfds.core.DatasetBuilder:
   """Returns TFDS's builder of that name, from its code or prepared files."""
+  if data.name.startswith(corpora.HUGGING_FACE):
+    name = data.name.removeprefix(corpora.HUGGING_FACE)
+    return corpora.HuggingFace(name=name, text_key=data.text_key, **kwargs)
   for area in _TEXT_AREAS:
     importlib.import_module(f'tensorflow_datasets.{area}')
   where = f'data.name = {data.name!r}'

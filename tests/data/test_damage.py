@@ -326,7 +326,7 @@ def test_a_byte_order_mark_is_no_text(make_data: MakeData) -> None:
   ('name', 'said'),
   [
     ('kaggle:lm1b', "of the community 'kaggle', of which .* runs it"),
-    ('huggingface:lm1b/x:1.0.0', "of the community 'huggingface'"),
+    ('huggingface:lm1b/x:1.0.0', 'is no name of a data set'),
     ('lm1b/version=2.0.0', 'cannot be opened: .*2.0.0'),
     ('lm1b/data_dir=x', 'sets data_dir: a name may have'),
     ('text_folder/x', 'is not known|cannot be opened'),

@@ -1,5 +1,7 @@
 """A data set and a tokenizer of a user's own, from their config file."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,31 @@ def test_trains_resumes_and_evaluates(file: Path, tmp_path: Path) -> None:
   assert runs.read_json(found)['tokens'] == 20 * 6 + 20
 
 
+def test_trains_on_packed_rows_and_resumes(tmp_path: Path) -> None:
+  folder, workdir = tmp_path / 'rows', tmp_path / 'run'
+  for split, count in (('train', 60), ('validation', 20)):
+    (folder / split).mkdir(parents=True)
+    rows = [json.dumps({'body': f'caf\xe9 {i}'}) for i in range(count)]
+    content = gzip.compress('\n'.join(rows).encode())
+    (folder / split / 'a.jsonl.gz').write_bytes(content)
+  keys = TINY | {
+    'data.name': 'files',
+    'data.path': folder,
+    'data.text_key': 'body',
+    'data.dir': tmp_path / 'prepared',
+  }
+  flags = [f'--config.{key}={value}' for key, value in keys.items()]
+  start = ['--config=base', f'--workdir={workdir}', *flags]
+  assert runs.call('train.py', start) == 0
+  again = [f'--workdir={workdir}', '--config.train.steps=4']
+  assert runs.call('train.py', again) == 0
+  assert runs.checkpoints(workdir)[-1] == 4
+  assert runs.call('eval.py', [f'--workdir={workdir}']) == 0
+  [found] = (workdir / 'evaluation').iterdir()
+  # Bytes of ten texts of one figure and ten of two, and the ends of documents.
+  assert runs.read_json(found)['tokens'] == 10 * 7 + 10 * 8 + 20
+
+
 def opened(file: Path, tmp_path: Path) -> tuple[Any, Any]:
   """The validation texts and the tokenizer of the file."""
   config = loading.load(str(file))
@@ -131,6 +158,6 @@ def test_another_fingerprint_measures_anew(file: Path, tmp_path: Path) -> None:
 
 def test_every_name_is_known(tmp_path: Path) -> None:
   assert set(TOKENIZERS) == {'bytes', 'enwik8', 'words'}
-  assert {'python_stdlib', 'text_folder'} <= set(DATA_SOURCES)
+  assert {'python_stdlib', 'text_folder', 'files'} <= set(DATA_SOURCES)
   assert all(callable(DATA_SOURCES[name]) for name in DATA_SOURCES)
   assert all(callable(TOKENIZERS[name]) for name in TOKENIZERS)
