@@ -142,7 +142,7 @@ class _Analysis:
     self._classes = None
     if self._tagger is not None:
       classes = token_classes.Alignment(tokenizer, self._tagger)
-      self._classes = TokenSequences(documents, classes, length)
+      self._classes = self._sequences.of_classes(classes)
     self._num_experts: int = config.moe.num_experts
     self._num_rated = build.make_select(config, 0).num_logits
     self._checkpoint_program = self._jit(self._of_checkpoint)

@@ -171,7 +171,7 @@ def _is_python(text: str) -> bool:
 class Alignment(NamedTuple):
   """A tokenizer that makes classes in the place of ids.
 
-  A `TokenSequences` of it lies beside that of the tokenizer, token by token.
+  `TokenSequences.of_classes` has them beside the ids, token by token.
   What separates documents has a class of its own, the number `classes`.
   """
 

@@ -46,7 +46,7 @@ def check_name(data: ConfigDict, data_dir: str | None) -> None:
       ' --config.data.allow_community=True'
     )
   for path in prepared_files(data.name, data_dir):
-    _check_features(path)
+    check_features(path)
 
 
 def prepared_files(name: str, data_dir: str | None) -> Iterator[pathlib.Path]:
@@ -65,7 +65,7 @@ def prepared_files(name: str, data_dir: str | None) -> Iterator[pathlib.Path]:
     yield from pathlib.Path(root, parsed.name).rglob('features.json')
 
 
-def _check_features(path: pathlib.Path) -> None:
+def check_features(path: pathlib.Path) -> None:
   """Refuses a features.json by which TFDS would import a module."""
   waiting = [files.read_json(path)]
   while waiting:

@@ -8,9 +8,7 @@ segment before is right for this one. Where it is not, the batch says so:
 and says in `segment_ids` and `positions` which is where.
 """
 
-import bisect
 import functools
-import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,7 +24,8 @@ class ContiguousRows:
 
   An epoch ends where not every row has a whole segment left, and the next one
   begins at an offset below the length of a segment, so that it cuts the text
-  elsewhere (as released). The first begins at 0.
+  elsewhere (as released). The first begins at 0; the others all have as many
+  steps as there are segments behind the largest offset.
   """
 
   def __init__(
@@ -52,9 +51,14 @@ class ContiguousRows:
         f' {self._row_tokens}, but data.seq_len = {sequences.seq_len} needs'
         f' {sequences.seq_len + 1}; lower one of them'
       )
-    self._lock = threading.Lock()
-    self._first_steps = [0]  # of every epoch known so far, and of the next
-    self._offsets: list[int] = []
+    length = sequences.seq_len
+    # One segment, and the token after it, fit whatever the offset.
+    self._bound = min(length, self._row_tokens - length)
+    self._first_steps = (self._row_tokens - 1) // length
+    # As many as fit at the largest offset, so that no epoch has to be counted.
+    self._steps = (self._row_tokens - self._bound) // length
+    # All rows of a step ask for the same one; two are read side by side.
+    self._offset = functools.lru_cache(2)(self._draw)
 
   def at(self, step: int, row: int) -> TokenSequence:
     """Returns the sequence of a row at a step; says if the row starts anew."""
@@ -66,21 +70,14 @@ class ContiguousRows:
 
   def _locate(self, step: int) -> tuple[int, int]:
     """Returns the number of a step in its epoch, and the epoch's offset."""
-    with self._lock:
-      while self._first_steps[-1] <= step:
-        self._add_epoch()
-      epoch = bisect.bisect_right(self._first_steps, step) - 1
-      return step - self._first_steps[epoch], self._offsets[epoch]
+    if step < self._first_steps:
+      return step, 0
+    later, nth = divmod(step - self._first_steps, self._steps)
+    return nth, self._offset(later + 1)
 
-  def _add_epoch(self) -> None:
-    epoch, length = len(self._offsets), self._sequences.seq_len
+  def _draw(self, epoch: int) -> int:
     rng = np.random.default_rng((self._seed, epoch))
-    # One segment, and the token after it, fit whatever the offset.
-    bound = min(length, self._row_tokens - length)
-    offset = int(rng.integers(bound)) if epoch else 0
-    steps = (self._row_tokens - 1 - offset) // length
-    self._offsets.append(offset)
-    self._first_steps.append(self._first_steps[-1] + steps)
+    return int(rng.integers(self._bound))
 
 
 class EvaluationRows:

@@ -10,27 +10,48 @@ T = TypeVar('T')
 _SECONDS = 5.0  # between two lines
 
 
-def counted(what: str, documents: Sequence[T]) -> Iterator[T]:
-  """Yields the documents, and tells every few seconds how many are done.
+class Progress:
+  """Tells every few seconds how many documents are done.
 
   It goes to stderr, and nothing is told of what is over sooner. Processes that
   wait for the one that prepares tell nothing either.
+  """
+
+  def __init__(self, what: str, total: int, done: int = 0) -> None:
+    """Begins to count the time.
+
+    Args:
+      what: What is being prepared.
+      total: The number of documents.
+      done: How many of them were done before.
+    """
+    self._what, self._total, self._before = what, total, done
+    self._began = self._last = time.monotonic()
+
+  def tell(self, done: int) -> None:
+    """Tells how many documents are done, if it is time to."""
+    now = time.monotonic()
+    if now - self._last < _SECONDS or done <= self._before:
+      return
+    self._last = now
+    each = (now - self._began) / (done - self._before)
+    print(
+      f'preparing {self._what}: {done:,} of {self._total:,} documents,'
+      f' {each * (self._total - done):.0f} s left',
+      file=sys.stderr,
+    )
+
+
+def counted(what: str, documents: Sequence[T]) -> Iterator[T]:
+  """Yields the documents, and tells every few seconds how many are done.
 
   Args:
     what: What is being prepared.
     documents: The documents, or their numbers.
   """
-  began = last = time.monotonic()
+  progress = Progress(what, len(documents))
   for done, document in enumerate(documents):
-    now = time.monotonic()
-    if now - last >= _SECONDS:
-      last = now
-      left = (now - began) * (len(documents) - done) / done
-      print(
-        f'preparing {what}: {done:,} of {len(documents):,} documents,'
-        f' {left:.0f} s left',
-        file=sys.stderr,
-      )
+    progress.tell(done)
     yield document
 
 

@@ -4,22 +4,19 @@ The stream is `eos doc eos doc ... eos`, or, where the documents are the pieces
 of one text, that text.
 """
 
-import collections
+import copy
 import functools
 import hashlib
-import threading
-from collections.abc import Callable
 from typing import Self
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax.data import sources
-from moe_jax.data.lengths import document_lengths
 from moe_jax.data.packing import Packing
 from moe_jax.data.sources import Documents
+from moe_jax.data.token_cache import TokenCache
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.errors import UserError
 
 # 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
 # and in a contiguous order 'segment_start' bool []. Packed ones have int32 [L]
@@ -27,10 +24,10 @@ from moe_jax.errors import UserError
 # segment.
 TokenSequence = dict[str, np.ndarray]
 
-# Encoded documents that a split keeps at hand; python_stdlib fits whole.
-_CACHE_BYTES = 64 * 2**20
 # How many documents a fingerprint reads, at the most, and how large.
 _SAMPLED, _SAMPLED_BYTES = 64, 2**20
+_DIGESTED_TOKENS = 2**20  # at once
+_KEPT_DOCUMENTS = 256  # of which classes are at hand
 
 
 class TokenSequences:
@@ -51,23 +48,22 @@ class TokenSequences:
   def __init__(
     self, documents: Documents, tokenizer: Tokenizer, seq_len: int
   ) -> None:
-    """Measures the documents; UserError if one of them is not UTF-8."""
-    measured = document_lengths(documents, tokenizer)
+    """Opens the token ids of the documents, which may encode them first.
+
+    Raises:
+      UserError, RetryableError: As `TokenCache.open`.
+    """
     self._documents = documents
-    self._measured = measured
     self._tokenizer = tokenizer
+    self._cache = TokenCache.open(documents, tokenizer)
+    self._tokens = self._cache.read  # tokens [begin, end) of the stream
+    self._separated = self._cache.separated
     self.split = documents.split
     self.seq_len = seq_len
-    # Piece d of the stream is eos and document d; one more eos ends it. In one
-    # text it is document d.
-    self._separated = not documents.single_document
-    sizes = measured[:, 0] + self._separated
-    self._starts = np.concatenate([[0], np.cumsum(sizes)])
-    self._pieces = _Cache(self._make_piece, _CACHE_BYTES)
-    self.num_stream_tokens = int(self._starts[-1]) + self._separated
+    self.num_stream_tokens = len(self._cache)
     self.num_tokens = self.num_stream_tokens - 1
-    self.num_bytes = int(measured[:, 1].sum())
-    self.lengths = measured[:, 0]
+    self.lengths = self._cache.lengths[:, 0]
+    self.num_bytes = int(self._cache.lengths[:, 1].sum())
 
   @classmethod
   def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
@@ -98,10 +94,10 @@ class TokenSequences:
     that are spread evenly and not long: what can be had without reading all.
     """
     documents = self._documents
-    content = hashlib.blake2b(self._measured.tobytes(), digest_size=8)
+    content = hashlib.blake2b(self._cache.lengths.tobytes(), digest_size=8)
     count = len(documents)
     for d in sorted({i * count // _SAMPLED for i in range(_SAMPLED)}):
-      if self._measured[d, 1] <= _SAMPLED_BYTES:
+      if self._cache.lengths[d, 1] <= _SAMPLED_BYTES:
         content.update(documents[d].encode(errors='surrogateescape'))
     return {
       'name': documents.full_name,
@@ -112,6 +108,35 @@ class TokenSequences:
       'tokenizer': self._tokenizer.name,
       'content': content.hexdigest(),
     }
+
+  def digest(self) -> str:
+    """Returns the BLAKE2b of the whole stream, 32 hexadecimal digits.
+
+    It is that of the ids as little-endian int32, whatever they are kept as. All
+    of the stream is read, and held to its checksums.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for begin in range(0, self.num_stream_tokens, _DIGESTED_TOKENS):
+      end = min(begin + _DIGESTED_TOKENS, self.num_stream_tokens)
+      found.update(self._tokens(begin, end).astype('<i4').data)
+    return found.hexdigest()
+
+  def document(self, d: int) -> np.ndarray:
+    """Returns the ids of document `d`, int32, without what separates them."""
+    return self._cache.document(d)
+
+  def of_classes(self, classes: Tokenizer) -> Self:
+    """Returns the same sequences with the classes of tokens for their ids.
+
+    A document's are made when it is read: nothing is kept of them on disk, and
+    the documents that are not read cost nothing.
+
+    Args:
+      classes: What makes as many classes of a document as it has tokens.
+    """
+    made = copy.copy(self)
+    made._tokens = _Classes(self._documents, classes, self._cache).read
+    return made
 
   def __len__(self) -> int:
     return -(-self.num_tokens // self.seq_len)
@@ -146,66 +171,33 @@ class TokenSequences:
       'padding_mask': padding_mask,
     }
 
-  def _tokens(self, begin: int, end: int) -> np.ndarray:
-    """Returns tokens [begin, end) of the stream."""
-    d = int(np.searchsorted(self._starts, begin, side='right')) - 1
+
+class _Classes:
+  """The classes of a stream's tokens, made of documents as they are read."""
+
+  def __init__(
+    self, documents: Documents, classes: Tokenizer, cache: TokenCache
+  ) -> None:
+    self._documents = documents
+    self._classes = classes
+    self._cache = cache
+    self._of = functools.lru_cache(_KEPT_DOCUMENTS)(self._make)
+
+  def read(self, begin: int, end: int) -> np.ndarray:
+    """Returns the classes of tokens [begin, end) of the stream."""
+    starts = self._cache.starts
+    d = int(np.searchsorted(starts, begin, side='right')) - 1
     parts = []
     while begin < end:
-      start = self._starts[d]
-      parts.append(self._pieces[d][begin - start : end - start])
+      parts.append(self._of(d)[begin - starts[d] : end - starts[d]])
       begin += len(parts[-1])
       d += 1
     return np.concatenate(parts)
 
-  def _make_piece(self, d: int) -> np.ndarray:
-    """Returns piece `d`, in the smallest type that holds its ids.
-
-    Raises:
-      UserError: The document is not as long as it was when it was measured.
-    """
-    ids = [np.array([self._tokenizer.eos_id])] if self._separated else []
+  def _make(self, d: int) -> np.ndarray:
+    """Returns those of what separates documents, and of document `d`."""
+    parts = [np.array([self._classes.eos_id])] if self._cache.separated else []
     if d < len(self._documents):
-      ids.append(self._tokenizer.encode(self._documents[d]))
-    piece = np.concatenate(ids)
-    if d < len(self._documents):
-      self._check_length(d, len(piece))
-    return piece.astype(np.min_scalar_type(self._tokenizer.vocab_size - 1))
-
-  def _check_length(self, d: int, found: int) -> None:
-    """Refuses other data than was measured: all positions would be shifted."""
-    expected = int(self._starts[d + 1] - self._starts[d])
-    if found != expected:
-      raise UserError(
-        f'document {d} of {self._documents.full_name}, split'
-        f' {self._documents.split!r}, has {found - self._separated} tokens, and'
-        f' {expected - self._separated} when it was measured; remove the files'
-        f' lengths-* in {self._documents.folder}, and it is measured anew'
-      )
-
-
-class _Cache:
-  """Keeps the arrays read last, up to a number of bytes and at least one."""
-
-  def __init__(self, make: Callable[[int], np.ndarray], max_bytes: int) -> None:
-    self._make = make
-    self._max_bytes = max_bytes
-    self._bytes = 0
-    self._kept: collections.OrderedDict[int, np.ndarray] = (
-      collections.OrderedDict()
-    )
-    self._lock = threading.Lock()
-
-  def __getitem__(self, key: int) -> np.ndarray:
-    with self._lock:
-      if key in self._kept:
-        self._kept.move_to_end(key)
-        return self._kept[key]
-    # Outside the lock: other threads go on while this one reads.
-    array = self._make(key)
-    with self._lock:
-      if key not in self._kept:
-        self._kept[key] = array
-        self._bytes += array.nbytes
-      while self._bytes > self._max_bytes and len(self._kept) > 1:
-        self._bytes -= self._kept.popitem(last=False)[1].nbytes
-    return array
+      parts.append(self._classes.encode(self._documents[d]))
+    dtype = np.min_scalar_type(self._classes.vocab_size - 1)
+    return np.concatenate(parts).astype(dtype)

@@ -19,6 +19,7 @@ import importlib
 import io
 import logging
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -31,7 +32,13 @@ from tensorflow_datasets.core.utils import file_utils
 
 from moe_jax import disk, errors, files
 from moe_jax.data import corpora, folders, texts
-from moe_jax.data.checks import check_name, one_line, prepared_files, undamaged
+from moe_jax.data.checks import (
+  check_features,
+  check_name,
+  one_line,
+  prepared_files,
+  undamaged,
+)
 from moe_jax.data.folders import GivenTexts
 from moe_jax.registry import DATA_SOURCES
 
@@ -101,10 +108,30 @@ class Documents:
     Raises:
       UserError: Its text is not UTF-8, or the prepared data is damaged.
     """
+    return self.read(i, i + 1)[0]
+
+  def read(self, begin: int, end: int) -> list[str]:
+    """Returns documents [begin, end): faster than one by one if they are small.
+
+    Raises:
+      UserError: As `__getitem__`.
+    """
+    numbers = range(begin, end)
     with undamaged(self.folder):
-      record = self.records[i]
-      if record[self.text_key] is None:
-        raise EOFError(f'document {i} of split {self.split!r} is not there')
+      together = getattr(self.records, '__getitems__', None)
+      if together is None or len(numbers) == 1:
+        found = [self.records[i] for i in numbers]
+      else:
+        found = together(numbers)
+      for i, record in zip(numbers, found, strict=True):
+        if record[self.text_key] is None:
+          raise EOFError(f'document {i} of split {self.split!r} is not there')
+    return [
+      self._text(i, record) for i, record in zip(numbers, found, strict=True)
+    ]
+
+  def _text(self, i: int, record: dict) -> str:
+    """Returns the text of an example."""
     mistakes = 'surrogateescape' if self.single_document else 'strict'
     try:
       return record[self.text_key].decode(errors=mistakes)
@@ -116,6 +143,31 @@ class Documents:
         f' {error.start} (0x{error.object[error.start]:02x});'
         ' save its text as UTF-8'
       ) from error
+
+  def __reduce__(self) -> tuple[Callable, tuple]:
+    """Pickles where the documents lie: a builder of TFDS cannot be pickled."""
+    return _reopened, (
+      self.full_name,
+      self.split,
+      self.text_key,
+      self.folder,
+      self.single_document,
+    )
+
+
+def _reopened(*described: object) -> Documents:
+  """Returns pickled documents, read from the same folder.
+
+  Raises:
+    UserError: What is prepared there cannot be read, or names other modules.
+  """
+  found = Documents((), *described)  # type: ignore[arg-type]
+  check_features(pathlib.Path(found.folder) / 'features.json')
+  with undamaged(found.folder):
+    builder = tfds.builder_from_directory(found.folder)
+    return dataclasses.replace(
+      found, records=builder.as_data_source(found.split)
+    )
 
 
 def open_documents(data: ConfigDict, split: str) -> Documents:

@@ -15,6 +15,7 @@ from benchmarks import (
   checkpoints,
   common,
   compile_depth,
+  data,
   exchanges,
   expert_parallel,
   router_cost,
@@ -196,3 +197,21 @@ def test_analysis_reports_seconds_and_memory() -> None:
   assert row['seconds'] > 0 and row['processor_seconds'] > 0
   assert row['peak_resident_bytes'] >= row['before_bytes'] > 0
   json.dumps(row)
+
+
+def test_data_reports_every_speed(tmp_path: Path) -> None:
+  config = tiny.config(**{'data.name': 'text_folder'})
+  (tmp_path / 'texts').mkdir()
+  for i in range(40):
+    (tmp_path / 'texts' / f'{i}.txt').write_text(f'text {i}\n' * 9)
+  config.data.path = str(tmp_path / 'texts')
+  config.data.dir = str(tmp_path / 'prepared')
+  for documents in (1, 300):
+    row = data.measure(config, megabytes=1, documents=documents, steps=2)
+    assert row['tokenizer'] == 'bytes' and row['documents'] == documents
+    speeds = [value for name, value in row.items() if '_per_second' in name]
+    assert len(speeds) == 5 and min(speeds) > 0
+    assert set(row['seek_seconds']) == {'shuffled', 'contiguous'}
+    assert row['reading_memory_mb'] < 100
+  with pytest.raises(UserError, match='a document a byte long'):
+    data.measure(config, megabytes=1, documents=2 * 10**6, steps=2)

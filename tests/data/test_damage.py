@@ -26,7 +26,7 @@ Damage = Callable[[pathlib.Path], None]
 
 @pytest.fixture
 def prepared(make_data: MakeData) -> ConfigDict:
-  """A folder that is prepared, measured, and whose words are numbered."""
+  """A folder that is prepared, encoded, and whose words are numbered."""
   data = make_data({f'{i}.txt': b'words of %d\n' % i for i in range(60)})
   data.tokenizer, data.seq_len = 'words', 8
   _read(data)
@@ -78,20 +78,21 @@ def _deep(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('damage', [_cut, _empty, _garble, os.remove])
-@pytest.mark.parametrize('measured', [True, False])
+@pytest.mark.parametrize('encoded', [True, False])
 def test_damaged_records(
-  damage: Damage, measured: bool, prepared: ConfigDict
+  damage: Damage, encoded: bool, prepared: ConfigDict
 ) -> None:
   before = _read(prepared)
   folder = _folder(prepared)
-  if not measured:
-    for path in folder.glob('lengths-*'):
-      path.unlink()
+  if not encoded:
+    for path in folder.glob('ids-*'):
+      shutil.rmtree(path)
   [records] = folder.glob('*train.array_record*')
   damage(records)
-  said = _refused(prepared)
-  assert f'prepared in {folder} is damaged: remove that folder' in said
-  shutil.rmtree(folder)
+  if not encoded:  # the ids are another file, and whole
+    said = _refused(prepared)
+    assert f'prepared in {folder} is damaged: remove that folder' in said
+    shutil.rmtree(folder)
   assert _read(prepared) == before
 
 
@@ -147,30 +148,6 @@ def test_what_is_no_byte_is_made_anew(token: str, prepared: ConfigDict) -> None:
   before = _read(prepared)
   [path] = _folder(prepared).glob('dictionary-*-enwik8.json')
   path.write_text(json.dumps([token]))
-  assert _read(prepared) == before
-
-
-@pytest.mark.parametrize('change', [lambda a: a * 1.5, lambda a: -a])
-def test_lengths_that_are_none_are_measured_anew(
-  change: Callable[[np.ndarray], np.ndarray], prepared: ConfigDict
-) -> None:
-  before = _read(prepared)
-  [path] = _folder(prepared).glob('lengths-train-*')
-  np.save(path, change(np.load(path)))
-  assert _read(prepared) == before
-
-
-def test_lengths_of_other_documents(prepared: ConfigDict) -> None:
-  """Every position would be shifted."""
-  before = _read(prepared)
-  folder = _folder(prepared)
-  [path] = folder.glob('lengths-train-*')
-  np.save(path, np.load(path) + 1)
-  said = _refused(prepared)
-  assert 'has 4 tokens, and 5 when it was measured' in said
-  assert f'remove the files lengths-* in {folder}' in said
-  for path in folder.glob('lengths-*'):
-    path.unlink()
   assert _read(prepared) == before
 
 

@@ -1,17 +1,15 @@
 import collections
 import concurrent.futures
 import itertools
-import pathlib
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from etils import epath
 from ml_collections import ConfigDict
 
 from moe_jax import errors
-from moe_jax.data import lengths, pipeline, sources, tokenizers
-from moe_jax.data import sequences as sequences_lib
+from moe_jax.data import pipeline, sources, tokenizers
 
 MakeData = Callable[[dict[str, bytes]], ConfigDict]
 NamesOf = Callable[[str, int], list[str]]
@@ -197,65 +195,53 @@ def test_evaluation_shared_by_two_processes(
   _assert_same(list(whole), joined)
 
 
-def test_small_cache_and_many_threads(
-  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  monkeypatch.setattr(
-    sequences_lib, '_CACHE_BYTES', 200
-  )  # two or three documents
-  sequences = pipeline.TokenSequences(documents, TOKENIZER, L)
+def test_many_threads(sequences: pipeline.TokenSequences) -> None:
   order = np.random.default_rng(0).permutation(len(sequences)).repeat(8)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     rows = list(pool.map(sequences.__getitem__, order))
-  stream = np.array(_stream(documents))
+  stream = np.array(_stream(sequences._documents))
   for i, row in zip(order, rows, strict=True):
     expected = stream[i * L + 1 : (i + 1) * L + 1]
     np.testing.assert_array_equal(row['targets'][row['padding_mask']], expected)
-  kept = sequences._pieces
-  assert kept._bytes == sum(array.nbytes for array in kept._kept.values())
-  assert kept._bytes <= 200
 
 
-def test_document_larger_than_the_cache_is_kept(
-  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('order', ['shuffled', 'contiguous', 'packed'])
+@pytest.mark.parametrize('start', [0, 5, 1037])
+def test_hosts_and_threads_change_nothing(
+  sequences: pipeline.TokenSequences, start: int, order: str
 ) -> None:
-  monkeypatch.setattr(sequences_lib, '_CACHE_BYTES', 0)
-  sequences = pipeline.TokenSequences(documents, TOKENIZER, L)
-  assert sequences._pieces[3] is sequences._pieces[3]
+  """The global batches are the same bytes, wherever a run is gone on with."""
+  keys = {'start': start, 'order': order}
+  expected = _train(sequences, 4, threads=0, **keys)
+  for hosts, threads in itertools.product((1, 2, 4), (0, 1, 3)):
+    size = 8 // hosts
+    parts = [
+      _train(
+        sequences,
+        4,
+        rows=range(host * size, (host + 1) * size),
+        threads=threads,
+        **keys,
+      )
+      for host in range(hosts)
+    ]
+    for whole, *pieces in zip(expected, *parts, strict=True):
+      for key, value in whole.items():
+        joined = np.concatenate([piece[key] for piece in pieces])
+        assert joined.tobytes() == value.tobytes()
 
 
-def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-  """Returns a list that grows with every document read."""
-  reads = []
-  read = sources.Documents.__getitem__
-
-  def counted(self: sources.Documents, i: int) -> str:
-    reads.append(i)
-    return read(self, i)
-
-  monkeypatch.setattr(sources.Documents, '__getitem__', counted)
-  return reads
-
-
-def test_lengths_are_measured_once(
-  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('order', ['shuffled', 'contiguous', 'packed'])
+def test_seeking_counts_no_epochs(
+  sequences: pipeline.TokenSequences, order: str
 ) -> None:
-  reads = _count_reads(monkeypatch)
-  first = lengths.document_lengths(documents, TOKENIZER)
-  assert len(reads) == len(documents)
-  np.testing.assert_array_equal(
-    lengths.document_lengths(documents, TOKENIZER), first
-  )
-  assert len(reads) == len(documents)
-  (file,) = pathlib.Path(documents.folder).glob('lengths*')
-  file.write_bytes(file.read_bytes()[:100])  # as a full disk leaves it
-  np.testing.assert_array_equal(
-    lengths.document_lengths(documents, TOKENIZER), first
-  )
-  assert len(reads) == 2 * len(documents)
+  """Of which there are millions up to here."""
+  began = time.process_time()
+  _train(sequences, 1, start=10**7, order=order, threads=0)
+  assert time.process_time() - began < 1
 
 
-def test_parts_of_a_split_have_their_own_lengths(
+def test_parts_of_a_split_have_their_own_tokens(
   make_data: MakeData, names_of: NamesOf
 ) -> None:
   files = dict(
@@ -269,20 +255,6 @@ def test_parts_of_a_split_have_their_own_lengths(
     for split in ('train[:2]', 'train[2:]', 'train')
   ]
   assert tokens[0] + tokens[1] == tokens[2] == 10
-
-
-def test_data_folder_that_may_only_be_read(
-  documents: sources.Documents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  expected = lengths._measure(documents, TOKENIZER)
-
-  def refuse(self: epath.Path, target: epath.Path) -> None:
-    raise PermissionError(target)
-
-  monkeypatch.setattr(type(documents.folder), 'replace', refuse)
-  got = lengths.document_lengths(documents, TOKENIZER)
-  np.testing.assert_array_equal(got, expected)
-  assert not list(pathlib.Path(documents.folder).glob('lengths*'))
 
 
 def test_text_that_is_not_utf8_stops_before_training(

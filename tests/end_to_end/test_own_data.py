@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import loading
 from moe_jax.data import sources, tokenizers
-from moe_jax.data.lengths import document_lengths
+from moe_jax.data.token_cache import TokenCache
 from moe_jax.errors import UserError
 from moe_jax.registry import DATA_SOURCES, TOKENIZERS
 from tests.helpers import registries, runs
@@ -135,7 +135,7 @@ def test_texts_come_back(file: Path, tmp_path: Path) -> None:
   assert texts == ['or be '] * 20
   for text in texts:
     assert tokenizer.decode(tokenizer.encode(text)) == text
-  lengths = document_lengths(documents, tokenizer)
+  lengths = TokenCache.open(documents, tokenizer).lengths
   np.testing.assert_array_equal(lengths, [[6, 6]] * 20)
 
 
@@ -145,15 +145,15 @@ def test_ids_that_the_model_would_not_have_are_refused(
   documents, tokenizer = opened(file, tmp_path)
   tokenizer.vocab_size = 6
   with pytest.raises(UserError, match="'letters' makes ids from 0 to 6"):
-    document_lengths(documents, tokenizer)
+    TokenCache.open(documents, tokenizer)
 
 
-def test_another_fingerprint_measures_anew(file: Path, tmp_path: Path) -> None:
+def test_another_fingerprint_encodes_anew(file: Path, tmp_path: Path) -> None:
   documents, tokenizer = opened(file, tmp_path)
-  document_lengths(documents, tokenizer)
+  TokenCache.open(documents, tokenizer)
   tokenizer.fingerprint = 'letters 2'
   tokenizer.encode = lambda text: np.zeros(3, np.int32)
-  assert (document_lengths(documents, tokenizer)[:, 0] == 3).all()
+  assert (TokenCache.open(documents, tokenizer).lengths[:, 0] == 3).all()
 
 
 def test_every_name_is_known(tmp_path: Path) -> None:
