@@ -140,7 +140,7 @@ ROOMS = {
   'programs.presets': Room('cli config errors'),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
   'programs.doctor': Room(
-    'cli errors runtime strict_json parallel.launch parallel.multihost'
+    'cli errors runtime strict_json data parallel.launch parallel.multihost'
     ' training',
     'absl jax',
   ),

@@ -12,6 +12,13 @@ does that step again, from the nearest checkpoint before it and the position of
 the data alone. It tells where the first number is that is not finite, in the
 state, the forward pass or the gradient, and whether metrics.jsonl has the same
 numbers, bit for bit.
+
+  moe_jax doctor --workdir=runs/mine --data
+
+reads the splits for training and evaluation whole, as the run does, and prints
+their documents, tokens and bytes, and the BLAKE2b of their token ids: the same
+on every host that reads the same stream. It holds them to their checksums, and
+encodes what is not encoded yet.
 """
 
 import sys
@@ -27,6 +34,9 @@ def define_flags(values: flags.FlagValues) -> None:
   cli.define_process_flags(values)
   flags.DEFINE_boolean(
     'json', False, 'print one JSON object', flag_values=values
+  )
+  flags.DEFINE_boolean(
+    'data', False, 'read the data instead', flag_values=values
   )
   flags.DEFINE_boolean(
     'replay', False, 'do the step --step again', flag_values=values
@@ -48,6 +58,9 @@ def run() -> None:
   )
   if options['replay'] or options['step'] is not None:
     _replay()
+    return
+  if options['data']:
+    _data()
     return
   # A run that trains may have the accelerators, and nothing here needs one.
   runtime.silence_libtpu()
@@ -73,8 +86,11 @@ def _replay() -> None:
   runtime.silence_libtpu()
   config, values = cli.parse(sys.argv, define_flags)
   workdir, step = values.pop('workdir'), values.pop('step')
-  if not values.pop('replay') or step is None or values.pop('json'):
-    raise UserError('--replay and --step=N go together, and without --json')
+  others = values.pop('json'), values.pop('data')
+  if not values.pop('replay') or step is None or any(others):
+    raise UserError(
+      '--replay and --step=N go together, and without --json and --data'
+    )
   from moe_jax.parallel import launch, multihost
   from moe_jax.training import replay
 
@@ -82,6 +98,28 @@ def _replay() -> None:
     found = replay.replay(config, workdir, step)
     if multihost.is_main_process():
       print(found.text())
+
+
+def _data() -> None:
+  """Prints what the streams are that the command line's config reads."""
+  config, values = cli.parse(sys.argv, define_flags)
+  from moe_jax.data import tokenizers
+  from moe_jax.data.sequences import TokenSequences
+
+  data, found = config.data, []
+  tokenizer = tokenizers.build(data)
+  evaluated = [config.eval.split] if config.eval.every else []
+  for split in dict.fromkeys([data.train_split, *evaluated]):
+    sequences = TokenSequences.open(data, split, tokenizer)
+    found.append(sequences.fingerprint() | {'blake2b': sequences.digest()})
+  if values['json']:
+    print(strict_json.dumps(found))
+    return
+  for each in found:
+    print(
+      f'{each["split"]}: {each["documents"]:,} documents, {each["tokens"]:,}'
+      f' tokens, {each["bytes"]:,} bytes, blake2b {each["blake2b"]}'
+    )
 
 
 def main() -> None:

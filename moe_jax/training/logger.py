@@ -63,6 +63,7 @@ class Logger:
     self._compiled = False
     self._first_seconds = math.nan
     self._paused = 0.0
+    self._waited = self._waited_before = 0.0
     self._noted: tuple[int, dict[str, Any]] | None = None
     self._results: dict[str, Mapping[str, float]] = {}
 
@@ -89,8 +90,12 @@ class Logger:
     """Tells that nothing is heard for a while, which may be minutes."""
     self.say('compiling the training step ...')
 
-  def compiled(self, metrics: dict[str, Any]) -> bool:
+  def compiled(self, metrics: dict[str, Any], waited: float) -> bool:
     """Waits for the first step, whose time is compilation, not training.
+
+    Args:
+      metrics: What the step computes.
+      waited: As in `note`.
 
     Returns:
       Whether it was the first.
@@ -103,11 +108,18 @@ class Logger:
     self._first_seconds = now - self._began
     self.say(f'first step after {terminal.duration(self._first_seconds)}')
     self._read_at, self._since = self._start + 1, now
+    self._waited_before = waited
     return True
 
-  def note(self, step: int, metrics: dict[str, Any]) -> None:
-    """Keeps the metrics of a step that has just been dispatched."""
-    self._noted = step, metrics
+  def note(self, step: int, metrics: dict[str, Any], waited: float) -> None:
+    """Keeps the metrics of a step that has just been dispatched.
+
+    Args:
+      step: The number of the step.
+      metrics: What it computes.
+      waited: The seconds that the run has waited for batches, up to now.
+    """
+    self._noted, self._waited = (step, metrics), waited
 
   def write(self, skipped_steps: int) -> None:
     """Writes what was noted, if anything; waits for that step to end.
@@ -121,17 +133,18 @@ class Logger:
     load = metrics.pop('load')
     values = {name: float(value) for name, value in metrics.items()}
     loss = values['loss']
-    speed = self._tokens_per_second(step)
+    speed, data_wait = self._pace(step)
     achieved = device_peaks.utilisation(
       speed * self._flops_per_token, self._devices, self._dtype
     )
     values |= {'skipped_steps': skipped_steps, 'tokens_per_second': speed}
+    values['data_wait'] = data_wait
     values |= achieved | routing_metrics(load)
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed
     self.say(
       terminal.progress_line(
-        step, self._steps, loss, speed, left, achieved.get('mfu')
+        step, self._steps, loss, speed, left, achieved.get('mfu'), data_wait
       )
     )
     self._results['train'] = {'loss': loss}
@@ -201,15 +214,21 @@ class Logger:
       + (stopped if done < self._steps else '')
     )
 
-  def _tokens_per_second(self, step: int) -> float:
-    """Returns the rate since the last reading, pauses left out.
+  def _pace(self, step: int) -> tuple[float, float]:
+    """Returns tokens a second, and the share of the time in which data lacked.
 
-    For the first step, before which nothing was read, it includes compilation.
+    Both are of the time since the last reading, pauses left out. For the first
+    step, before which nothing was read, that includes compilation.
     """
+    waited, self._waited_before = (
+      self._waited - self._waited_before,
+      self._waited,
+    )
     if step == self._start + 1 and math.isfinite(self._first_seconds):
-      return self._tokens_per_step / self._first_seconds
+      seconds = self._first_seconds
+      return self._tokens_per_step / seconds, min(waited / seconds, 1.0)
     now = time.perf_counter()
     seconds = max(now - self._since - self._paused, 1e-9)
     tokens = (step - self._read_at) * self._tokens_per_step
     self._read_at, self._since, self._paused = step, now, 0.0
-    return tokens / seconds
+    return tokens / seconds, min(waited / seconds, 1.0)

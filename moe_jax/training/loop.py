@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax import evaluation, runtime
+from moe_jax.data import sources
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluation
@@ -46,13 +47,35 @@ def prepare(config: ConfigDict) -> Prepared:
   Raises:
     UserError: Anything is wrong with config or data.
   """
-  setup = state_lib.from_config(config)
+  return _opened(state_lib.from_config(config))
+
+
+def _opened(setup: Setup) -> Prepared:
+  """Opens the splits that a run reads, whose text may be encoded first."""
+  config = setup.config
   assert setup.tokenizer is not None  # from_config asks for the data's
   return Prepared(
     setup,
     TokenSequences.open(config.data, config.data.train_split, setup.tokenizer),
     evaluation.make(setup, config.eval.split) if config.eval.every else [],
   )
+
+
+def _prepare_together(config: ConfigDict) -> Prepared:
+  """Returns what `prepare` does, in each process of a run.
+
+  One process prepares the data set, and the vocabulary if it is made of that;
+  then all of them encode it.
+  """
+
+  def with_data() -> Setup:
+    setup = state_lib.from_config(config)
+    if not multihost.is_single_process():
+      sources.open_documents(config.data, config.data.train_split)
+    return setup
+
+  setup = multihost.first_process_first(with_data)
+  return multihost.fail_together(lambda: _opened(setup))
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -73,9 +96,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       diverges and going back does not help.
     SystemExit: 128 + the number of the signal that stopped it.
   """
-  setup, sequences, evaluations = multihost.first_process_first(
-    lambda: prepare(config)
-  )
+  setup, sequences, evaluations = _prepare_together(config)
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
@@ -188,14 +209,14 @@ def _steps(
       return state, step, trouble
     logger.write(recovery.skipped_steps)
     recovery.note(step, batches.position, metrics)
-    if logger.compiled(metrics):
+    if logger.compiled(metrics, batches.waited):
       runtime.trim_malloc()  # what compiling took
       signals.catch()  # before this there is nothing to save
 
     stopped = signals.stops()
     last = stopped or step == steps
     if _due(config.train.log_every, step, last):
-      logger.note(step, metrics)
+      logger.note(step, metrics, batches.waited)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
     if not stopped and _evaluates(run, step):

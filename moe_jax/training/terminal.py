@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+_MUCH_WAITING = 0.05  # of the time
+
 
 def progress_line(
   step: int,
@@ -11,13 +13,17 @@ def progress_line(
   tokens_per_second: float,
   seconds_left: float,
   mfu: float | None = None,
+  data_wait: float = 0.0,
 ) -> str:
   """Returns `step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`.
 
-  Before the time left stands `38.1% MFU`, where that is known.
+  Before the time left stands `38.1% MFU`, where that is known, and `12% waiting
+  for data`, where it is worth a look.
   """
   width = len(str(steps))
   used = '' if mfu is None else f'  {mfu:.1%} MFU'
+  if data_wait >= _MUCH_WAITING:
+    used += f'  {data_wait:.0%} waiting for data'
   return (
     f'step {step:{width}}/{steps}  {step / steps:4.0%}  loss {loss:.4f}'
     f'  {_short(tokens_per_second)} tokens/s{used}'

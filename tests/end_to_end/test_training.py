@@ -70,6 +70,7 @@ def test_metrics_are_what_other_programs_expect(
   for row in train:
     assert list(row)[:2] == ['step', 'split']
     assert row['tokens_per_second'] > 0
+    assert 0 <= row['data_wait'] <= 1
     assert math.isfinite(row['gradient_norm'])
     for name in ('max_load', 'idle_experts', 'router_entropy'):
       assert len(row[name]) == config.model.num_layers

@@ -68,7 +68,7 @@ def timeless_rows(workdir: Path) -> list[dict[str, Any]]:
   """The lines of metrics.jsonl without what the clock says."""
   found = rows(workdir)
   for row in found:
-    for name in ('tokens_per_second', 'tflops_per_second', 'mfu'):
+    for name in ('tokens_per_second', 'tflops_per_second', 'mfu', 'data_wait'):
       row.pop(name, None)
   return found
 

@@ -1,5 +1,6 @@
 """What the doctor finds in workdirs, sound and damaged."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax.data import sources
 from moe_jax.errors import UserError
 from moe_jax.programs import doctor
 from moe_jax.training import health, lock
@@ -160,3 +163,40 @@ def test_the_program(
   out, err = capsys.readouterr()
   assert (stop.value.code, err) == (1, '')
   assert json.loads(out) == health.examine(str(workdir))
+
+
+def test_data_are_told_by_their_hash(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+  """That of the ids as little-endian int32, for each split of the run."""
+  texts = tmp_path / 'texts'
+  texts.mkdir()
+  for i in range(40):
+    (texts / f'{i}.txt').write_text(f'text {i}\n' * 9)
+  flags = [
+    f'--workdir={tmp_path / "run"}',
+    '--config=configs/base.py',
+    '--config.data.name=text_folder',
+    f'--config.data.path={texts}',
+    f'--config.data.dir={tmp_path / "prepared"}',
+    '--data',
+    '--json',
+  ]
+  monkeypatch.chdir(runs.ROOT)
+  monkeypatch.setattr(sys, 'argv', ['doctor', *flags])
+  doctor.run()
+  found = json.loads(capsys.readouterr().out)
+  assert [each['split'] for each in found] == ['train', 'validation']
+  config = config_lib.get_config()
+  config.data.name, config.data.path = 'text_folder', str(texts)
+  config.data.dir = str(tmp_path / 'prepared')
+  documents = sources.open_documents(config.data, 'train')
+  ids = [256]
+  for i in range(len(documents)):
+    ids += [*documents[i].encode(), 256]
+  digest = hashlib.blake2b(np.array(ids, '<i4').tobytes(), digest_size=16)
+  assert found[0]['blake2b'] == digest.hexdigest()
+  assert found[0]['tokens'] == len(ids)
+  monkeypatch.setattr(sys, 'argv', ['doctor', *flags[:-1]])
+  doctor.run()
+  assert f'blake2b {digest.hexdigest()}' in capsys.readouterr().out

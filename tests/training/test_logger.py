@@ -257,6 +257,25 @@ def test_progress_line() -> None:
   assert line == (
     'step  120/1000   12%  loss 3.4512  45.2k tokens/s  1m20s left'
   )
+  for wait, told in ((0.04, ''), (0.123, '  12% waiting for data')):
+    line = terminal.progress_line(
+      120, 1000, 3.45123, 45_210.0, 80.4, None, wait
+    )
+    assert line.endswith(f'45.2k tokens/s{told}  1m20s left')
+
+
+def test_the_share_of_time_in_which_data_lacked(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  said = Logger.__new__(Logger)
+  said._tokens_per_step, said._start, said._read_at = 10, 0, 4
+  said._since, said._paused, said._waited_before = 100.0, 2.0, 1.0
+  said._waited = 3.0
+  monkeypatch.setattr('time.perf_counter', lambda: 110.0)
+  # 2 seconds of the 8 that were no pause, in which there were 4 steps.
+  assert said._pace(8) == (40 / 8, 2 / 8)
+  monkeypatch.setattr('time.perf_counter', lambda: 114.0)
+  assert said._pace(10) == (20 / 4, 0)
 
 
 @pytest.mark.parametrize(
