@@ -16,8 +16,14 @@ def fast_only(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
 
 
 def at_first(count: int, values: Iterable[Any]) -> list[Any]:
-  """All `values` as parameters; those from number `count` on are thorough."""
+  """All `values` as parameters; those from number `count` on are thorough.
+
+  A tuple is of a parameter each.
+  """
   return [
-    pytest.param(value, marks=[] if i < count else [pytest.mark.thorough])
+    pytest.param(
+      *(value if isinstance(value, tuple) else (value,)),
+      marks=[] if i < count else [pytest.mark.thorough],
+    )
     for i, value in enumerate(values)
   ]
