@@ -335,6 +335,7 @@ def close(a: Any, b: Any, path: str = '') -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fewer_tokens_an_older_step_and_another_split(
   config: ConfigDict, workdir: Path, sequences: list[Any]
 ) -> None:

@@ -137,6 +137,7 @@ def test_every_run_is_an_ordinary_run(straight: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_twice_it_ends_as_if_it_had_not_been(
   file: Path, straight: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:

@@ -16,7 +16,7 @@ from moe_jax.experts.dispatch import DISPATCHES, dropless
 from moe_jax.experts.exchange import EXCHANGES, ExchangeMethod, exchanges_for
 from moe_jax.model import implementations
 from moe_jax.parallel import mesh as mesh_lib
-from tests.helpers import dense_experts, own_parts, registries, tiny
+from tests.helpers import dense_experts, marks, own_parts, registries, tiny
 from tests.helpers.dense_experts import T
 from tests.helpers.exchanges import MESHES, N, across
 
@@ -141,7 +141,7 @@ def test_an_own_exchange_keeps_the_contract_and_auto_weighs_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dropout', [False, True])
+@pytest.mark.parametrize('dropout', marks.at_first(1, [True, False]))
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize(
   'dispatch, exchange, factor',
