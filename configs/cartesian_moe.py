@@ -39,8 +39,9 @@ more: 4096 is not divisible by three.
 The paper gives sizes only. Left at the defaults of the schema: the
 optimizer and its schedule, the batch, the sequence length, the number of steps
 and the weight of the balance loss. Its corpus, Pile, and the LLaMA tokenizer
-are selected with --config.data.name and --config.data.tokenizer; the vocabulary
-has the paper's 32,000 entries whatever they are.
+are selected with --config.data.name and --config.data.tokenizer, its
+tokenizer.model; the vocabulary has the paper's 32,000 entries whatever they
+are, and a tokenizer of more is refused.
 """
 
 from ml_collections import ConfigDict

@@ -29,6 +29,9 @@ PROGRAMS = {
     'interop.cli',
     'import, export, verify: released checkpoints; upcycle: dense ones',
   ),
+  'tokenizer': Program(
+    'programs.tokenizer', 'makes a sub-word vocabulary, shows tokens'
+  ),
   'analyze': Program('programs.analyze', 'measures the routing of runs'),
   'compare': Program(
     'programs.compare', 'trains variants x seeds and compares them'

@@ -4,6 +4,7 @@ Nothing here imports jax: the allocator has to be set before it, and a mistake
 should be told at once.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -28,6 +29,14 @@ _CONFIG_HELP = (
   ' a file of yours, or one of `moe_jax presets`; may be left out where'
   ' --workdir holds a run; --config.KEY=VALUE then changes a key'
 )
+
+
+class Parser(argparse.ArgumentParser):
+  """Reports mistakes as all programs of this library do."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises a mistake on the command line as a user's error."""
+    raise UserError(f'{message}; --help says more')
 
 
 def main(

@@ -4,6 +4,7 @@ Whatever is wrong with a file is an OSError or a ValueError here, which the
 callers report with its path.
 """
 
+import contextlib
 import errno
 import glob
 import json
@@ -34,6 +35,20 @@ def expand(path: str) -> str:
       ' folder of that name'
     )
   return expanded
+
+
+def tokenizer_file(name: str) -> str:
+  """Returns what a copy of the file that a `data.tokenizer` names is called.
+
+  Args:
+    name: The value of the key.
+
+  Returns:
+    `tokenizer.json` for a path of Hugging Face's kind, `tokenizer.model` for
+    one of SentencePiece's; '' where the value names no file.
+  """
+  ending = os.path.splitext(name)[1]
+  return f'tokenizer{ending}' if ending in ('.json', '.model') else ''
 
 
 def refuse_pattern(what: str, path: str) -> None:
@@ -110,6 +125,21 @@ def check_regular(path: str | Path) -> None:
     )
   if not stat.S_ISREG(mode):
     raise OSError(errno.EINVAL, 'Not a regular file', os.fspath(path))
+
+
+def replace(path: str, content: str | bytes) -> None:
+  """Writes a file at once: a crash leaves the old content or the new one."""
+  temporary = f'{path}.tmp'
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(content.encode() if isinstance(content, str) else content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    with contextlib.suppress(OSError):  # a part of it, on a full disk
+      os.remove(temporary)
+    raise
 
 
 def irregular(folder: str | Path) -> list[str]:

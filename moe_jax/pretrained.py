@@ -129,8 +129,8 @@ def load(
       not supported.
   """
   read = checkpoint.read(path, step)
-  tokenizer = None
-  if read.step is not None:
+  tokenizer = read.tokenizer
+  if tokenizer is None and read.step is not None:
     tokenizer = tokenizers.build(read.config.data)
   return Model(read.config, read.params, read.step), tokenizer, read.config
 

@@ -65,13 +65,14 @@ ROOMS = {
   'data': Room(
     'errors disk files registry',
     'tensorflow_datasets array_record pyarrow datasets grain numpy etils'
-    ' ml_collections',
+    ' ml_collections tokenizers sentencepiece',
   ),
   'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
   'interop': Room(
     f'{_CONFIG} model',
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
+  'interop.tokenizer_files': Room('data strict_json', 'tokenizers'),
   'training': Room(
     f'{_MODEL} disk signals data parallel.multihost model',
     f'{_STATE} tensorboardX',
@@ -88,11 +89,11 @@ ROOMS = {
   ),
   # From and to the workdirs of runs.
   'interop.checkpoint': Room(
-    f'{_CONFIG} data parallel.mesh interop training',
+    f'{_CONFIG} data parallel.mesh parameter interop training',
     'jax ml_collections numpy',
   ),
   'interop.convert': Room(
-    f'{_CONFIG} disk interop interop.checkpoint',
+    f'{_CONFIG} disk data interop interop.checkpoint interop.tokenizer_files',
     'jax flax ml_collections numpy',
   ),
   'interop.cli': Room(
@@ -138,6 +139,9 @@ ROOMS = {
   ),
   # The command: each program imports what it runs when it runs.
   'programs.presets': Room('cli config errors'),
+  'programs.tokenizer': Room(
+    'cli disk errors files data', 'absl ml_collections'
+  ),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
   'programs.doctor': Room(
     'cli errors runtime strict_json data parallel.launch parallel.multihost'

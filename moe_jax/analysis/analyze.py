@@ -18,7 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import disk, strict_json
+from moe_jax import disk, files, strict_json
 from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
@@ -36,7 +36,7 @@ from moe_jax.model.loss import Targets
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.routing.selection import Routing
-from moe_jax.training import losses, run_dir, state, terminal
+from moe_jax.training import losses, state, terminal
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 
@@ -86,7 +86,7 @@ def analyze(
       ' give that of a Mixture of Experts'
     )
   analysis = multihost.first_process_first(
-    lambda: _Analysis(config, split or config.eval.split)
+    lambda: _Analysis(config, workdir, split or config.eval.split)
   )
   run = RunDir.existing(workdir, config)
   with Checkpointer(run, analysis.setup.vocabulary) as checkpointer:
@@ -121,7 +121,7 @@ def analyze(
 class _Analysis:
   """What is measured of parameters: the programs, and the data they read."""
 
-  def __init__(self, config: ConfigDict, split: str) -> None:
+  def __init__(self, config: ConfigDict, workdir: str, split: str) -> None:
     """Opens a split.
 
     Raises:
@@ -129,7 +129,7 @@ class _Analysis:
     """
     self.config = config
     self.split = split
-    self.setup = state.from_config(config)
+    self.setup = state.from_config(config, workdir)
     tokenizer = self.setup.tokenizer
     assert tokenizer is not None, 'the setup of a run has one'
     self._tokenizer: Tokenizer = tokenizer
@@ -693,7 +693,7 @@ def _write(result: dict[str, Any], workdir: str) -> list[str]:
 
   def write() -> list[str]:
     os.makedirs(folder, exist_ok=True)
-    run_dir.replace(path, text)
+    files.replace(path, text)
     return figures.save(result, folder)
 
   return [path, *disk.retried(folder, write)]

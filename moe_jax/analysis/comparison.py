@@ -21,7 +21,6 @@ from moe_jax.analysis.compare import Overrides, Point, Row
 from moe_jax.config.keys import Value
 from moe_jax.errors import UserError
 from moe_jax.evaluation import checkpoints
-from moe_jax.training import run_dir
 
 FILE = 'compare.json'
 
@@ -208,7 +207,7 @@ class Comparison:
     result = self.result()
     path = os.path.join(self.workdir, FILE)
     text = strict_json.dumps(result, indent=2) + '\n'
-    disk.retried(path, lambda: run_dir.replace(path, text))
+    disk.retried(path, lambda: files.replace(path, text))
     return result
 
   def _runs(self, row: Row) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from moe_jax.config.derived import (
   layer_kinds,
   mesh_shape,
   profiled_steps,
+  vocab_rows,
   vocab_size,
 )
 from moe_jax.config.schema import get_config
@@ -38,5 +39,6 @@ __all__ = [
   'mesh_shape',
   'profiled_steps',
   'validate',
+  'vocab_rows',
   'vocab_size',
 ]

@@ -95,6 +95,12 @@ def vocab_size(config: ConfigDict, of_tokenizer: int) -> int:
   return size
 
 
+def vocab_rows(config: ConfigDict, vocab_size: int) -> int:
+  """Returns the rows of embedding and head: V, and the padding behind."""
+  multiple = config.model.vocab_multiple
+  return -(-vocab_size // multiple) * multiple
+
+
 def profiled_steps(profile: str) -> range:
   """Returns the steps that a valid `train.profile` names: START:STEPS or ''."""
   if not profile:

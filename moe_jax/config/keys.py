@@ -131,6 +131,8 @@ class Key(NamedTuple):
     if self.choices:
       kind = 'some of' if self.several else 'one of'
       return f'{kind} {", ".join(self.names())}'
+    if self.path and self.default:
+      return 'a name or a path'
     kind = 'a path' if self.path else 'a text'
     return f'{kind}, not empty' if self.default else kind
 

@@ -57,6 +57,10 @@ def changed_meaning(
     new: The config to go on with.
   """
   changed = [key for key in _differing(old, new) if not _may_change(key)]
+  # What a file holds says whether it is another tokenizer, not where it lies.
+  named = [flatten(each).get('data.tokenizer', '') for each in (old, new)]
+  if all(files.tokenizer_file(str(name)) for name in named):
+    changed = [key for key in changed if key != 'data.tokenizer']
   if _decay_end(old) is not None and _decay_end(old) == _decay_end(new):
     changed = [key for key in changed if key not in _DECAY[:2]]
   return changed

@@ -101,6 +101,15 @@ KEYS = {
   'model.vocab_size': Key(
     0, "The number of token ids; 0 takes the tokenizer's.", function=True
   ),
+  'model.vocab_multiple': Key(
+    1,
+    'Embedding and head have as many rows more than there are token ids as make'
+    ' a multiple of this, so that `mesh.tensor` divides them; these ids are'
+    ' never predicted.',
+    low=1,
+    high=2**20,
+    function=True,
+  ),
   'model.rope_theta': Key(
     10_000.0,
     'The base of rotary positions.',
@@ -554,7 +563,11 @@ KEYS = {
   ),
   'data.train_split': Key('train', 'The split to train on.'),
   'data.tokenizer': Key(
-    'bytes', 'The tokenizer: bytes, enwik8 or words.', function=True
+    'bytes',
+    'The tokenizer: bytes, enwik8 or words, or the path of a tokenizer.json of'
+    ' Hugging Face or of a SentencePiece .model.',
+    function=True,
+    path=True,
   ),
   'data.seq_len': Key(256, 'The tokens of a sequence.', low=1, high=2**24),
   'data.order': Key(

@@ -1,5 +1,7 @@
 """Text to token ids and back.
 
+`data.tokenizer` is a name, or the path of a file: see `subwords`.
+
 A user's own tokenizer is a class that is made of `config.data`, registered in a
 config file:
 
@@ -14,7 +16,9 @@ from typing import Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax.data import sources, vocabulary
+from moe_jax import files
+from moe_jax.data import sources, subwords, vocabulary
+from moe_jax.errors import choose
 from moe_jax.registry import TOKENIZERS
 
 
@@ -99,10 +103,30 @@ def build(data: ConfigDict) -> Tokenizer:
     data: The section `config.data`.
 
   Raises:
-    UserError: There is none of that name, or it has to read the data set and
-      cannot.
+    UserError: There is none of that name, its file is none, or it has to read
+      the data set and cannot.
   """
+  check_name('data.tokenizer', data.tokenizer)
+  if files.tokenizer_file(data.tokenizer):
+    return subwords.load(data.tokenizer)
   return TOKENIZERS[data.tokenizer](data)
+
+
+def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+  """Returns the file that a tokenizer is, by the name of a copy; or nothing."""
+  if isinstance(tokenizer, subwords.SubwordTokenizer):
+    return {tokenizer.file_name: tokenizer.content}
+  return {}
+
+
+def check_name(key: str, name: str) -> None:
+  """Refuses what is neither the name of a tokenizer nor a path of one.
+
+  Raises:
+    UserError: The message has the key and lists the tokenizers.
+  """
+  if not files.tokenizer_file(name):
+    choose(key, name, [*TOKENIZERS, 'PATH.json', 'PATH.model'])
 
 
 def vocab_size(data: ConfigDict, declared: int) -> int:

@@ -6,10 +6,10 @@ import re
 
 from ml_collections import ConfigDict
 
-from moe_jax import disk, evaluation, strict_json
+from moe_jax import disk, evaluation, files, strict_json
 from moe_jax.evaluation import Result
 from moe_jax.parallel import multihost
-from moe_jax.training import run_dir, state, terminal
+from moe_jax.training import state, terminal
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.watchdog import Watchdog
@@ -39,7 +39,9 @@ def evaluate(
   Raises:
     UserError: Anything is wrong with config, data, workdir or step.
   """
-  setup = multihost.first_process_first(lambda: state.from_config(config))
+  setup = multihost.first_process_first(
+    lambda: state.from_config(config, workdir)
+  )
   run = RunDir.existing(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
@@ -85,7 +87,7 @@ def _write(result: Result, workdir: str, step: int) -> str:
 
   def write() -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    run_dir.replace(path, strict_json.dumps(row) + '\n')
+    files.replace(path, strict_json.dumps(row) + '\n')
 
   disk.retried(path, write)
   return path

@@ -16,11 +16,14 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.config import loading
 from moe_jax.data import tokenizers
-from moe_jax.errors import UserError, choose
-from moe_jax.files import expand
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.files import expand, tokenizer_file
 from moe_jax.interop import formats, released
 from moe_jax.interop.formats.base import is_file, read_json
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parameter import VOCAB, Declaration
+from moe_jax.training import run_tokenizer
 from moe_jax.training import state as state_lib
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
@@ -30,15 +33,18 @@ class Checkpoint(NamedTuple):
   """A model that was read.
 
   Attributes:
-    config: The config of the run, whose `model.vocab_size` is never 0; of a
-      released checkpoint the sections `model`, `moe`, `router` and `loss`.
+    config: The config of the run, whose `model.vocab_size` is never 0 and whose
+      vocabulary has no padding; of a released checkpoint the sections `model`,
+      `moe`, `router` and `loss`.
     params: The nested dict of parameters, NumPy arrays.
     step: The training step of the checkpoint; None for a released one.
+    tokenizer: That of the run, if it is a file; None otherwise.
   """
 
   config: ConfigDict
   params: dict[str, Any]
   step: int | None
+  tokenizer: Tokenizer | None = None
 
   @property
   def model(self) -> tuple[ConfigDict, dict[str, Any]]:
@@ -85,13 +91,41 @@ def read_run(workdir: Path, step: int | None = None) -> Checkpoint:
   Raises:
     UserError: There is no such run or checkpoint, or it is damaged.
   """
-  with _opened(workdir) as (config, checkpointer):
-    config = with_vocab_size(config)
+  config = run_config(workdir)
+  tokenizer = _of_file(config, workdir)
+  with _opened(workdir, config, tokenizer) as checkpointer:
+    config = with_vocab_size(config, tokenizer)
+    setup = _setup(config)
     step = checkpointer.latest() if step is None else step
-    wanted = {'params': _setup(config).abstract['params']}
+    wanted = {'params': setup.abstract['params']}
     state = checkpointer.restore(wanted, step).state
-  params = jax.tree.map(np.asarray, state['params'])
-  return Checkpoint(config, params, step)
+  params = _of_size(state['params'], setup, config.model.vocab_size)
+  with config.unlocked():
+    config.model.vocab_multiple = 1
+  return Checkpoint(config, params, step, tokenizer)
+
+
+def _of_file(config: ConfigDict, workdir: Path) -> Tokenizer | None:
+  """Returns the tokenizer of a run, if it is a file."""
+  if not tokenizer_file(config.data.tokenizer):
+    return None
+  return run_tokenizer.build(config, str(workdir))
+
+
+def _of_size(params: Any, setup: state_lib.Setup, rows: int) -> dict[str, Any]:
+  """Returns parameters as NumPy arrays, their vocabularies of so many rows."""
+
+  def fit(leaf: Any, declared: Declaration) -> np.ndarray:
+    array = np.asarray(leaf)
+    if VOCAB not in declared.axes:
+      return array
+    axis = array.ndim - len(declared.axes) + declared.axes.index(VOCAB)
+    kept = array.take(range(min(rows, array.shape[axis])), axis)
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, rows - kept.shape[axis])
+    return np.pad(kept, widths)
+
+  return jax.tree.map(fit, dict(params), setup.declarations)
 
 
 def run_config(workdir: Path) -> ConfigDict:
@@ -118,24 +152,26 @@ def vocabulary(workdir: Path) -> str | None:
   Raises:
     UserError: As `read_run`.
   """
-  with _opened(workdir) as (_, checkpointer):
+  with _opened(workdir, run_config(workdir)) as checkpointer:
     return checkpointer.vocabulary()
 
 
 @contextlib.contextmanager
-def _opened(workdir: Path) -> Iterator[tuple[ConfigDict, Checkpointer]]:
-  """Opens the config and the checkpoints of a run."""
-  config = run_config(workdir)
+def _opened(
+  workdir: Path, config: ConfigDict, tokenizer: Tokenizer | None = None
+) -> Iterator[Checkpointer]:
+  """Opens the checkpoints of a run, which have to be of that tokenizer."""
   run = RunDir.existing(str(workdir), config)
-  with Checkpointer(run) as checkpointer:
-    yield config, checkpointer
+  vocabulary = tokenizer.fingerprint if tokenizer else None
+  with Checkpointer(run, vocabulary) as checkpointer:
+    yield checkpointer
 
 
 def write_run(
   workdir: Path,
   config: ConfigDict,
   params: Mapping[str, Any],
-  vocabulary: str | None,
+  vocabulary: str | None = None,
 ) -> None:
   """Makes a workdir whose checkpoint of step 0 holds `params`.
 
@@ -144,20 +180,32 @@ def write_run(
   Args:
     workdir: The directory, which is made here.
     config: The config of the run.
-    params: The nested dict of the model's parameters.
+    params: The nested dict of the model's parameters, without padding of the
+      vocabulary.
     vocabulary: The fingerprint of the vocabulary whose ids the parameters
-      know; None if unknown.
+      know; None if unknown, or that of a tokenizer that is a file.
   """
-  setup = _setup(with_vocab_size(config))
+  tokenizer = _of_file(config, workdir)
+  whole = with_vocab_size(config, tokenizer)
+  setup = _setup(whole)
+  rows = config_lib.vocab_rows(whole, whole.model.vocab_size)
   placed = jax.tree.map(
     lambda array, leaf: jax.device_put(array, leaf.sharding),
-    dict(params),
+    _of_size(params, setup, rows),
     setup.abstract['params'],
   )
+  kept = tokenizers.files_of(tokenizer) if tokenizer else {}
+  if tokenizer:
+    if vocabulary not in (None, tokenizer.fingerprint):
+      raise UserError(
+        f'data.tokenizer = {config.data.tokenizer!r} is {tokenizer.name}, and'
+        f' the model knows the ids of {str(vocabulary)[:12]}: give its own'
+      )
+    vocabulary = tokenizer.fingerprint
   state = setup.init(placed)
   run = RunDir.new_or_resumed(str(workdir), config)
   with run.held(), Checkpointer(run, vocabulary) as checkpointer:
-    run.claim()
+    run.claim(kept=kept)
     checkpointer.save(0, state, wait=True)
 
 
@@ -166,12 +214,20 @@ def initial_params(config: ConfigDict) -> dict[str, Any]:
   return jax.tree.map(np.asarray, _setup(config).init()['params'])
 
 
-def with_vocab_size(config: ConfigDict) -> ConfigDict:
-  """Returns the config with a `model.vocab_size` that is not 0."""
+def with_vocab_size(
+  config: ConfigDict, tokenizer: Tokenizer | None = None
+) -> ConfigDict:
+  """Returns the config with a `model.vocab_size` that is not 0.
+
+  Args:
+    config: The config.
+    tokenizer: Its tokenizer; None makes it, if it has to be asked.
+  """
   whole = config.copy_and_resolve_references()  # a ConfigDict of it shares
   if not whole.model.vocab_size:
     with whole.unlocked():
-      whole.model.vocab_size = tokenizers.build(config.data).vocab_size
+      tokenizer = tokenizer or tokenizers.build(config.data)
+      whole.model.vocab_size = tokenizer.vocab_size
   return whole.lock()
 
 
@@ -207,7 +263,7 @@ def check_tokenizer(name: str) -> None:
   Raises:
     UserError: The message lists the tokenizers.
   """
-  choose('--tokenizer', name, tokenizers.TOKENIZERS)
+  tokenizers.check_name('--tokenizer', name)
 
 
 def other_ids(config: ConfigDict) -> str:

@@ -83,17 +83,9 @@ def _run(arguments: dict[str, Any]) -> None:
   print(command(**arguments))
 
 
-class _Parser(argparse.ArgumentParser):
-  """Reports mistakes as all programs of this library do."""
-
-  def error(self, message: str) -> NoReturn:
-    """Raises a mistake on the command line as a user's error."""
-    raise UserError(f'{message}; --help says more')
-
-
 def _parser() -> argparse.ArgumentParser:
   """Returns the parser of all commands but `upcycle`, which has a config."""
-  parser = _Parser(
+  parser = cli.Parser(
     'moe_jax convert',
     description=_ABOUT,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--tokenizer',
     default='bytes',
-    help="data.tokenizer of the workdir's config (%(default)s)",
+    help="data.tokenizer of the workdir's config, a name or a file"
+    ' (%(default)s)',
   )
   about = 'makes a released checkpoint of a workdir'
   command = add('export', 'export', about, 'workdir', 'checkpoint')

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax import disk
+from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import refuse_pattern
 from moe_jax.interop import checkpoint as checkpoint_lib
-from moe_jax.interop import formats, released, safetensors
+from moe_jax.interop import formats, released, safetensors, tokenizer_files
 from moe_jax.interop import upcycle as upcycle_lib
 from moe_jax.interop import verify as verify_lib
 from moe_jax.interop.formats.base import read_json
@@ -49,7 +50,7 @@ def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
   config = checkpoint_lib.full_config(sections, tokenizer, longest)
   with output_dir(workdir) as aside:
     with writing(workdir):
-      checkpoint_lib.write_run(aside, config, params, vocabulary=None)
+      checkpoint_lib.write_run(aside, config, params)
     equal = verify_lib.assert_equal(
       checkpoint_lib.read_run(aside).model, (sections, params)
     )
@@ -81,7 +82,8 @@ def export(
   """
   checkpoint_lib.run_config(workdir)
   check_output(checkpoint)
-  config, params, step = checkpoint_lib.read_run(workdir, step)
+  read = checkpoint_lib.read_run(workdir, step)
+  (config, params), step = read.model, read.step
   format = format or _first_format(config)
   with output_dir(checkpoint) as aside:
     with writing(checkpoint):
@@ -95,14 +97,35 @@ def export(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
       )
+      tokenizer = _export_tokenizer(aside, read)
     written = released.load(aside, [format])
     equal = verify_lib.assert_equal((config, _rounded(params, dtype)), written)
   report = (
     f'{checkpoint}: step {step} of {workdir}{_note(dtype)} in the format'
-    f" '{format}'; {equal}"
+    f" '{format}'; {equal}\n  {tokenizer}"
   )
   caveat = formats.FORMATS[format].caveat(config)
   return f'{report}\n  {caveat}' if caveat else report
+
+
+def _export_tokenizer(folder: Path, read: checkpoint_lib.Checkpoint) -> str:
+  """Writes the files of the run's tokenizer; returns what is told of them."""
+  config = read.config
+  told = f'data.tokenizer = {config.data.tokenizer!r}'
+  tokenizer: Tokenizer | None = read.tokenizer
+  if config.data.tokenizer == 'bytes':
+    tokenizer = ByteTokenizer()
+    if config.model.vocab_size != tokenizer.vocab_size:
+      return (
+        f'no tokenizer is written: {told} has {tokenizer.vocab_size} ids and'
+        f' the model {config.model.vocab_size}, so its own may be another'
+      )
+  name = ''
+  if tokenizer is not None:
+    name = tokenizer_files.write(folder, tokenizer, config.data.seq_len)
+  if not name:
+    return f'no tokenizer is written: {told} is none that transformers has'
+  return f'{name} is what AutoTokenizer reads: {told}'
 
 
 def verify(
@@ -119,7 +142,8 @@ def verify(
   Raises:
     UserError: They are not the same model.
   """
-  config, params, step = checkpoint_lib.read_run(workdir, step)
+  read = checkpoint_lib.read_run(workdir, step)
+  (config, params), step = read.model, read.step
   equal = verify_lib.assert_equal(
     (config, _rounded(params, dtype)),
     released.load(checkpoint, formats.FORMATS),
@@ -145,6 +169,8 @@ def upcycle(dense: Path, config: ConfigDict, workdir: Path) -> str:
   config_lib.validate(config, jax.device_count())
   source = checkpoint_lib.read(dense).model
   whole = checkpoint_lib.with_vocab_size(config)
+  with whole.unlocked():
+    whole.model.vocab_multiple = 1  # writing the run adds the padding
   params = _upcycled(*source, whole)
   reasons = upcycle_lib.inexact(whole, source[0].model.ffn_width)
   difference = verify_lib.difference((whole, params), source)

@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import parameter
-from moe_jax.config import head_dim
+from moe_jax.config import head_dim, vocab_rows
 from moe_jax.errors import choose
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.grouped_matmul import GroupedMatmul
@@ -121,10 +121,12 @@ def make_parts(
 def make_embedding(
   config: ConfigDict, vocab_size: int, rngs: nnx.Rngs
 ) -> nnx.Param:
-  """Returns embed_VD."""
+  """Returns embed_VD, its padding 0."""
   init = nnx.initializers.normal(config.model.init_std)
+  # Drawn without padding, which so changes no other parameter.
+  drawn = init(rngs.params(), (vocab_size, config.model.hidden_size))
   return param(
-    init(rngs.params(), (vocab_size, config.model.hidden_size)),
+    _padded(config, drawn, 0),
     (VOCAB, EMBED),
     decay=True,
     # It is looked up, and multiplies where it is the head as well.
@@ -135,12 +137,20 @@ def make_embedding(
 def make_head(
   config: ConfigDict, vocab_size: int, rngs: nnx.Rngs
 ) -> nnx.Param | None:
-  """Returns head_DV; None where the embedding is the head."""
+  """Returns head_DV, its padding 0; None where the embedding is the head."""
   if config.model.tie_embeddings:
     return None
   init = nnx.initializers.normal(config.model.init_std)
   shape = config.model.hidden_size, vocab_size
-  return param(init(rngs.params(), shape), (EMBED, VOCAB), decay=True)
+  drawn = _padded(config, init(rngs.params(), shape), 1)
+  return param(drawn, (EMBED, VOCAB), decay=True)
+
+
+def _padded(config: ConfigDict, drawn: jax.Array, axis: int) -> jax.Array:
+  """Returns what was drawn, with zeros up to `model.vocab_multiple`."""
+  more = vocab_rows(config, drawn.shape[axis]) - drawn.shape[axis]
+  widths = [(0, more if i == axis else 0) for i in range(drawn.ndim)]
+  return jnp.pad(drawn, widths) if more else drawn
 
 
 def make_periods(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.config import head_dim, layer_kinds
+from moe_jax.config import head_dim, layer_kinds, vocab_rows
 from moe_jax.experts.layer import Aux
 from moe_jax.experts.mlp import HIDDEN
 from moe_jax.model import build
@@ -72,11 +72,11 @@ class Output(NamedTuple):
 
 
 class Head(NamedTuple):
-  """An output head, in float32.
+  """An output head, in float32; its V has the padding of the vocabulary.
 
   Attributes:
     weight_DV: Its matrix.
-    bias_V: Its bias, or None.
+    bias_V: Its bias, -inf at the padding; None where there is neither.
   """
 
   weight_DV: jax.Array
@@ -87,6 +87,7 @@ class Decoder(nnx.Module):
   """A causal language model: the one that a config describes.
 
   Attributes:
+    vocab_size: V, of which arrays named so may have more: the padding.
     embed_VD: The token embedding.
     cell: The recurrent cell that the routers of all layers share.
     prefix: The blocks before the pattern repeats, unscanned.
@@ -127,6 +128,7 @@ class Decoder(nnx.Module):
     self.remat, self.unroll = model.remat, model.unroll
     self.num_residual_logits = build.num_residual_logits(config)
     self.num_layers = len(kinds)
+    self.vocab_size = vocab_size
     self.repeats = (len(kinds) - first) // period
     pattern = kinds[first : first + period]
     self.periods = build.make_periods(parts, pattern, self.repeats, rngs)
@@ -135,7 +137,8 @@ class Decoder(nnx.Module):
     self.cell = build.make_cell(config, rngs)
     self.prefix = build.make_period(parts, kinds[:first], rngs)
     self.norm = build.make_norm(config) if model.norm_place == 'pre' else None
-    self.head_bias_V = param(jnp.zeros(vocab_size)) if model.head_bias else None
+    rows = vocab_rows(config, vocab_size)
+    self.head_bias_V = param(jnp.zeros(rows)) if model.head_bias else None
     self.key_pe_AW = self.attend.key_pe(head_dim(config), rngs)
 
   def __call__(
@@ -278,6 +281,11 @@ class Decoder(nnx.Module):
   def head(self) -> Head:
     """Returns what makes logits of the last hidden states."""
     bias_V = None if self.head_bias_V is None else self.head_bias_V[...]
+    rows = self.embed_VD.shape[0]
+    if rows > self.vocab_size:
+      # exp(-inf) is 0: no padding is predicted, nor has it a gradient.
+      given_V = jnp.zeros(rows) if bias_V is None else bias_V
+      bias_V = jnp.where(jnp.arange(rows) < self.vocab_size, given_V, -jnp.inf)
     if self.head_DV is None:
       return Head(self.embed_VD[...].T, bias_V)
     return Head(self.head_DV[...], bias_V)
@@ -371,6 +379,9 @@ class Decoder(nnx.Module):
 
   def _logits(self, x_BLD: jax.Array) -> jax.Array:
     weight_DV, bias_V = self.head()
+    if weight_DV.shape[1] > self.vocab_size:
+      weight_DV = weight_DV[:, : self.vocab_size]
+      bias_V = None if bias_V is None else bias_V[: self.vocab_size]
     with jax.named_scope('head'):
       logits_BLV = jnp.einsum(
         'BLD,DV->BLV',

@@ -112,7 +112,8 @@ def _attention_case(
   dtype: jnp.dtype,
   device: jax.Device,
 ) -> Case:
-  packed = config.data.order == 'packed'
+  # A released checkpoint says nothing of data.
+  packed = 'data' in config and config.data.order == 'packed'
   return Case(device, mesh, dtype, head_dim(config), packed)
 
 

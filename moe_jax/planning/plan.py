@@ -86,7 +86,8 @@ def make(
     device: A device of their kind; None stands for the first that jax finds.
 
   Returns:
-    `parameters` (total, active, router, idle), `flops_per_token` of training
+    `parameters` (total, active, router, idle); `vocabulary`, the `ids` and the
+    `rows` that they have with their padding; `flops_per_token` of training
     and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
     `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
     exactly and the rest as `moe_jax.planning.temporaries` estimates it;
@@ -106,6 +107,10 @@ def make(
   parts = memory.parts(setup, mesh)
   return {
     'parameters': sizes.count_parameters(*counted)._asdict(),
+    'vocabulary': {
+      'ids': setup.vocab_size,
+      'rows': config_lib.vocab_rows(config, setup.vocab_size),
+    },
     'flops_per_token': sizes.flops_per_token(*counted),
     'flops_per_token_forward': sizes.flops_per_token_forward(*counted),
     'memory_bytes_per_device': sum(parts.values()),

@@ -24,6 +24,7 @@ _KINDS = ('arguments', 'outputs', 'aliased', 'temporaries', 'code')
 def table(plan: dict[str, Any]) -> str:
   """Returns the plan as plain text."""
   parameters, strategy = plan['parameters'], plan['strategy']
+  vocabulary = plan['vocabulary']
   parts = plan['memory_parts_per_device']
   mesh = ' x '.join(f'{axis} {n}' for axis, n in strategy['mesh'].items())
   layers = strategy['layers']
@@ -34,6 +35,7 @@ def table(plan: dict[str, Any]) -> str:
     '  active': f'{parameters["active"]:,} per token',
     '  router': f'{parameters["router"]:,}',
     '  idle': f'{parameters["idle"]:,} counted, never built',
+    'vocabulary': f'{vocabulary["ids"]:,} ids in {vocabulary["rows"]:,} rows',
     'compute': f'{plan["flops_per_token"]:,} FLOPs per token in training,'
     f' {plan["flops_per_token_forward"]:,} forward',
     'memory': f'{format_bytes(plan["memory_bytes_per_device"])} per device',
@@ -59,6 +61,8 @@ def table(plan: dict[str, Any]) -> str:
   }
   if not parameters['idle']:
     del rows['  idle']
+  if vocabulary['rows'] == vocabulary['ids']:
+    del rows['vocabulary']
   if strategy['grouped_matmul'] == 'none':
     del rows['matmul']
   if 'exchange_bytes' not in strategy:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds
+from moe_jax.config import BATCH_AXES, MESH_AXES, layer_kinds, vocab_rows
 from moe_jax.experts.dispatch import Dispatch
 from moe_jax.experts.layer import MoELayer
 from moe_jax.model import attention_blocks, implementations, loss
@@ -82,17 +82,17 @@ def temporaries(
   return Temporaries(
     activations=rows * (kept + working + _scores(one, alike)),
     dispatch=rows * held * dispatch,
-    logits=together * _logits_of_token(vocab_size, mesh),
+    logits=together * _logits_of_token(vocab_rows(config, vocab_size), mesh),
     # Of experts, which the expert axis splits, backward keeps no copies.
     weight_copies=copies // mesh[mesh_lib.FSDP],
   )
 
 
-def _logits_of_token(vocab_size: int, mesh: dict[str, int]) -> int:
+def _logits_of_token(rows: int, mesh: dict[str, int]) -> int:
   """Returns the bytes of a token's float32 logits, and of their gradient."""
   tensor = mesh[mesh_lib.TENSOR]
-  split = tensor if vocab_size % tensor == 0 else 1
-  return 2 * 4 * vocab_size // split
+  split = tensor if rows % tensor == 0 else 1
+  return 2 * 4 * rows // split
 
 
 def _scores(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:

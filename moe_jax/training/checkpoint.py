@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from moe_jax import files
 from moe_jax.errors import UserError
 from moe_jax.parallel import multihost
 from moe_jax.training import digests
@@ -336,6 +337,13 @@ class Checkpointer:
     if self._vocabulary is not None and saved != self._vocabulary:
       what = 'do not say which' if saved is None else 'are of another'
       tokenizer = self._run.config.data.tokenizer
+      if files.tokenizer_file(tokenizer):
+        raise UserError(
+          f'workdir {self._run.path}: its checkpoints are of the tokenizer'
+          f' {_digest(saved)}, and data.tokenizer = {tokenizer!r} is'
+          f' {_digest(self._vocabulary)}; give that of the run, or'
+          f' {self._run.remedy or "another --workdir"}'
+        )
       raise UserError(
         f'workdir {self._run.path}: its checkpoints {what} vocabulary, and'
         f' data.tokenizer = {tokenizer!r} takes its ids from the data; give the'
@@ -402,6 +410,11 @@ def _no_folders(run: RunDir) -> list[int]:
     for step in named_steps(folder)
     if not os.path.isdir(os.path.join(folder, str(step)))
   ]
+
+
+def _digest(vocabulary: str | None) -> str:
+  """Returns the beginning of a fingerprint, as tokenizers are named by it."""
+  return vocabulary[:12] if vocabulary else 'of no file'
 
 
 def _kind(leaf: Any) -> str:

@@ -41,13 +41,17 @@ class Prepared(NamedTuple):
   evaluations: list[Evaluation]
 
 
-def prepare(config: ConfigDict) -> Prepared:
+def prepare(config: ConfigDict, workdir: str = '') -> Prepared:
   """Checks the config, and opens the data it names.
+
+  Args:
+    config: The config.
+    workdir: The directory of the run, which need not exist; '' for none.
 
   Raises:
     UserError: Anything is wrong with config or data.
   """
-  return _opened(state_lib.from_config(config))
+  return _opened(state_lib.from_config(config, workdir))
 
 
 def _opened(setup: Setup) -> Prepared:
@@ -61,7 +65,7 @@ def _opened(setup: Setup) -> Prepared:
   )
 
 
-def _prepare_together(config: ConfigDict) -> Prepared:
+def _prepare_together(config: ConfigDict, workdir: str) -> Prepared:
   """Returns what `prepare` does, in each process of a run.
 
   One process prepares the data set, and the vocabulary if it is made of that;
@@ -69,7 +73,7 @@ def _prepare_together(config: ConfigDict) -> Prepared:
   """
 
   def with_data() -> Setup:
-    setup = state_lib.from_config(config)
+    setup = state_lib.from_config(config, workdir)
     if not multihost.is_single_process():
       sources.open_documents(config.data, config.data.train_split)
     return setup
@@ -96,7 +100,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       diverges and going back does not help.
     SystemExit: 128 + the number of the signal that stopped it.
   """
-  setup, sequences, evaluations = _prepare_together(config)
+  setup, sequences, evaluations = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
@@ -115,7 +119,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     start, position = step or 0, restored.position if restored else 0
     data = restored.data if restored else {}
     with contextlib.closing(Batches(setup, sequences, position)) as batches:
-      run.claim(record(setup, workdir, start))
+      run.claim(record(setup, workdir, start), setup.kept_files)
       state = restored.state if restored else setup.init(params)
       del restored, params  # the steps will take their memory
       with (

@@ -16,7 +16,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from moe_jax import disk, files, strict_json
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
 from moe_jax.errors import RetryableError, UserError
-from moe_jax.training import run_dir
 
 _FILE = 'metrics.jsonl'
 _TRAIN = 'train'
@@ -264,7 +263,7 @@ def _cut_back(
   kept = [line for line in lines if line.step <= last]
   text = ''.join(f'{line.text}\n' for line in kept)
   if os.path.exists(path) and os.path.getsize(path) != len(text.encode()):
-    disk.retried(path, lambda: run_dir.replace(path, text))
+    disk.retried(path, lambda: files.replace(path, text))
   dropped = [line.step for line in lines if line.step > last]
   if dropped:
     tell(

@@ -100,6 +100,19 @@ def describe(setup: Setup, sequences: TokenSequences) -> str:
     f'runs     {runs}; {used}\n'
     f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps{packed}'
+    f'{_idle_ids(setup)}'
+  )
+
+
+def _idle_ids(setup: Setup) -> str:
+  """Returns a line on the ids that no text has; '' where there are none."""
+  tokenizer, config = setup.tokenizer, setup.config
+  if tokenizer is None or tokenizer.vocab_size == setup.vocab_size:
+    return ''
+  return (
+    f'\nids      {tokenizer.vocab_size:,} of model.vocab_size ='
+    f' {setup.vocab_size:,} are of data.tokenizer ='
+    f' {config.data.tokenizer!r}; no other is read'
   )
 
 

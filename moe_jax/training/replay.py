@@ -161,7 +161,9 @@ def replay(config: ConfigDict, workdir: str, step: int) -> Replay:
       f'--step = {step} must be between 1 and train.steps ='
       f' {config.train.steps}'
     )
-  setup = multihost.first_process_first(lambda: state_lib.from_config(config))
+  setup = multihost.first_process_first(
+    lambda: state_lib.from_config(config, workdir)
+  )
   assert setup.tokenizer is not None  # from_config asks for the data's
   sequences = TokenSequences.open(
     config.data, config.data.train_split, setup.tokenizer

@@ -5,6 +5,7 @@ It is a path of a mounted file system; on several hosts, of one they share.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import tempfile
@@ -118,13 +119,18 @@ class RunDir:
       multihost.fail_together(take)
       yield
 
-  def claim(self, record: Mapping[str, Any] | None = None) -> None:
+  def claim(
+    self,
+    record: Mapping[str, Any] | None = None,
+    kept: Mapping[str, bytes] | None = None,
+  ) -> None:
     """Makes the directory that of this run: config.json and run.json.
 
     All processes call this alike; one of them writes.
 
     Args:
       record: What ran, as JSON can hold it; see `moe_jax.training.record`.
+      kept: Further files that the run needs, by their names.
 
     Raises:
       UserError: The directory cannot be written, or another process does not
@@ -132,23 +138,28 @@ class RunDir:
     """
     multihost.fail_together(self._make)
     _check_shared(self.path)
-    multihost.fail_together(lambda: self._write(record))
+    multihost.fail_together(lambda: self._write(record, kept or {}))
 
   def _make(self) -> None:
     """Makes the directory and the folder of checkpoints."""
     if multihost.is_main_process():
       self._written(lambda: os.makedirs(self.checkpoints, exist_ok=True))
 
-  def _write(self, record: Mapping[str, Any] | None) -> None:
-    """Writes config.json and run.json."""
+  def _write(
+    self, record: Mapping[str, Any] | None, kept: Mapping[str, bytes]
+  ) -> None:
+    """Writes what config.json needs, that file, and run.json."""
     if not multihost.is_main_process():
       return
+    for name, content in kept.items():
+      path = os.path.join(self.path, name)
+      self._written(functools.partial(files.replace, path, content))
     config = saved_config.to_json(self.config)
-    self._written(lambda: replace(config_path(self.path), config))
+    self._written(lambda: files.replace(config_path(self.path), config))
     if record is not None:
       text = strict_json.dumps(record, indent=2) + '\n'
       path = os.path.join(self.path, saved_config.RECORD_FILE)
-      self._written(lambda: replace(path, text))
+      self._written(lambda: files.replace(path, text))
 
   def _written(self, write: Callable[[], None]) -> None:
     disk.retried(self.path, write, _REMEDY, 'workdir')
@@ -204,21 +215,6 @@ def refuse_url(workdir: str) -> None:
 def config_path(workdir: str) -> str:
   """Returns the file that holds the config of the run in `workdir`."""
   return os.path.join(workdir, saved_config.CONFIG_FILE)
-
-
-def replace(path: str, text: str) -> None:
-  """Writes a file at once: a crash leaves the old text or the new one."""
-  temporary = f'{path}.tmp'
-  try:
-    with open(temporary, 'w', encoding='utf-8') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    with contextlib.suppress(OSError):  # a part of it, on a full disk
-      os.remove(temporary)
-    raise
 
 
 def _check_shared(workdir: str) -> None:
@@ -299,6 +295,8 @@ def check_kinds(workdir: str) -> None:
   for name, is_right, kind in (
     (CHECKPOINTS, os.path.isdir, 'folder'),
     ('metrics.jsonl', os.path.isfile, 'file'),
+    ('tokenizer.json', os.path.isfile, 'file'),
+    ('tokenizer.model', os.path.isfile, 'file'),
     ('tensorboard', os.path.isdir, 'folder'),
     (DAMAGED, os.path.isdir, 'folder'),
   ):

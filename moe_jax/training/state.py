@@ -20,7 +20,7 @@ from moe_jax.model import implementations
 from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training import optimizer
+from moe_jax.training import optimizer, run_tokenizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and where
 # attention remembers something 'memory': its state, arrays [layers, B, ...].
@@ -59,6 +59,11 @@ class Setup:
   def vocabulary(self) -> str | None:
     """The fingerprint of the data's vocabulary; None if there is only one."""
     return self.tokenizer.fingerprint if self.tokenizer else None
+
+  @property
+  def kept_files(self) -> dict[str, bytes]:
+    """What the run keeps a copy of, by the copy's name."""
+    return tokenizers.files_of(self.tokenizer) if self.tokenizer else {}
 
   @property
   def resolved(self) -> dict[str, str]:
@@ -114,15 +119,19 @@ class Setup:
     return model.start(batch_size)
 
 
-def from_config(config: ConfigDict) -> Setup:
+def from_config(config: ConfigDict, workdir: str = '') -> Setup:
   """Returns the setup of a config on all devices there are.
+
+  Args:
+    config: The config.
+    workdir: The directory of the run whose tokenizer it is; '' for none.
 
   Raises:
     UserError: Anything is wrong with the config.
   """
   config_lib.validate(config, jax.device_count())
   mesh = mesh_lib.from_config(config, jax.devices())
-  tokenizer = tokenizers.build(config.data)
+  tokenizer = run_tokenizer.build(config, workdir)
   vocab_size = config_lib.vocab_size(config, tokenizer.vocab_size)
   return dataclasses.replace(
     setup(config, vocab_size, mesh), tokenizer=tokenizer

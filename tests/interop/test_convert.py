@@ -86,7 +86,7 @@ def test_an_imported_workdir_has_every_key(imported: Path) -> None:
   assert config['moe']['factors'] == 2
   assert config['loss']['balance_layers'] == 'joined'
   assert sorted(path.name for path in imported.parent.iterdir()) == ['run']
-  _, params, step = checkpoint.read_run(imported, None)
+  _, params, step, _ = checkpoint.read_run(imported, None)
   assert step == 0
   theirs = load_file(RELEASED / 'cartesian' / 'model.safetensors')
   ours = params['embed_VD']

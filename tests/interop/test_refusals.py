@@ -158,12 +158,15 @@ def test_an_export_that_the_release_cannot_run_says_so(
     **{'model.vocab_size': 61, 'router.recurrent': 'gru', 'moe.first_dense': 1}
   )
   monkeypatch.setattr(checkpoint, 'run_config', lambda *_: config)
-  monkeypatch.setattr(checkpoint, 'read_run', lambda *_: (config, {}, 3))
+  monkeypatch.setattr(
+    checkpoint, 'read_run', lambda *_: checkpoint.Checkpoint(config, {}, 3)
+  )
   monkeypatch.setattr(released, 'save', lambda *_, **__: None)
   monkeypatch.setattr(released, 'load', lambda *_: None)
   monkeypatch.setattr(verify, 'assert_equal', lambda *_: 'equal')
   said = convert.export(tmp_path, tmp_path / 'x', None, 'float32', 0, None)
-  [first, second] = said.splitlines()
+  [first, of_tokenizer, second] = said.splitlines()
+  assert "no tokenizer is written: data.tokenizer = 'bytes'" in of_tokenizer
   assert "in the format 'rmoe'" in first and 'the tensors only' in second
 
 
