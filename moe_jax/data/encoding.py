@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import json
 import os
 import time
 import uuid
@@ -19,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from moe_jax import errors, files
+from moe_jax import errors, files, strict_json
 from moe_jax.data.helpers import Helpers, Locks
 from moe_jax.data.parts import Part, PartWriter, writing
 from moe_jax.data.progress import Progress
@@ -84,7 +83,7 @@ class Plan:
 
   def json(self) -> str:
     """Returns what is kept of it."""
-    return json.dumps(dataclasses.asdict(self))
+    return strict_json.dumps(dataclasses.asdict(self))
 
   @functools.cached_property
   def stamp(self) -> int:

@@ -28,6 +28,7 @@ class GainGate(Gate):
     return features_TX @ self.weight_XN[...] * self.gain_N[...]
 
 
+@pytest.mark.slow
 def test_an_undeclared_parameter_is_whole_undecayed_and_trained(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -106,6 +106,7 @@ def test_masked_targets_have_no_gradient_and_all_tokens_are_routed() -> None:
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_targets_whatever_the_parts() -> None:
   """Of one batch, of four micro-batches with unlike shares, and evaluated."""
   found = []
