@@ -15,6 +15,9 @@ from typing import Any
 
 from moe_jax.errors import UserError
 
+# What a preset says of a path that it needs and does not know.
+REQUIRED = '?'
+
 # Far more than any file of ours or of a release has; Python's own limit lies
 # above it, and what walks through the values has none.
 _DEEPEST = 100

@@ -5,7 +5,7 @@ other rooms ask of a config; reading config files is `loading`'s business, the
 config beside a run's checkpoints `saved`'s.
 """
 
-from moe_jax.config.checks import validate
+from moe_jax.config.checks import check_given, validate
 from moe_jax.config.derived import (
   BATCH_AXES,
   MESH_AXES,
@@ -27,6 +27,7 @@ from moe_jax.config.schema import get_config
 __all__ = [
   'BATCH_AXES',
   'MESH_AXES',
+  'check_given',
   'decay_end',
   'eval_batch_size',
   'fill',

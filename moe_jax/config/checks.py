@@ -18,7 +18,7 @@ from moe_jax.config.derived import (
   written_out,
 )
 from moe_jax.config.keys import LARGEST
-from moe_jax.config.schema import KEYS
+from moe_jax.config.schema import KEYS, REQUIRED
 from moe_jax.errors import UserError
 
 
@@ -43,6 +43,30 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   mesh = mesh_shape(config, num_devices)
   _check_split_sizes(config, mesh)
   _check_batches(config, mesh)
+
+
+_ASKED_FOR = {
+  'train.init_from': (
+    '--config.train.init_from=WORKDIR, the run whose newest parameters are the'
+    " start (or '' to start anew)"
+  ),
+  'data.path': '--config.data.path=PATH, the examples',
+}
+
+
+def check_given(config: ConfigDict) -> None:
+  """Refuses a new run of a preset that leaves paths to its user.
+
+  Raises:
+    UserError: One is not given; the message has the options to add.
+  """
+  missing = [key for key in _ASKED_FOR if get(config, key) == REQUIRED]
+  if missing:
+    verb = 'is' if len(missing) == 1 else 'are'
+    raise UserError(
+      f'{" and ".join(missing)} {verb} not given, and this config trains a'
+      f' model further: add {" and ".join(_ASKED_FOR[key] for key in missing)}'
+    )
 
 
 def _check_experts(config: ConfigDict) -> None:
@@ -134,6 +158,20 @@ def _check_data(config: ConfigDict) -> None:
     raise UserError(
       f"data.path = '' must name {what[config.data.name]} when data.name ="
       f' {config.data.name!r}'
+    )
+  data = config.data
+  if data.format == 'text':
+    return
+  if data.name != 'files' and not data.name.startswith('huggingface:'):
+    raise UserError(
+      f'data.format = {data.format!r} is of rows, and data.name = {data.name!r}'
+      " has texts; set data.name = 'files' or 'huggingface:OWNER/NAME', or"
+      " data.format = 'text'"
+    )
+  if data.text_key != KEYS['data.text_key'].default:
+    raise UserError(
+      f'data.text_key = {data.text_key!r} is not read with data.format ='
+      f' {data.format!r}, whose fields have fixed names: leave it out'
     )
 
 

@@ -11,6 +11,7 @@ Conflicts between keys are the business of `moe_jax.config.checks`.
 
 from ml_collections import ConfigDict
 
+from moe_jax import files
 from moe_jax.config.keys import Key
 from moe_jax.registry import (
   ATTENTIONS,
@@ -25,8 +26,8 @@ from moe_jax.registry import (
   SELECTIONS,
 )
 
-# The `train.init_from` of presets that fine-tune: which model, a user says.
-REQUIRED = '?'
+# The path of a preset that its user has to say.
+REQUIRED = files.REQUIRED
 
 # Of a batch: each process lists those that it holds.
 _MOST_SEQUENCES = 2**20
@@ -560,6 +561,13 @@ KEYS = {
   ),
   'data.text_key': Key(
     'text', 'The field, column or feature that holds a document.'
+  ),
+  'data.format': Key(
+    'text',
+    'files, huggingface: what a row is: a text; an example of instruction,'
+    ' input and output; or a chat of messages. Of the last two only responses'
+    ' are predicted.',
+    ('text', 'alpaca', 'chat'),
   ),
   'data.train_split': Key('train', 'The split to train on.'),
   'data.tokenizer': Key(

@@ -21,7 +21,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from moe_jax import errors, files
-from moe_jax.data import folders, formats, progress, records
+from moe_jax.data import folders, formats, instructions, progress, records
 from moe_jax.data.checks import one_line
 
 HUGGING_FACE = 'huggingface:'
@@ -45,18 +45,32 @@ _INSTALL = "pip install 'datasets>=4,<6'"
 class Files(records.StreamedBuilder):
   """The documents of files: text, JSON lines, JSON, parquet; .gz and .zst."""
 
-  def __init__(self, *, path: str, text_key: str, **kwargs: object) -> None:
+  def __init__(
+    self,
+    *,
+    path: str,
+    text_key: str,
+    rows: str = 'text',
+    **kwargs: object,
+  ) -> None:
     """Finds the files.
 
     Args:
       path: A file, a folder or a pattern.
       text_key: The field or column of the text.
+      rows: What rows are, as `data.format` says it.
       **kwargs: The options of a TFDS builder: data_dir, file_format.
 
     Raises:
-      UserError: There is none.
+      UserError: There is none, or `path` is not given.
     """
+    if path == files.REQUIRED:
+      raise errors.UserError(
+        'data.path is not given: add --config.data.path=PATH, a file, a folder'
+        ' or a pattern'
+      )
     self._path = path
+    self._rows, self.masked = rows, rows in instructions.FORMATS
     self._root, self._names = _find(path)
     if not self._names:
       raise errors.UserError(
@@ -72,8 +86,10 @@ class Files(records.StreamedBuilder):
   def _fingerprint(self) -> str:
     """Returns what tells these files, read in this way, from any others."""
     found = folders.fingerprint(self._root, self._names, times=True)
-    read = f'{found} {self._text_key}'.encode()
-    return hashlib.sha256(read).hexdigest()[:16]
+    read = f'{found} {self._text_key}'
+    if self.masked:
+      read += f' {self._rows} {instructions.FORMATS[self._rows].template}'
+    return hashlib.sha256(read.encode()).hexdigest()[:16]
 
   def _documents(self) -> Iterator[records.Named]:
     told = _Told(f'data.path = {self._path!r}', self._text_key)
@@ -81,7 +97,7 @@ class Files(records.StreamedBuilder):
     tell = progress.by_bytes(self.info.full_name, sum(sizes.values()))
     done = 0
     for name, size in sizes.items():
-      file = formats.File(self._root / name, name, self._text_key)
+      file = formats.File(self._root / name, name, self._text_key, self._rows)
       for place, text in self._of_file(file, name, told):
         tell(done + file.position)
         split = self._split(name, text)
@@ -127,12 +143,20 @@ class Files(records.StreamedBuilder):
 class HuggingFace(records.StreamedBuilder):
   """A text data set of the Hugging Face Hub; its code is never run."""
 
-  def __init__(self, *, name: str, text_key: str, **kwargs: object) -> None:
+  def __init__(
+    self,
+    *,
+    name: str,
+    text_key: str,
+    rows: str = 'text',
+    **kwargs: object,
+  ) -> None:
     """Describes the data set; nothing is asked of the Hub yet.
 
     Args:
       name: OWNER/NAME, or OWNER/NAME/CONFIG.
       text_key: The column of the text.
+      rows: What rows are, as `data.format` says it.
       **kwargs: The options of a TFDS builder: data_dir, file_format.
 
     Raises:
@@ -148,17 +172,25 @@ class HuggingFace(records.StreamedBuilder):
     self._repository = f'{owner}/{name_}' if name_ else owner
     self._subset = subset or None
     self._text_key = text_key
-    super().__init__(config=_config(f'{name}-{text_key}'), **kwargs)
+    self._format = instructions.FORMATS.get(rows)
+    key = text_key
+    if self._format:
+      self.masked = True
+      template = hashlib.sha256(self._format.template.encode()).hexdigest()
+      key = f'{rows}-{template[:8]}'
+    super().__init__(config=_config(f'{name}-{key}'), **kwargs)
 
   def _documents(self) -> Iterator[records.Named]:
     where = f'data.name = {HUGGING_FACE + self._repository!r}'
     told = _Told(where, self._text_key)
     try:
       for split, rows in self._load().items():
-        if rows.column_names and self._text_key in rows.column_names:
-          rows = rows.select_columns([self._text_key])
+        wanted = self._format.fields if self._format else (self._text_key,)
+        there = [name for name in wanted if name in (rows.column_names or ())]
+        if there:
+          rows = rows.select_columns(there)
         for number, row in enumerate(rows, 1):
-          text = formats.picked(row, self._text_key)
+          text = self._document(row, f'{where}: {split}:row {number}')
           if isinstance(text, formats.Skipped):
             told.skip(text, f'{split}:row {number}', text.fields)
             continue
@@ -170,6 +202,12 @@ class HuggingFace(records.StreamedBuilder):
     except Exception as error:  # of a library that has many
       raise one_line(f'{where} cannot be read', error) from error
     told.end()
+
+  def _document(self, row: object, where: str) -> bytes | formats.Skipped:
+    try:
+      return formats.document(row, self._text_key, self._format)
+    except instructions.BadRow as error:
+      raise errors.UserError(f'{where} {error}') from error
 
   def _load(self) -> Any:
     """Returns the rows of every split, which are read as they are used."""

@@ -20,6 +20,8 @@ import numpy as np
 
 from moe_jax import errors, files, strict_json
 from moe_jax.data.helpers import Helpers, Locks
+from moe_jax.data.instructions import Part as TextPart
+from moe_jax.data.instructions import encode
 from moe_jax.data.parts import Part, PartWriter, writing
 from moe_jax.data.progress import Progress
 from moe_jax.data.sources import Documents
@@ -174,19 +176,40 @@ class Encoding:
   def _make(self, k: int, progress: Progress, done: int) -> Part:
     """Encodes the documents of file k."""
     begin, end = self.plan.bounds[k : k + 2]
+    masked, vocab_size = self.documents.masked, self.plan.vocab_size
     eos = np.array([] if self.plan.eos_id is None else [self.plan.eos_id])
-    writer = PartWriter(self._path(k), self.plan.stamp, self.plan.vocab_size)
+    eos = 2 * eos + 1 if masked else eos  # it ends a response
+    writer = PartWriter(
+      self._path(k),
+      self.plan.stamp,
+      2 * vocab_size if masked else vocab_size,
+      columns=4 if masked else 2,
+    )
     with writer:
-      for i, text in enumerate(_texts(self.documents, begin, end)):
+      for i, parts in enumerate(_texts(self.documents, begin, end)):
         progress.tell(done + i)
-        ids = self.tokenizer.encode(text)
-        _check_ids(ids, self.tokenizer)
+        ids, sizes = self._encoded(parts)
         writer.ids(eos)
         writer.ids(ids)
-        writer.document(len(ids), len(text.encode(errors='surrogateescape')))
+        writer.document(*sizes)
       if end == self.plan.documents:
         writer.ids(eos)
     return Part(self._path(k), self.plan.stamp)
+
+  def _encoded(self, parts: list[TextPart]) -> tuple[np.ndarray, list[int]]:
+    """Returns what is kept of a document, and its sizes; see `TokenCache`."""
+    sizes = [len(text.encode(errors='surrogateescape')) for text, _ in parts]
+    if not self.documents.masked:
+      ids = self.tokenizer.encode(parts[0][0])
+      _check_ids(ids, self.tokenizer)
+      return ids, [len(ids), *sizes]
+    ids, targets = encode(parts, self.tokenizer.encode, self.tokenizer.eos_id)
+    _check_ids(ids, self.tokenizer)
+    predicted = sum(
+      size for size, (_, response) in zip(sizes, parts, strict=True) if response
+    )
+    counts = [len(ids), sum(sizes), int(targets.sum()), predicted]
+    return 2 * ids + targets, counts
 
 
 def _bounds(documents: Documents) -> list[int]:
@@ -198,14 +221,16 @@ def _bounds(documents: Documents) -> list[int]:
   return [k * count // max(parts, 1) for k in range(max(parts, 1) + 1)]
 
 
-def _texts(documents: Documents, begin: int, end: int) -> Iterator[str]:
+def _texts(
+  documents: Documents, begin: int, end: int
+) -> Iterator[list[TextPart]]:
   """Yields documents [begin, end), small ones read many at a time."""
   count = 1
   while begin < end:
-    texts = documents.read(begin, min(begin + count, end))
-    yield from texts
-    begin += len(texts)
-    few = sum(map(len, texts)) < _READ_BYTES
+    found = documents.parts(begin, min(begin + count, end))
+    yield from found
+    begin += len(found)
+    few = sum(len(text) for parts in found for text, _ in parts) < _READ_BYTES
     count = min(2 * count, _READ_DOCUMENTS) if few else max(1, count // 2)
 
 

@@ -2,7 +2,8 @@
 
 A file is read in blocks, so a long one needs no more memory than a short one. A
 row without a text is left out with the reason; what is broken is a UserError
-that names the file and the place in it.
+that names the file and the place in it. Rows of instruction data are rendered
+(`instructions.py`): their texts are `Example`s.
 """
 
 import codecs
@@ -20,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from moe_jax import files
+from moe_jax.data import instructions
 from moe_jax.errors import UserError, nearest, printable, said
 
 _PACKINGS = {'.gz': 'gzip', '.zst': 'zstd'}
@@ -104,13 +106,16 @@ class File:
     label: Its format and packing, as `jsonl.zst`.
   """
 
-  def __init__(self, path: pathlib.Path, name: str, text_key: str) -> None:
+  def __init__(
+    self, path: pathlib.Path, name: str, text_key: str, rows: str = 'text'
+  ) -> None:
     """Tells the format from the name; nothing is read yet.
 
     Args:
       path: Where it lies.
       name: Its name in messages.
       text_key: The field or column of the text; text files need none.
+      rows: What rows are, as `data.format` says it.
     """
     packing, ending = _endings(path.name)
     self.name = printable(name)
@@ -119,6 +124,7 @@ class File:
     self._kind = _KINDS.get(ending, 'text')
     self._path = path
     self._text_key = text_key
+    self._format = instructions.FORMATS.get(rows)
     self._raw: BinaryIO | None = None
 
   @property
@@ -137,6 +143,8 @@ class File:
       OSError: It cannot be read, or is no regular file.
     """
     files.check_regular(self._path)
+    if self._kind == 'text' and self._format:
+      raise NotText('not JSON lines, JSON or parquet', self.name)
     if self._kind == 'parquet':
       yield from self._table()
     elif self._kind == 'text':
@@ -230,7 +238,14 @@ class File:
     listed = self._kind == 'json' and first.lstrip().startswith('[')
     read = self._items if listed else self._lines
     for place, row in read(itertools.chain([first], texts)):
-      yield place, picked(row, self._text_key)
+      yield place, self._of_row(row, place)
+
+  def _of_row(self, row: object, place: str) -> bytes | Skipped:
+    """Returns the document of a row."""
+    try:
+      return document(row, self._text_key, self._format)
+    except instructions.BadRow as error:
+      self._refuse(place, f'{error}')
 
   def _lines(self, texts: Iterator[str]) -> Iterator[tuple[str, object]]:
     """Yields the values of JSON lines."""
@@ -281,7 +296,7 @@ class File:
       yield f'item {number}', item
 
   def _table(self) -> Iterator[Document]:
-    """Yields the texts of a column of parquet."""
+    """Yields the documents of the rows of parquet."""
     source: BinaryIO
     with contextlib.ExitStack() as stack:
       if self._packing:
@@ -299,16 +314,27 @@ class File:
           f'{self.name} is not parquet that can be read ({said(error)[:200]});'
           ' get it anew or leave it out'
         ) from error
-      self._check_column(table.schema_arrow)
+      columns = self._columns(table.schema_arrow)
       row = 0
       for group in range(table.num_row_groups):
-        self._check_group(table.metadata.row_group(group), group)
-        for text in self._group(table, group):
+        self._check_group(table.metadata.row_group(group), group, columns)
+        for cell in self._group(table, group, columns):
           row += 1
-          yield f'row {row}', self._cell(text, row)
+          yield f'row {row}', self._cell(cell, row)
+
+  def _columns(self, schema: pyarrow.Schema) -> list[str]:
+    """Returns the columns that are read; refuses parquet without them."""
+    if self._format is None:
+      self._check_column(schema)
+      return [self._text_key]
+    try:
+      self._format.check(schema.names)
+    except instructions.BadRow as error:
+      self._refuse('', f'{error}')
+    return [name for name in self._format.fields if name in schema.names]
 
   def _check_column(self, schema: pyarrow.Schema) -> None:
-    """Refuses parquet without that column, or with no text in it."""
+    """Refuses parquet without the column of texts, or with no text in it."""
     key = self._text_key
     if key not in schema.names:
       self._refuse(
@@ -324,7 +350,7 @@ class File:
         '', f'has no text in its column data.text_key = {key!r}, but {kind}'
       )
 
-  def _check_group(self, group: Any, number: int) -> None:
+  def _check_group(self, group: Any, number: int, columns: list[str]) -> None:
     """Refuses a column that says it would unpack to what no text does."""
     for i in range(group.num_columns):
       column = group.column(i)
@@ -332,21 +358,21 @@ class File:
         column.total_compressed_size,
         column.total_uncompressed_size,
       )
-      if column.path_in_schema == self._text_key and size > max(
-        _MOST_PACKED * packed, _SURELY_SMALL
-      ):
+      name = column.path_in_schema
+      read = name in columns or name.split('.')[0] in columns
+      if read and size > max(_MOST_PACKED * packed, _SURELY_SMALL):
         self._refuse(
           '',
           f'would unpack row group {number} from {packed:,} to {size:,} bytes:'
           ' no text does; leave it out',
         )
 
-  def _group(self, table: Any, group: int) -> Iterator[bytes | None]:
-    """Yields the cells of a row group."""
+  def _group(self, table: Any, group: int, columns: list[str]) -> Iterator[Any]:
+    """Yields the texts of a row group, or its rows, each a table."""
     batches = table.iter_batches(
       _BATCH_ROWS,
       row_groups=[group],
-      columns=[self._text_key],
+      columns=columns,
       use_threads=False,
     )
     while True:
@@ -354,10 +380,7 @@ class File:
         batch = next(batches, None)
         if batch is None:
           return
-        column = batch.column(0)
-        if pyarrow.types.is_dictionary(column.type):
-          column = column.dictionary_decode()
-        cells = column.cast(pyarrow.large_binary()).to_pylist()
+        cells = self._cells(batch)
       except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
           f'{self.name}: row group {group} cannot be read'
@@ -365,8 +388,22 @@ class File:
         ) from error
       yield from cells
 
-  def _cell(self, text: bytes | None, row: int) -> bytes | Skipped:
-    """Returns the text of a cell."""
+  def _cells(self, batch: Any) -> list[Any]:
+    """Returns what `_cell` takes of each row."""
+    if self._format:
+      return [batch.slice(row, 1) for row in range(batch.num_rows)]
+    column = batch.column(0)
+    if pyarrow.types.is_dictionary(column.type):
+      column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary()).to_pylist()
+
+  def _cell(self, text: Any, row: int) -> bytes | Skipped:
+    """Returns the document of a row."""
+    if self._format:
+      try:
+        return self._of_row(text.to_pylist()[0], f'row {row}')
+      except UnicodeDecodeError:
+        self._refuse(f'row {row}', 'is not UTF-8; mend it or leave it out')
     if not text:
       return _skipped(self._text_key, text)
     try:
@@ -491,6 +528,27 @@ def looks_like_rows(head: bytes) -> bool:
     head: Its first bytes.
   """
   return bool(_JSON_DATA.match(head))
+
+
+def document(
+  row: object, key: str, format_: instructions.Format | None
+) -> bytes | Skipped:
+  """Returns the document of a row.
+
+  Args:
+    row: An object of JSON, or a row of a table.
+    key: The field of the text.
+    format_: What the row is, if it is no text.
+
+  Raises:
+    BadRow: It is no such example.
+  """
+  if format_ is None:
+    return picked(row, key)
+  try:
+    return format_.example(row)
+  except instructions.NoResponse as error:
+    return Skipped(str(error))
 
 
 def picked(row: object, key: str) -> bytes | Skipped:

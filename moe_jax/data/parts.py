@@ -1,11 +1,11 @@
 """Files of token ids: a stretch of a split's stream, with its documents' sizes.
 
 A file is, one behind the other and all little-endian: the ids, in the smallest
-type that holds them; zeros up to a multiple of 8 bytes; int64 [documents, 2],
-the tokens and the UTF-8 bytes of each document; a CRC-32 of each block of
-64 KiB of ids; and a trailer, which has the sizes of these, the stamp of the
-plan that the file is of, and a CRC-32 of all that are not ids. So a file that
-was cut is none, and a block is verified when it is read first.
+type that holds them; zeros up to a multiple of 8 bytes; int64 [documents, 2 or
+4], the sizes of each document; a CRC-32 of each block of 64 KiB of ids; and a
+trailer, which has the sizes of these, the stamp of the plan that the file is
+of, and a CRC-32 of all that are not ids. So a file that was cut is none, and a
+block is verified when it is read first.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from moe_jax import disk, errors
 
 _BLOCK = 2**16
 _BUFFER = 2**20
-_MAGIC = b'moe-ids1'
-_TRAILER = struct.Struct('<8sQQQII')
+_MAGIC = b'moe-ids2'
+_TRAILER = struct.Struct('<8sQQIIII')
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -55,7 +55,7 @@ class Part:
   """The ids of a file, mapped into memory; safe to read from several threads.
 
   Attributes:
-    lengths: Tokens and UTF-8 bytes of its documents, int64 [documents, 2].
+    lengths: The sizes of its documents, int64 [documents, columns].
   """
 
   def __init__(self, path: str, stamp: int) -> None:
@@ -74,17 +74,20 @@ class Part:
     trailer = content[-_TRAILER.size :].tobytes()
     if len(trailer) < _TRAILER.size:
       raise ValueError(f'{path} is cut')
-    magic, ids, documents, width, found, checksum = _TRAILER.unpack(trailer)
+    magic, ids, documents, width, columns, found, checksum = _TRAILER.unpack(
+      trailer
+    )
     if magic != _MAGIC or found != stamp or width not in (1, 2, 4):
       raise ValueError(f'{path} is of another plan')
     begin = -(-ids * width // 8) * 8
-    middle = begin + 16 * documents
+    middle = begin + 8 * columns * documents
     end = middle + 4 * -(-ids * width // _BLOCK)
     if end + _TRAILER.size != len(content):
       raise ValueError(f'{path} is cut')
     if zlib.crc32(content[begin:-4].data) != checksum:
       raise ValueError(f'{path} is damaged')
-    self.lengths = content[begin:middle].view('<i8').reshape(documents, 2)
+    lengths = content[begin:middle].view('<i8')
+    self.lengths = lengths.reshape(documents, columns)
     self._checksums = content[middle:end].view('<u4')
     self._bytes = content[: ids * width]
     # What `memmap` does beside slicing costs more than the slicing.
@@ -119,13 +122,16 @@ class Part:
 class PartWriter:
   """Writes a file aside, which has its name once it is whole."""
 
-  def __init__(self, path: str, stamp: int, vocab_size: int) -> None:
+  def __init__(
+    self, path: str, stamp: int, vocab_size: int, columns: int = 2
+  ) -> None:
     """Prepares to write; see `Part` for the arguments.
 
     Args:
       path: The file.
       stamp: The CRC-32 of its plan.
       vocab_size: Every id is below it.
+      columns: The sizes of a document.
     """
     self._path = path
     self._aside = f'{path}.{os.getpid()}-{uuid.uuid4().hex}'
@@ -135,7 +141,8 @@ class PartWriter:
     self._ids = 0
     self._waiting: list[bytes] = []
     self._num_waiting = 0
-    self._lengths: list[tuple[int, int]] = []
+    self._columns = columns
+    self._lengths: list[tuple[int, ...]] = []
     self._checksums: list[int] = []
 
   def __enter__(self) -> Self:
@@ -168,9 +175,9 @@ class PartWriter:
       if self._num_waiting >= _BUFFER:
         self._flush(_BLOCK)
 
-  def document(self, tokens: int, num_bytes: int) -> None:
+  def document(self, *sizes: int) -> None:
     """Notes the sizes of a document, whose ids are written beside."""
-    self._lengths.append((tokens, num_bytes))
+    self._lengths.append(sizes)
 
   def _flush(self, multiple: int) -> None:
     """Writes what waits, up to a multiple of bytes."""
@@ -189,9 +196,9 @@ class PartWriter:
     """Writes the rest and gives the file its name."""
     self._flush(1)
     width = self._dtype.itemsize
-    lengths = np.array(self._lengths, '<i8').reshape(-1, 2)
+    lengths = np.array(self._lengths, '<i8').reshape(-1, self._columns)
     tables = lengths.tobytes() + np.array(self._checksums, '<u4').tobytes()
-    sizes = self._ids, len(lengths), width, self._stamp
+    sizes = self._ids, len(lengths), width, self._columns, self._stamp
     tables += _TRAILER.pack(_MAGIC, *sizes, 0)[:-4]
     checksum = struct.pack('<I', zlib.crc32(tables))
     with writing(self._path):

@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.proto import tf_example_pb2
 
+from moe_jax.data.instructions import Example
 from moe_jax.errors import UserError
 
 _SHARD_BYTES = 2**30
@@ -26,9 +27,14 @@ class StreamedBuilder(
 ):
   """Documents `text` and where they are from, `name`, in the order of reading.
 
-  A builder of this kind has `_documents`.
+  Of examples there is also `responses`, numbers with spaces between them. A
+  builder of this kind has `_documents`.
+
+  Attributes:
+    masked: Whether documents are examples, of which responses are predicted.
   """
 
+  masked = False
   VERSION = tfds.core.Version('1.0.0')
 
   def _documents(self) -> Iterator[Named]:
@@ -36,7 +42,8 @@ class StreamedBuilder(
     raise NotImplementedError
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = {'text': tfds.features.Text(), 'name': tfds.features.Text()}
+    names = ['text', 'name', *['responses'] * self.masked]
+    features = {name: tfds.features.Text() for name in names}
     return tfds.core.DatasetInfo(
       builder=self,
       description=self.__doc__,
@@ -89,6 +96,9 @@ class _Split:
     feature = example.features.feature
     feature['text'].bytes_list.value.append(text)
     feature['name'].bytes_list.value.append(name)
+    if isinstance(text, Example):
+      places = ' '.join(map(str, text.responses)).encode()
+      feature['responses'].bytes_list.value.append(places)
     record = example.SerializeToString()
     if self._writer is None or self._shard_bytes > _SHARD_BYTES:
       self._begin()

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax.data import sources
+from moe_jax.data import instructions, sources
 from moe_jax.data.packing import Packing
 from moe_jax.data.sources import Documents
 from moe_jax.data.token_cache import TokenCache
@@ -21,7 +21,8 @@ from moe_jax.data.tokenizers import Tokenizer
 # 'token_ids' and 'targets' int32 [L], 'padding_mask' bool [L], True at tokens,
 # and in a contiguous order 'segment_start' bool []. Packed ones have int32 [L]
 # 'segment_ids', 1, 2, ... and 0 at padding, and 'positions', from 0 on in every
-# segment.
+# segment. Those of examples have 'target_mask' bool [L], True at the tokens to
+# be predicted.
 TokenSequence = dict[str, np.ndarray]
 
 # How many documents a fingerprint reads, at the most, and how large.
@@ -39,10 +40,14 @@ class TokenSequences:
   Attributes:
     split: The split, in TFDS's notation.
     seq_len: L.
-    num_tokens: The targets in all sequences.
+    num_tokens: The tokens of all sequences.
+    num_targets: Those that are to be predicted; of examples, the responses and
+      what ends each of them.
     num_stream_tokens: The tokens of the stream; one more.
     num_bytes: The UTF-8 bytes of the text, without what separates documents.
+    num_target_bytes: Those that are to be predicted.
     lengths: The tokens of every document, int64 [documents].
+    masked: Whether the documents are examples.
   """
 
   def __init__(
@@ -64,6 +69,14 @@ class TokenSequences:
     self.num_tokens = self.num_stream_tokens - 1
     self.lengths = self._cache.lengths[:, 0]
     self.num_bytes = int(self._cache.lengths[:, 1].sum())
+    self.num_targets = self.num_tokens
+    self.num_target_bytes = self.num_bytes
+    self.masked = self._cache.masked
+    if self.masked:
+      of_text, self.num_target_bytes = (
+        self._cache.lengths[:, 2:].sum(0).tolist()
+      )
+      self.num_targets = of_text + len(documents)  # an eos behind each
 
   @classmethod
   def open(cls, data: ConfigDict, split: str, tokenizer: Tokenizer) -> Self:
@@ -112,13 +125,17 @@ class TokenSequences:
   def digest(self) -> str:
     """Returns the BLAKE2b of the whole stream, 32 hexadecimal digits.
 
-    It is that of the ids as little-endian int32, whatever they are kept as. All
-    of the stream is read, and held to its checksums.
+    It is that of the ids as little-endian int32, whatever they are kept as; of
+    examples, of twice the id, and 1 more at what is to be predicted. All of the
+    stream is read, and held to its checksums.
     """
     found = hashlib.blake2b(digest_size=16)
     for begin in range(0, self.num_stream_tokens, _DIGESTED_TOKENS):
       end = min(begin + _DIGESTED_TOKENS, self.num_stream_tokens)
-      found.update(self._tokens(begin, end).astype('<i4').data)
+      tokens = self._tokens(begin, end).astype('<i4')
+      if self.masked:
+        tokens = 2 * tokens + self._cache.targets(begin, end)
+      found.update(tokens.astype('<i4').data)
     return found.hexdigest()
 
   def document(self, d: int) -> np.ndarray:
@@ -165,11 +182,17 @@ class TokenSequences:
       tokens = self._tokens(begin, begin + count + 1)
       token_ids[:count], targets[:count] = tokens[:-1], tokens[1:]
     padding_mask = np.arange(self.seq_len) < count
-    return {
+    sequence = {
       'token_ids': token_ids,
       'targets': targets,
       'padding_mask': padding_mask,
     }
+    if self.masked:
+      target_mask = sequence['target_mask'] = np.zeros(self.seq_len, bool)
+      if count:
+        end = begin + count + 1
+        target_mask[:count] = self._cache.targets(begin + 1, end)
+    return sequence
 
 
 class _Classes:
@@ -198,6 +221,8 @@ class _Classes:
     """Returns those of what separates documents, and of document `d`."""
     parts = [np.array([self._classes.eos_id])] if self._cache.separated else []
     if d < len(self._documents):
-      parts.append(self._classes.encode(self._documents[d]))
+      [text] = self._documents.parts(d, d + 1)
+      encode = self._classes.encode, self._classes.eos_id
+      parts.append(instructions.encode(text, *encode)[0])
     dtype = np.min_scalar_type(self._classes.vocab_size - 1)
     return np.concatenate(parts).astype(dtype)

@@ -40,6 +40,7 @@ from moe_jax.data.checks import (
   undamaged,
 )
 from moe_jax.data.folders import GivenTexts
+from moe_jax.data.instructions import Part, parts_of
 from moe_jax.registry import DATA_SOURCES
 
 __all__ = [
@@ -66,7 +67,10 @@ DATA_SOURCES.register('text_folder')(
 )
 DATA_SOURCES.register('files')(
   lambda data, **options: corpora.Files(
-    path=data.path, text_key=data.text_key, **options
+    path=data.path,
+    text_key=data.text_key,
+    rows=data.format,
+    **options,
   )
 )
 DATA_SOURCES.register('enwik8')(
@@ -90,6 +94,8 @@ class Documents:
     single_document: Whether the documents are pieces of one text, with nothing
       in between. Where its split begins or ends inside a character, the bytes
       of that are escaped: `encode(errors='surrogateescape')` gives them back.
+    masked: Whether the documents are examples, of which only responses are to
+      be predicted.
   """
 
   records: Sequence[dict]
@@ -98,6 +104,7 @@ class Documents:
   text_key: str
   folder: epath.Path
   single_document: bool
+  masked: bool = False
 
   def __len__(self) -> int:
     return len(self.records)
@@ -116,6 +123,24 @@ class Documents:
     Raises:
       UserError: As `__getitem__`.
     """
+    return [text for text, _ in self._read(begin, end)]
+
+  def parts(self, begin: int, end: int) -> list[list[Part]]:
+    """Returns documents [begin, end) in the parts that are encoded apart.
+
+    Raises:
+      UserError: As `__getitem__`.
+    """
+    found = self._read(begin, end)
+    if not self.masked:
+      return [[(text, False)] for text, _ in found]
+    return [
+      parts_of(text, [int(place) for place in record['responses'].split()])
+      for text, record in found
+    ]
+
+  def _read(self, begin: int, end: int) -> list[tuple[str, dict]]:
+    """Returns texts, and the records that they are of."""
     numbers = range(begin, end)
     with undamaged(self.folder):
       together = getattr(self.records, '__getitems__', None)
@@ -127,7 +152,8 @@ class Documents:
         if record[self.text_key] is None:
           raise EOFError(f'document {i} of split {self.split!r} is not there')
     return [
-      self._text(i, record) for i, record in zip(numbers, found, strict=True)
+      (self._text(i, record), record)
+      for i, record in zip(numbers, found, strict=True)
     ]
 
   def _text(self, i: int, record: dict) -> str:
@@ -152,6 +178,7 @@ class Documents:
       self.text_key,
       self.folder,
       self.single_document,
+      self.masked,
     )
 
 
@@ -177,7 +204,7 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
   the first to finish is kept and the others use it.
 
   Args:
-    data: The section `config.data`: name, dir, path, text_key,
+    data: The section `config.data`: name, dir, path, text_key, format,
       allow_community.
     split: A split in TFDS's notation: 'train', 'train[:10%]', 'train+test'.
 
@@ -188,9 +215,10 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
   with _quiet():
     builder = _prepared(data)
     _check_split(builder, split)
-    # Or it has chosen among the fields of the source already.
-    chosen = isinstance(builder, corpora.Files | corpora.HuggingFace)
-    text_key = 'text' if chosen else data.text_key
+    text_key, masked = data.text_key, False
+    if isinstance(builder, corpora.Files | corpora.HuggingFace):
+      # It has chosen among the fields of the source already.
+      text_key, masked = 'text', builder.masked
     _check_text_key(builder, text_key)
     with undamaged(builder.data_path):
       examples = builder.as_data_source(split)
@@ -202,6 +230,7 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
     text_key,
     builder.data_path,
     data.name in texts.BUILDERS,
+    masked,
   )
 
 
@@ -271,7 +300,9 @@ def _registered(
   """Returns TFDS's builder of that name, from its code or prepared files."""
   if data.name.startswith(corpora.HUGGING_FACE):
     name = data.name.removeprefix(corpora.HUGGING_FACE)
-    return corpora.HuggingFace(name=name, text_key=data.text_key, **kwargs)
+    return corpora.HuggingFace(
+      name=name, text_key=data.text_key, rows=data.format, **kwargs
+    )
   for area in _TEXT_AREAS:
     importlib.import_module(f'tensorflow_datasets.{area}')
   where = f'data.name = {data.name!r}'

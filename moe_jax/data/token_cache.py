@@ -7,6 +7,9 @@ open one split at the same time, on however many hosts, each encode files that
 no other one is at (`encoding.py`). What a killed run has left is gone on with,
 and a file that is damaged is encoded again, and no other.
 
+Of examples only responses are to be predicted. Which tokens these are is the
+lowest bit of what is kept of each token; the others are its id.
+
 A folder that may only be read is taken as it is where it is whole. Where it is
 not, each process encodes into a temporary folder of its own, which has no name
 any more once it is mapped.
@@ -30,18 +33,23 @@ class TokenCache:
   """The stream of a split: `eos doc eos doc ... eos`, or `doc doc ... doc`.
 
   Attributes:
-    lengths: Tokens and UTF-8 bytes of every document, int64 [documents, 2].
+    lengths: Tokens and UTF-8 bytes of every document, int64 [documents, 2]; of
+      examples [documents, 4], with the tokens and bytes to be predicted.
     starts: Where in the stream every document begins, with the separator before
       it, and where the last one ends; int64 [documents + 1].
     separated: Whether an `eos_id` stands before each document and at the end.
+    masked: Whether the documents are examples.
   """
 
-  def __init__(self, parts: list[Part], separated: bool) -> None:
+  def __init__(
+    self, parts: list[Part], separated: bool, masked: bool = False
+  ) -> None:
     """Joins the files of a split."""
     self._parts = parts
     self._begins = np.cumsum([0, *map(len, parts)]).tolist()
     self.lengths = np.concatenate([part.lengths for part in parts])
     self.separated = separated
+    self.masked = masked
     sizes = self.lengths[:, 0] + separated
     self.starts = np.concatenate([[0], np.cumsum(sizes)])
 
@@ -65,7 +73,7 @@ class TokenCache:
     except ReadOnlyError:
       with tempfile.TemporaryDirectory(prefix='moe_jax-ids-') as private:
         parts = _parts(private, documents, tokenizer, eos_id)
-    found = cls(parts, eos_id is not None)
+    found = cls(parts, eos_id is not None, documents.masked)
     if not found.lengths.any():
       raise errors.UserError(
         f'split {documents.split!r} of {documents.full_name} holds no text:'
@@ -83,6 +91,19 @@ class TokenCache:
     Raises:
       UserError: The file was damaged since it was written.
     """
+    kept = self._kept(begin, end)
+    return kept >> 1 if self.masked else kept
+
+  def targets(self, begin: int, end: int) -> np.ndarray:
+    """Returns which tokens [begin, end) of examples are to be predicted, bool.
+
+    Raises:
+      UserError: As `read`.
+    """
+    return (self._kept(begin, end) & 1).astype(bool)
+
+  def _kept(self, begin: int, end: int) -> np.ndarray:
+    """Returns what is kept of tokens [begin, end)."""
     k = min(bisect.bisect_right(self._begins, begin), len(self._parts)) - 1
     pieces: list[np.ndarray] = []
     while True:

@@ -149,5 +149,19 @@ def _of_data(
 ) -> Tokenizer:
   """Returns the tokenizer whose vocabulary is that of the data set."""
   splits = sources.open_splits(data)
-  folder = splits[0].folder
-  return vocabulary.load_or_make(kind, folder, data.text_key, splits)
+  folder, apart = splits[0].folder, [_Apart(each) for each in splits]
+  return vocabulary.load_or_make(kind, folder, data.text_key, apart)
+
+
+class _Apart:
+  """Texts with an end of a line between the parts that are encoded apart."""
+
+  def __init__(self, documents: sources.Documents) -> None:
+    self._documents = documents
+
+  def __len__(self) -> int:
+    return len(self._documents)
+
+  def __getitem__(self, i: int) -> str:
+    [parts] = self._documents.parts(i, i + 1)
+    return '\n'.join(text for text, _ in parts)

@@ -30,7 +30,8 @@ class Perplexity:
   The metrics are `loss` (nats per token), `perplexity` (e to that),
   `bits_per_byte` (of the text; the separators of documents are paid for, but
   are no bytes) and `tokens` (predicted); with `eval.disable_top`, that as
-  `disabled_top`.
+  `disabled_top`. Of instruction data all of them are of the responses, and the
+  bytes too.
   """
 
   def __init__(self, setup: Setup, split: str) -> None:
@@ -65,8 +66,14 @@ class Perplexity:
       # Python's float is float64: sums over many batches stay exact.
       nll += float(sums['nll'])
       tokens += int(sums['targets'])
-    loss = nll / tokens
-    bytes_per_token = self._sequences.num_bytes / self._sequences.num_tokens
+    if not tokens:
+      raise UserError(
+        f'eval.batches = {max_batches}: the first batches of split'
+        f' {self._split!r} have no response to predict; raise it, or set 0 for'
+        ' all of them'
+      )
+    sequences, loss = self._sequences, nll / tokens
+    bytes_per_token = sequences.num_target_bytes / sequences.num_targets
     disabled = self._setup.config.eval.disable_top
     metrics = {'disabled_top': disabled} if disabled else {}
     metrics |= {

@@ -70,6 +70,8 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     batch['segment_start'] = array(rows[:1], jnp.bool)
   if setup.config.data.order == 'packed':
     batch |= {name: array(rows, jnp.int32) for name in _OF_SEGMENTS}
+  if setup.config.data.format != 'text':
+    batch['target_mask'] = array(rows, jnp.bool)
   return batch
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from moe_jax import config as config_lib
 from moe_jax.config import saved as saved_config
-from moe_jax.config.schema import REQUIRED
 from moe_jax.errors import UserError
 from moe_jax.parameter import BIAS_UPDATED
 from moe_jax.training import run_dir
@@ -37,12 +37,7 @@ def params(setup: Setup) -> dict[str, Any] | None:
   origin = setup.config.train.init_from
   if not origin:
     return None
-  if origin == REQUIRED:
-    raise UserError(
-      'train.init_from is not given, and this config trains a model further:'
-      ' add --config.train.init_from=WORKDIR, the run whose newest parameters'
-      " are the start, or --config.train.init_from='' to start anew"
-    )
+  config_lib.check_given(setup.config)
   try:
     config = _with_its_biases(setup.config, origin)
     wanted = traverse_util.flatten_dict(setup.abstract['params'])

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from moe_jax import config as config_lib
 from moe_jax import evaluation, runtime
+from moe_jax.config import loading
 from moe_jax.data import sources
 from moe_jax.data.pipeline import TokenSequences
 from moe_jax.errors import UserError
@@ -100,6 +102,8 @@ def train(config: ConfigDict, workdir: str) -> None:
       diverges and going back does not help.
     SystemExit: 128 + the number of the signal that stopped it.
   """
+  if not loading.holds_run(workdir):
+    config_lib.check_given(config)
   setup, sequences, evaluations = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (

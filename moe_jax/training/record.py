@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from moe_jax import files
 from moe_jax.config import loading, saved
@@ -100,7 +101,7 @@ def describe(setup: Setup, sequences: TokenSequences) -> str:
     f'runs     {runs}; {used}\n'
     f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
     f' {epochs:.2f} epochs in {config.train.steps} steps{packed}'
-    f'{_idle_ids(setup)}'
+    f'{_targets(config, sequences)}{_idle_ids(setup)}'
   )
 
 
@@ -114,6 +115,22 @@ def _idle_ids(setup: Setup) -> str:
     f' {setup.vocab_size:,} are of data.tokenizer ='
     f' {config.data.tokenizer!r}; no other is read'
   )
+
+
+def _targets(config: ConfigDict, sequences: TokenSequences) -> str:
+  """Returns a line on what is predicted; '' where that is every token."""
+  if not sequences.masked:
+    return ''
+  share = sequences.num_targets / sequences.num_tokens
+  cut = ''
+  # What separates examples takes a position too.
+  count = int((sequences.lengths >= config.data.seq_len).sum())
+  if count and config.data.order == 'packed':
+    cut = (
+      f'; {count:,} of {len(sequences.lengths):,} examples longer than'
+      f' data.seq_len = {config.data.seq_len}, cut into pieces'
+    )
+  return f'\ntargets  loss on {100 * share:.0f} % of tokens{cut}'
 
 
 def _earlier_starts(workdir: str) -> list[Any]:

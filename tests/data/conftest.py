@@ -13,8 +13,8 @@ from moe_jax.data import folders, sources
 
 def _config(**keys: object) -> ConfigDict:
   """Returns what `open_documents` reads of `config.data`."""
-  keys = {'name': 'text_folder', 'path': '', 'text_key': 'text'} | keys
-  return ConfigDict(keys)
+  defaults = {'name': 'text_folder', 'path': '', 'text_key': 'text'}
+  return ConfigDict(defaults | {'format': 'text'} | keys)
 
 
 def _names_of(split: str, count: int) -> list[str]:
