@@ -103,11 +103,11 @@ def _replay() -> None:
 def _data() -> None:
   """Prints what the streams are that the command line's config reads."""
   config, values = cli.parse(sys.argv, define_flags)
-  from moe_jax.data import tokenizers
   from moe_jax.data.sequences import TokenSequences
+  from moe_jax.training import run_tokenizer
 
   data, found = config.data, []
-  tokenizer = tokenizers.build(data)
+  tokenizer = run_tokenizer.build(config, values['workdir'])
   evaluated = [config.eval.split] if config.eval.every else []
   for split in dict.fromkeys([data.train_split, *evaluated]):
     sequences = TokenSequences.open(data, split, tokenizer)

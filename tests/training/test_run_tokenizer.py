@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from moe_jax.data import folders
 from moe_jax.errors import UserError
 from moe_jax.interop import checkpoint, convert
 from moe_jax.planning import plan
+from moe_jax.programs import doctor
 from moe_jax.training import loop, run_tokenizer
 from tests.helpers import runs, tiny, vocabularies
 
@@ -113,6 +115,7 @@ def test_what_reads_a_run_reads_its_copy_where_the_file_is_gone(
 def test_a_file_that_is_another_now_is_told_and_not_read(
   moved: tuple[ConfigDict, Path],
   tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   config, workdir = moved
@@ -121,6 +124,12 @@ def test_a_file_that_is_another_now_is_told_and_not_read(
   assert tokenizer.fingerprint == checkpoint.vocabulary(workdir)
   told = capsys.readouterr().err
   assert tokenizer.name in told and 'reads its own copy' in told
+  flags = ['doctor', f'--workdir={workdir}', '--data', '--json']
+  monkeypatch.setattr(sys, 'argv', flags)
+  doctor.run()
+  out, told = capsys.readouterr()
+  assert json.loads(out)[0]['tokenizer'] == tokenizer.name
+  assert 'reads its own copy' in told
 
 
 def test_another_file_of_the_same_content_is_the_same(
