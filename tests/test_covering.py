@@ -173,7 +173,7 @@ def test_a_few_combinations(row: covering.Row) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('row', marks.at_first(20, ROWS), ids=spelled)
+@pytest.mark.parametrize('row', marks.at_first(10, ROWS), ids=spelled)
 def test_all_combinations_on_one_device_and_eight(row: covering.Row) -> None:
   alone = check_alone(row)
   together = Run(configure(row), {'data': 2, 'expert': 2, 'fsdp': 2})

@@ -123,6 +123,7 @@ def test_another_data_set_has_other_ids(
 @pytest.mark.slow
 def test_plan_counts_the_memory(config: ConfigDict) -> None:
   parts = plan.make(config, 1)['memory_parts_per_device']
-  assert parts['segments'] == 1 * 8 * 20 * 32 * 4
+  # Of the batch before and of this one.
+  assert parts['segments'] == 2 * 8 * 20 * 32 * 4
   on_eight = plan.make(config, 8)['memory_parts_per_device']
   assert on_eight['segments'] == parts['segments'] // 8

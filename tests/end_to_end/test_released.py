@@ -54,8 +54,13 @@ def test_a_run_there_and_back_is_evaluated_alike(
   assert found[1]['loss'] == pytest.approx(found[0]['loss'], rel=1e-6)
 
   # It goes on from step 0, twice: no line is of another run.
+  config, kept = (
+    f'--config={back}/config.json',
+    '--config.optimizer.decay_steps',
+  )
+  flags = [config, f'--workdir={back}', data[2], f'{kept}=1000']
   flags += ['--config.train.steps=1', '--config.train.log_every=1']
-  flags += ['--config.eval.every=0', '--config.train.batch_size=8']
+  flags.append('--config.eval.every=0')
   assert not runs.call('train.py', flags), capsys.readouterr().err
   shutil.rmtree(back / 'checkpoints/1')
   assert not runs.call('train.py', flags), capsys.readouterr().err

@@ -391,7 +391,7 @@ WORKDIR = {
   ),
 }
 KINDS = ARRAYS | FILES | JSON | FOLDERS | WORKDIR
-SOME = [*KINDS][::3]  # of each group
+SOME = [*KINDS][::5]  # of each group
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ import pytest
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.metrics import routing_metrics
 from moe_jax.training.step import make_train_step
-from tests.helpers import tiny
+from tests.helpers import marks, tiny
 from tests.helpers.steps import (
   BALANCED,
   BOUNDED,
@@ -126,10 +126,13 @@ WITH_OTHERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'changes, axes',
-  [
-    *itertools.product(EXCHANGES, [{'expert': 8}, {'data': 2, 'expert': 4}]),
-    *((changes, EVERY_AXIS) for changes in WITH_OTHERS),
-  ],
+  marks.at_first(
+    6,
+    [
+      *((changes, EVERY_AXIS) for changes in WITH_OTHERS),
+      *itertools.product(EXCHANGES, [{'expert': 8}, {'data': 2, 'expert': 4}]),
+    ],
+  ),
   ids=str,
 )
 def test_every_exchange_changes_no_metric(
