@@ -72,6 +72,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     '--config.data.name=text_folder',
     f'--config.data.path={folder / "texts"}',
     f'--config.data.dir={folder / "prepared"}',
+    '--config.data.format=text',  # of rmoe:sft it is another
   ]
 
 
