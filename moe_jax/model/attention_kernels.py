@@ -28,78 +28,6 @@ _Attention = Callable[..., jax.Array]
 CUDNN, SPLASH = 'cudnn', 'splash'
 
 
-@ATTENTIONS.register(CUDNN)
-class CudnnAttention(CausalAttention):
-  """`cudnn` on every device's own sequences and heads."""
-
-  @classmethod
-  def obstacle(cls, case: Case) -> str | None:
-    """Returns why it does not fit a case, or None if it does."""
-    if case.device.platform != 'gpu':
-      return f'runs on NVIDIA GPUs, not on {case.device.platform}'
-    version = capability(case.device)
-    if version < (8, 0):
-      has = getattr(case.device, 'compute_capability', 'none')
-      return f'needs compute capability 8.0, and the device has {has}'
-    if case.dtype not in (jnp.bfloat16, jnp.float16):
-      return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
-    largest = 256 if version >= (9, 0) else 128
-    if case.head_dim % 8 or case.head_dim > largest:
-      return (
-        f'takes head sizes that are multiples of 8 up to {largest}, not'
-        f' {case.head_dim}'
-      )
-    return None
-
-  def __call__(
-    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
-  ) -> jax.Array:
-    """Returns softmax attention, [B, L, H, A]."""
-    attend = sharded(cudnn, self.case.mesh)
-    return attend(query_BLHA, key_BLGA, value_BLGA)
-
-  def within(
-    self,
-    query_BLHA: jax.Array,
-    key_BLGA: jax.Array,
-    value_BLGA: jax.Array,
-    segment_ids_BL: jax.Array,
-  ) -> jax.Array:
-    """Returns the same within segments; the mask is a square, 16 bits each."""
-    attend = sharded(cudnn, self.case.mesh)
-    return attend(query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
-
-
-@ATTENTIONS.register(SPLASH)
-class SplashAttention(CausalAttention):
-  """`splash` on every device's own sequences and heads."""
-
-  @classmethod
-  def obstacle(cls, case: Case) -> str | None:
-    """Returns why it does not fit a case, or None if it does."""
-    if case.device.platform != 'tpu':
-      return f'runs on TPUs, not on {case.device.platform}'
-    return None
-
-  def __call__(
-    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
-  ) -> jax.Array:
-    """Returns softmax attention, [B, L, H, A]."""
-    attend = sharded(splash, self.case.mesh)
-    return attend(query_BLHA, key_BLGA, value_BLGA)
-
-  def within(
-    self,
-    query_BLHA: jax.Array,
-    key_BLGA: jax.Array,
-    value_BLGA: jax.Array,
-    segment_ids_BL: jax.Array,
-  ) -> jax.Array:
-    """Returns the same within segments."""
-    attend = sharded(splash, self.case.mesh)
-    return attend(query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
-
-
 def cudnn(
   query_BLHA: jax.Array,
   key_BLGA: jax.Array,
@@ -212,3 +140,71 @@ def _block_sizes(length: int) -> splash_attention.BlockSizes:
     block_q_dq=size,
     block_kv_dq=size,
   )
+
+
+class _KernelAttention(CausalAttention):
+  """A kernel on every device's own sequences and heads.
+
+  Attributes:
+    kernel: The function of queries, keys and values, and ids of segments.
+  """
+
+  kernel: _Attention
+
+  def __call__(
+    self, query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+  ) -> jax.Array:
+    """Returns softmax attention, [B, L, H, A]."""
+    attend = sharded(self.kernel, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA)
+
+  def within(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_ids_BL: jax.Array,
+  ) -> jax.Array:
+    """Returns the same within segments."""
+    attend = sharded(self.kernel, self.case.mesh)
+    return attend(query_BLHA, key_BLGA, value_BLGA, segment_ids_BL)
+
+
+@ATTENTIONS.register(CUDNN)
+class CudnnAttention(_KernelAttention):
+  """`cudnn`; of packed rows its mask is a square, 16 bits each."""
+
+  kernel = staticmethod(cudnn)
+
+  @classmethod
+  def obstacle(cls, case: Case) -> str | None:
+    """Returns why it does not fit a case, or None if it does."""
+    if case.device.platform != 'gpu':
+      return f'runs on NVIDIA GPUs, not on {case.device.platform}'
+    version = capability(case.device)
+    if version < (8, 0):
+      has = getattr(case.device, 'compute_capability', 'none')
+      return f'needs compute capability 8.0, and the device has {has}'
+    if case.dtype not in (jnp.bfloat16, jnp.float16):
+      return f'computes in 16 bits, and model.dtype comes to {case.dtype}'
+    largest = 256 if version >= (9, 0) else 128
+    if case.head_dim % 8 or case.head_dim > largest:
+      return (
+        f'takes head sizes that are multiples of 8 up to {largest}, not'
+        f' {case.head_dim}'
+      )
+    return None
+
+
+@ATTENTIONS.register(SPLASH)
+class SplashAttention(_KernelAttention):
+  """`splash`."""
+
+  kernel = staticmethod(splash)
+
+  @classmethod
+  def obstacle(cls, case: Case) -> str | None:
+    """Returns why it does not fit a case, or None if it does."""
+    if case.device.platform != 'tpu':
+      return f'runs on TPUs, not on {case.device.platform}'
+    return None
