@@ -94,12 +94,12 @@ class Files(records.StreamedBuilder):
   def _documents(self) -> Iterator[records.Named]:
     told = _Told(f'data.path = {self._path!r}', self._text_key)
     sizes = {n: (self._root / n).stat().st_size for n in self._names}
-    tell = progress.by_bytes(self.info.full_name, sum(sizes.values()))
+    told_bytes = progress.ByteProgress(self.info.full_name, sum(sizes.values()))
     done = 0
     for name, size in sizes.items():
       file = formats.File(self._root / name, name, self._text_key, self._rows)
       for place, text in self._of_file(file, name, told):
-        tell(done + file.position)
+        told_bytes.tell(done + file.position)
         split = self._split(name, text)
         yield split, os.fsencode(f'{name}:{place}'), text
       done += size

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar('T')
@@ -36,9 +36,24 @@ class Progress:
     self._last = now
     each = (now - self._began) / (done - self._before)
     print(
-      f'preparing {self._what}: {done:,} of {self._total:,} documents,'
-      f' {each * (self._total - done):.0f} s left',
+      f'preparing {self._what}: {self._done(done, each)},'
+      f' {each * max(0, self._total - done):.0f} s left',
       file=sys.stderr,
+    )
+
+  def _done(self, done: int, seconds: float) -> str:
+    """Returns how far it is; `seconds` is what one takes."""
+    del seconds
+    return f'{done:,} of {self._total:,} documents'
+
+
+class ByteProgress(Progress):
+  """The same of bytes, which it counts where it says documents."""
+
+  def _done(self, done: int, seconds: float) -> str:
+    return (
+      f'{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB,'
+      f' {1 / seconds / 1e6:.1f} MB/s'
     )
 
 
@@ -53,29 +68,3 @@ def counted(what: str, documents: Sequence[T]) -> Iterator[T]:
   for done, document in enumerate(documents):
     progress.tell(done)
     yield document
-
-
-def by_bytes(what: str, total: int) -> Callable[[int], None]:
-  """Returns a function that is told how many bytes are done, and tells that.
-
-  It may be called often: as above, it prints every few seconds and to stderr.
-
-  Args:
-    what: What is being prepared.
-    total: How many bytes there are.
-  """
-  began = last = time.monotonic()
-
-  def tell(done: int) -> None:
-    nonlocal last
-    now = time.monotonic()
-    if now - last >= _SECONDS and done:
-      last = now
-      rate = done / (now - began)
-      print(
-        f'preparing {what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB,'
-        f' {rate / 1e6:.1f} MB/s, {max(0, total - done) / rate:.0f} s left',
-        file=sys.stderr,
-      )
-
-  return tell

@@ -138,10 +138,6 @@ class TokenSequences:
       found.update(tokens.astype('<i4').data)
     return found.hexdigest()
 
-  def document(self, d: int) -> np.ndarray:
-    """Returns the ids of document `d`, int32, without what separates them."""
-    return self._cache.document(d)
-
   def of_classes(self, classes: Tokenizer) -> Self:
     """Returns the same sequences with the classes of tokens for their ids.
 

@@ -116,11 +116,6 @@ class TokenCache:
         return np.concatenate(pieces)
       begin, k = next_, k + 1
 
-  def document(self, d: int) -> np.ndarray:
-    """Returns the ids of document `d`, int32."""
-    begin = int(self.starts[d]) + self.separated
-    return self.read(begin, int(self.starts[d + 1])).astype(np.int32)
-
 
 def _name(documents: Documents, tokenizer: Tokenizer) -> str:
   """Returns the name of the folder of this split, feature and tokenizer."""

@@ -114,8 +114,10 @@ def test_ids_are_those_of_the_tokenizer(
       np.testing.assert_array_equal(cache.read(begin, end), expected[begin:end])
     for d in range(len(documents)):
       ids, text = tokenizer.encode(documents[d]), documents[d]
-      np.testing.assert_array_equal(cache.document(d), ids)
-      assert cache.document(d).dtype == np.int32
+      begin, end = cache.starts[d] + cache.separated, cache.starts[d + 1]
+      found = cache.read(begin, end)
+      np.testing.assert_array_equal(found, ids)
+      assert found.dtype == np.min_scalar_type(tokenizer.vocab_size - 1)
       assert cache.lengths[d].tolist() == [len(ids), len(text.encode())]
 
 
