@@ -24,8 +24,8 @@ class Perplexity:
 
   A token is predicted from those before it in its sequence of `data.seq_len`,
   where documents are packed from those of its own; by a model with a memory,
-  from its span as well. Its batches go on where the
-  one before stopped, so the split is as many texts as a batch has rows.
+  from its span as well. Its batches go on where the one before stopped, so the
+  split is as many texts as a batch has rows.
 
   The metrics are `loss` (nats per token), `perplexity` (e to that),
   `bits_per_byte` (of the text; the separators of documents are paid for, but

@@ -58,11 +58,11 @@ def make_train_step(setup: Setup) -> TrainStep:
 
   The loss is the mean over all targets of the global batch, which are all its
   tokens unless a `target_mask` names some; routing, its statistics and losses
-  are of all tokens. That holds whatever the mesh
-  and the number of micro-batches. What the balance loss is taken over,
-  `loss.balance_scope` says: each micro-batch or each sequence, and averaged; or
-  the global batch, for which a first pass over its micro-batches counts. Rows
-  keep what attention remembers of them, whatever micro-batch they are in.
+  are of all tokens. That holds whatever the mesh and the number of
+  micro-batches. What the balance loss is taken over, `loss.balance_scope` says:
+  each micro-batch or each sequence, and averaged; or the global batch, for
+  which a first pass over its micro-batches counts. Rows keep what attention
+  remembers of them, whatever micro-batch they are in.
   """
   config = setup.config
   learning_rate = optimizer.schedule(config)
