@@ -61,10 +61,7 @@ def workdir(
 def test_resuming_inside_an_epoch_changes_nothing(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:
-  half = config.copy_and_resolve_references()
-  half.train.steps = 7
-  loop.train(half, str(tmp_path))
-  loop.train(config, str(tmp_path))
+  runs.train_in_two(config, tmp_path, 7)
   straight, resumed = (
     [row['loss'] for row in runs.rows(folder, 'train')]
     for folder in (workdir, tmp_path)

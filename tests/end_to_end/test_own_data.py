@@ -81,19 +81,24 @@ def file(tmp_path: Path) -> Path:
   return path
 
 
-def test_trains_resumes_and_evaluates(file: Path, tmp_path: Path) -> None:
-  workdir = tmp_path / 'run'
-  flags = [f'--config.{key}={value}' for key, value in TINY.items()]
-  start = [f'--config={file}', f'--workdir={workdir}', *flags]
-  start.append(f'--config.data.dir={tmp_path / "prepared"}')
+def tokens_of_a_resumed_run(start: list[str], workdir: Path) -> int:
+  """Trains, goes on to step 4 and evaluates; returns the tokens of that."""
   assert runs.call('train.py', start) == 0
   again = [f'--workdir={workdir}', '--config.train.steps=4']
   assert runs.call('train.py', again) == 0
   assert runs.checkpoints(workdir)[-1] == 4
   assert runs.call('eval.py', [f'--workdir={workdir}']) == 0
   [found] = (workdir / 'evaluation').iterdir()
+  return runs.read_json(found)['tokens']
+
+
+def test_trains_resumes_and_evaluates(file: Path, tmp_path: Path) -> None:
+  workdir = tmp_path / 'run'
+  flags = [f'--config.{key}={value}' for key, value in TINY.items()]
+  start = [f'--config={file}', f'--workdir={workdir}', *flags]
+  start.append(f'--config.data.dir={tmp_path / "prepared"}')
   # Every letter, and the ends of documents.
-  assert runs.read_json(found)['tokens'] == 20 * 6 + 20
+  assert tokens_of_a_resumed_run(start, workdir) == 20 * 6 + 20
 
 
 def test_trains_on_packed_rows_and_resumes(tmp_path: Path) -> None:
@@ -111,14 +116,8 @@ def test_trains_on_packed_rows_and_resumes(tmp_path: Path) -> None:
   }
   flags = [f'--config.{key}={value}' for key, value in keys.items()]
   start = ['--config=base', f'--workdir={workdir}', *flags]
-  assert runs.call('train.py', start) == 0
-  again = [f'--workdir={workdir}', '--config.train.steps=4']
-  assert runs.call('train.py', again) == 0
-  assert runs.checkpoints(workdir)[-1] == 4
-  assert runs.call('eval.py', [f'--workdir={workdir}']) == 0
-  [found] = (workdir / 'evaluation').iterdir()
   # Bytes of ten texts of one figure and ten of two, and the ends of documents.
-  assert runs.read_json(found)['tokens'] == 10 * 7 + 10 * 8 + 20
+  assert tokens_of_a_resumed_run(start, workdir) == 10 * 7 + 10 * 8 + 20
 
 
 def opened(file: Path, tmp_path: Path) -> tuple[Any, Any]:

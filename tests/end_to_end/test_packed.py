@@ -56,10 +56,7 @@ def workdir(
 def test_resuming_changes_nothing(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:
-  half = config.copy_and_resolve_references()
-  half.train.steps = 4
-  loop.train(half, str(tmp_path))
-  loop.train(config, str(tmp_path))
+  runs.train_in_two(config, tmp_path, 4)
   jax.tree.map(
     np.testing.assert_array_equal,
     *(runs.restore(config, folder, 8) for folder in (workdir, tmp_path)),

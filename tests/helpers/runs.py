@@ -57,6 +57,14 @@ def call(program: str, flags: list[str]) -> int:
   return stop.value.code
 
 
+def train_in_two(config: ConfigDict, workdir: Path, first: int) -> None:
+  """Trains up to a step, and goes on from there to the end."""
+  begun = config.copy_and_resolve_references()
+  begun.train.steps = first
+  loop.train(begun, str(workdir))
+  loop.train(config, str(workdir))
+
+
 def rows(workdir: Path, split: str | None = None) -> list[dict[str, Any]]:
   """The lines of metrics.jsonl, all or those of a split."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
