@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data.mixtures import Mixture
 from moe_jax.data.sequences import TokenSequences
 from moe_jax.data.token_cache import TokenCache
 from moe_jax.errors import UserError
@@ -154,9 +155,9 @@ def _read(
   read, _ = _timed(lambda: [sequences.at(i)['targets'][0] for i in wanted])
 
   def batches(order: str, start: int, count: int) -> None:
-    options = {'batch_size': size, 'rows': range(size), 'seed': 0}
+    mixture = Mixture.of_one(sequences, order=order, batch_size=size)
     stream = pipeline.train_batches(
-      sequences, **options, start=start, threads=1, order=order
+      mixture, rows=range(size), seed=0, start=start, threads=1
     )
     for _ in itertools.islice(stream, count):
       pass

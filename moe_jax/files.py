@@ -182,11 +182,12 @@ def parse_json(text: str) -> Any:
   """Returns what a text of JSON says.
 
   Raises:
-    ValueError: It is not JSON, or nested so deeply that it is no file of ours.
+    ValueError: It is not JSON, an object has a name twice, or it is nested so
+      deeply that it is no file of ours.
   """
   too_deep = ValueError(f'its values are nested more than {_DEEPEST} deep')
   try:
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=_once)
   except RecursionError as error:
     raise too_deep from error
   level = [value]
@@ -195,6 +196,16 @@ def parse_json(text: str) -> Any:
     if not level:
       return value
   raise too_deep
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns an object of JSON, none of whose values another one hides."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'it has {twice!r} twice')
+  return found
 
 
 def _children(value: Any) -> list[Any]:

@@ -63,7 +63,7 @@ ROOMS = {
   'parallel.launch': Room('errors parallel.peers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
-    'errors disk files registry strict_json',
+    'config errors disk files registry strict_json',
     'tensorflow_datasets array_record pyarrow datasets grain numpy etils'
     ' ml_collections tokenizers sentencepiece',
   ),

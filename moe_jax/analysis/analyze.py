@@ -23,6 +23,7 @@ from moe_jax.analysis import figures, parameters, token_classes
 from moe_jax.analysis import routing as routing_lib
 from moe_jax.analysis.routing import Statistics, TokenCounts
 from moe_jax.analysis.runs import ANALYSIS_FORMAT
+from moe_jax.config import mixture
 from moe_jax.data import orders, sources
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.sequences import TokenSequences
@@ -133,6 +134,13 @@ class _Analysis:
     tokenizer = self.setup.tokenizer
     assert tokenizer is not None, 'the setup of a run has one'
     self._tokenizer: Tokenizer = tokenizer
+    if config.data.mixture:
+      each, *_ = mixture.sources(config.data)
+      raise UserError(
+        'moe_jax analyze reads one data set, and data.mixture has several'
+        f' ({", ".join(mixture.names(config.data))}); name one by its keys, as'
+        f' {mixture.as_flags(each)}'
+      )
     documents = sources.open_documents(config.data, split)
     length = config.data.seq_len
     self._sequences = TokenSequences(documents, tokenizer, length)

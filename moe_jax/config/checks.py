@@ -8,7 +8,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import conflicts
+from moe_jax.config import conflicts, mixture
 from moe_jax.config.derived import (
   BATCH_AXES,
   get,
@@ -153,13 +153,31 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 
 def _check_data(config: ConfigDict) -> None:
-  what = {'text_folder': 'a folder', 'files': 'a file, a folder or a pattern'}
-  if config.data.name in what and not config.data.path:
+  for source in mixture.sources(config.data):
+    try:
+      _check_source(source.data)
+    except UserError as error:
+      raise mixture.of_source(source.name, error) from error
+  if config.data.mixture and config.data.tokenizer in ('enwik8', 'words'):
     raise UserError(
-      f"data.path = '' must name {what[config.data.name]} when data.name ="
-      f' {config.data.name!r}'
+      f'data.tokenizer = {config.data.tokenizer!r} makes its vocabulary of one'
+      ' data set, and data.mixture has several: moe_jax tokenizer train makes'
+      ' one of them all, of words too, and data.tokenizer takes its path'
     )
-  data = config.data
+  if config.data.temperature != 1 and not config.data.mixture:
+    raise UserError(
+      f'data.temperature = {config.data.temperature} is of the shares of a'
+      " mixture, and data.mixture = ''; set 1.0"
+    )
+
+
+def _check_source(data: ConfigDict) -> None:
+  what = {'text_folder': 'a folder', 'files': 'a file, a folder or a pattern'}
+  if data.name in what and not data.path:
+    raise UserError(
+      f"data.path = '' must name {what[data.name]} when data.name ="
+      f' {data.name!r}'
+    )
   if data.format == 'text':
     return
   if data.name != 'files' and not data.name.startswith('huggingface:'):

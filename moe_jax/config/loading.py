@@ -11,7 +11,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from moe_jax import files
-from moe_jax.config import saved, schema
+from moe_jax.config import mixture, saved, schema
 from moe_jax.config.derived import flatten, get
 from moe_jax.config.user_code import (
   extensions,
@@ -280,13 +280,14 @@ def _checked(path: str, config: ConfigDict) -> ConfigDict:
 
 
 def expand_paths(config: ConfigDict) -> ConfigDict:
-  """Returns `config` with ~ expanded in its paths.
+  """Returns `config` with ~ expanded in its paths, and its mixture read.
 
   Raises:
-    UserError: A path names a user who is not there.
+    UserError: A path names a user who is not there, or no mixture.
   """
   for name, key in schema.KEYS.items():
     if key.path:
       path = files.expand(get(config, name))
       config.update_from_flattened_dict({name: path})
+  config.data.mixture = mixture.inlined(config.data.mixture)
   return config

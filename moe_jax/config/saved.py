@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moe_jax import files, strict_json
+from moe_jax.config import mixture
 from moe_jax.config.derived import decay_end, flatten
 from moe_jax.config.schema import KEYS, get_config
 
@@ -17,6 +18,11 @@ CONFIG_FILE, RECORD_FILE = 'config.json', 'run.json'
 # nothing, and a return to an earlier checkpoint.
 SKIPPED_STEP, ROLLBACK = 'skipped_step', 'rollback'
 _DECAY = ('train.steps', 'optimizer.decay_steps', 'optimizer.warmup_steps')
+# What is read: with data.changed = 'allow' a run goes on with something else.
+_SOURCES = (
+  *('data.name', 'data.text_key', 'data.format', 'data.train_split'),
+  *('data.mixture', 'data.temperature'),
+)
 _ABSENT = 'absent'
 
 
@@ -57,6 +63,11 @@ def changed_meaning(
     new: The config to go on with.
   """
   changed = [key for key in _differing(old, new) if not _may_change(key)]
+  if new.get('data', {}).get('changed') == 'allow':
+    changed = [key for key in changed if key not in _SOURCES]
+  mixtures = [flatten(each).get('data.mixture', '') for each in (old, new)]
+  if mixture.without_paths(mixtures[0]) == mixture.without_paths(mixtures[1]):
+    changed = [key for key in changed if key != 'data.mixture']
   # What a file holds says whether it is another tokenizer, not where it lies.
   named = [flatten(each).get('data.tokenizer', '') for each in (old, new)]
   if all(files.tokenizer_file(str(name)) for name in named):
@@ -99,6 +110,10 @@ def describe(
     parts.append(
       f'--config.optimizer.decay_steps={end} keeps the learning rates'
       ' of the run and lets train.steps change'
+    )
+  if set(keys) & set(_SOURCES):
+    parts.append(
+      '--config.data.changed=allow goes on with other data, from the same step'
     )
   return '; '.join(parts)
 

@@ -552,6 +552,19 @@ KEYS = {
     resume=True,  # a folder may be moved
     path=True,
   ),
+  'data.mixture': Key(
+    '',
+    'Several sources instead of `data.name` and `data.path`: the path of a'
+    ' .json file, or what it holds, an object of the name of each and its keys.'
+    ' These are name or path, text_key, format and train_split as here, and'
+    ' weight or epochs.',
+  ),
+  'data.temperature': Key(
+    1.0,
+    'The shares of a mixture are proportional to the weights to the power of'
+    ' 1 / temperature: the larger, the more alike.',
+    above=0,
+  ),
   'data.allow_community': Key(
     False,
     'Whether `data.name` may be `NAMESPACE:NAME`, of which TensorFlow Datasets'

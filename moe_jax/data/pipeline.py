@@ -11,55 +11,49 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from moe_jax.data.orders import ORDERS, EvaluationRows, InOrder, in_order
+from moe_jax.data.mixtures import Mixture
+from moe_jax.data.orders import EvaluationRows, InOrder, in_order
 from moe_jax.data.sequences import TokenSequences
-from moe_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-  sequences: TokenSequences,
+  mixture: Mixture,
   *,
-  batch_size: int,
   rows: Sequence[int],
   seed: int,
   start: int,
   threads: int,
-  order: str = 'shuffled',
 ) -> grain.DatasetIterator:
   """Returns this process's part of the batches, from step `start` on.
 
   A batch is token_ids, targets int32 and padding_mask bool, all [rows, L], and
   `segment_start` bool [rows] if the order is contiguous, `segment_ids` and
-  `positions` int32 [rows, L] if it is packed. `close` ends the threads that
+  `positions` int32 [rows, L] if it is packed. Of several sources it also has
+  the number of each row's `source`, int32 [rows]. `close` ends the threads that
   read ahead.
 
   Args:
-    sequences: The split.
-    batch_size: The sequences of a step, over all processes.
+    mixture: What is read, and in which order.
     rows: The rows of the global batch that this process holds, in its order.
     seed: The seed of the order; only its lowest 32 bits count.
     start: The first step to read, 0 or the number of steps done.
     threads: The threads that read ahead; 0 reads when a batch is asked for.
-    order: A key of `ORDERS`.
 
   Raises:
-    UserError: The split has no token to predict, or too few for that order.
+    UserError: A source has too few tokens for its order.
   """
-  if not len(sequences):
-    raise UserError(
-      f'split {sequences.split!r} has no token to predict; name another'
-      ' data.train_split'
-    )
   rows = [int(row) for row in rows]
-  sequence = ORDERS[order](sequences, batch_size, seed % 2**32)
+  sequence = mixture.rows(seed % 2**32)
 
   def read(step: int) -> Batch:
     return _stack([sequence(step, row) for row in rows])
 
   # The elements are whole steps, so one thread hand-over costs one step's rows.
-  steps = grain.MapDataset.range(start, sys.maxsize // batch_size).map(read)
+  steps = grain.MapDataset.range(start, sys.maxsize // mixture.batch_size).map(
+    read
+  )
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=2 * threads
   )
@@ -82,9 +76,14 @@ def eval_batches(
 
   Every token is a target once, and every process yields the same number of
   batches; what a batch lacks is filled up with padding, whose mask is False.
-  The arguments are those of `train_batches`. Where training is contiguous so is
-  this: a row goes on in the next batch where it stopped in this one. Where it
-  is packed, so is this.
+  Where training is contiguous so is this: a row goes on in the next batch where
+  it stopped in this one. Where it is packed, so is this.
+
+  Args:
+    sequences: The split.
+    batch_size: The sequences of a batch, over all processes.
+    rows: As in `train_batches`.
+    order: A key of `ORDERS`.
   """
   if order == 'contiguous':
     whole = EvaluationRows(sequences, batch_size)

@@ -3,10 +3,12 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax import config as config_lib
-from moe_jax.data.pipeline import TokenSequences, eval_batches
+from moe_jax.data import mixtures
+from moe_jax.data.pipeline import eval_batches
+from moe_jax.data.sequences import TokenSequences
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Result
 from moe_jax.parallel import mesh as mesh_lib
@@ -16,6 +18,20 @@ from moe_jax.training import signals
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_eval_step
 from moe_jax.training.watchdog import waits_for
+
+
+class _Sums(NamedTuple):
+  """What was read of a source.
+
+  Attributes:
+    nll: The loss of all targets, in nats.
+    tokens: The number of targets.
+    sequences: The source.
+  """
+
+  nll: float
+  tokens: int
+  sequences: TokenSequences
 
 
 @EVALUATIONS.register('perplexity')
@@ -31,7 +47,8 @@ class Perplexity:
   `bits_per_byte` (of the text; the separators of documents are paid for, but
   are no bytes) and `tokens` (predicted); with `eval.disable_top`, that as
   `disabled_top`. Of instruction data all of them are of the responses, and the
-  bytes too.
+  bytes too. Of a mixture there is a result of all sources together and one of
+  each, SPLIT/NAME.
   """
 
   def __init__(self, setup: Setup, split: str) -> None:
@@ -44,20 +61,30 @@ class Perplexity:
     assert tokenizer is not None, 'the setup of a run has one'
     self._setup = setup
     self._split = split
-    self._sequences = TokenSequences.open(data, split, tokenizer)
-    if not len(self._sequences):
-      raise UserError(
-        f'split {split!r} of data.name = {data.name!r} has no token to predict;'
-        ' name another eval.split'
-      )
+    self._sources = mixtures.open_sequences(data, split, tokenizer)
     self._eval_step: Callable[..., dict[str, Any]] | None = None
 
   def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
-    """Returns the result of the split."""
+    """Returns the result of the split, and of each source of a mixture."""
     if self._eval_step is None:
       self._eval_step = make_eval_step(self._setup)
+    found = {
+      name: self._sum(params, sequences, max_batches)
+      for name, sequences in self._sources.items()
+    }
+    results = [self._result(self._split, list(found.values()))]
+    if len(found) > 1:
+      for name, sums in found.items():
+        results.append(self._result(f'{self._split}/{name}', [sums]))
+    return results
+
+  def _sum(
+    self, params: Any, sequences: TokenSequences, max_batches: int
+  ) -> _Sums:
+    """Adds up the loss over a source."""
+    assert self._eval_step is not None
     nll, tokens, attention_state = 0.0, 0, None
-    rows, batches = self._batches()
+    rows, batches = self._batches(sequences)
     for batch in itertools.islice(batches, max_batches or None):
       waits_for('a batch of an evaluation')
       signals.check()
@@ -72,26 +99,37 @@ class Perplexity:
         f' {self._split!r} have no response to predict; raise it, or set 0 for'
         ' all of them'
       )
-    sequences, loss = self._sequences, nll / tokens
-    bytes_per_token = sequences.num_target_bytes / sequences.num_targets
+    return _Sums(nll, tokens, sequences)
+
+  def _result(self, split: str, found: list[_Sums]) -> Result:
+    """Returns the metrics of some sources together.
+
+    Of sources that were not read whole, each counts as long as it is.
+    """
+    targets = sum(each.sequences.num_targets for each in found)
+    num_bytes = sum(each.sequences.num_target_bytes for each in found)
+    loss = sum(
+      each.nll / each.tokens * (each.sequences.num_targets / targets)
+      for each in found
+    )
     disabled = self._setup.config.eval.disable_top
     metrics = {'disabled_top': disabled} if disabled else {}
     metrics |= {
       'loss': loss,
       'perplexity': math.inf if loss >= 700 else math.exp(loss),
-      'bits_per_byte': loss / math.log(2) / bytes_per_token,
-      'tokens': tokens,
+      'bits_per_byte': loss / math.log(2) / (num_bytes / targets),
+      'tokens': sum(each.tokens for each in found),
     }
     variant = f'-without-top-{disabled}' if disabled else ''
-    return [Result(self._split, metrics, variant)]
+    return Result(split, metrics, variant)
 
-  def _batches(self) -> tuple[multihost.Rows, Any]:
-    """Returns the rows of this process, and the batches of the split."""
+  def _batches(self, sequences: TokenSequences) -> tuple[multihost.Rows, Any]:
+    """Returns the rows of this process, and the batches of a source."""
     config = self._setup.config
     size = config_lib.eval_batch_size(config)
     rows = multihost.Rows(mesh_lib.batch_sharding(self._setup.mesh), size)
     batches = eval_batches(
-      self._sequences,
+      sequences,
       batch_size=size,
       rows=rows.local,
       order=config.data.order,

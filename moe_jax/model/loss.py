@@ -47,14 +47,26 @@ class _Gradients(NamedTuple):
   head: Head
 
 
+class Loss(NamedTuple):
+  """The cross-entropy of some tokens, in nats, float32.
+
+  Attributes:
+    sum: The weighted sum over all tokens, [].
+    of_token_BL: What each token adds to it; without a gradient.
+  """
+
+  sum: jax.Array
+  of_token_BL: jax.Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(
   mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
-) -> jax.Array:
-  """Returns the weighted sum over tokens, in nats, float32.
+) -> Loss:
+  """Returns the loss of tokens, whose sum is differentiable in x_BLD and head.
 
   The matmuls take operands of the dtype of `x_BLD` and accumulate in float32;
-  logits and softmax are float32. Differentiable in `x_BLD` and `head`.
+  logits and softmax are float32.
 
   Args:
     mesh: Where the arrays are, split as `moe_jax.parallel.mesh` says.
@@ -67,16 +79,17 @@ def cross_entropy(
 
 def _forward(
   mesh: Mesh, x_BLD: jax.Array, head: Head, targets: Targets
-) -> tuple[jax.Array, _Gradients]:
+) -> tuple[Loss, _Gradients]:
   loss, gradients = _computed(mesh, x_BLD, head, targets, with_gradient=True)
   assert gradients is not None
   return loss, gradients
 
 
 def _backward(
-  mesh: Mesh, gradients: _Gradients, scale: jax.Array
+  mesh: Mesh, gradients: _Gradients, cotangents: Loss
 ) -> tuple[jax.Array, Head, None]:
   del mesh
+  scale = cotangents.sum
   scaled = jax.tree.map(lambda a: (a * scale).astype(a.dtype), gradients)
   return *scaled, None
 
@@ -96,7 +109,7 @@ def _computed(
   targets: Targets,
   *,
   with_gradient: bool,
-) -> tuple[jax.Array, _Gradients | None]:
+) -> tuple[Loss, _Gradients | None]:
   chunk = chunk_of(mesh.devices.flat[0].platform)
   local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
   if mesh.size == 1:
@@ -109,31 +122,32 @@ def _computed(
   head_specs = specs(stored, P(stored[1]))
   specs = _Gradients
   gradient_specs = specs(tokens, head_specs) if with_gradient else None
+  specs = Loss
   return jax.shard_map(
     functools.partial(
       _of_device, local, mesh_lib.TENSOR if split_vocabulary else None
     ),
     mesh=mesh,
     in_specs=(tokens, head_specs, tokens),
-    out_specs=(P(), gradient_specs),
+    out_specs=(specs(P(), tokens), gradient_specs),
     check_vma=True,
   )(x_BLD, head, targets)
 
 
 def _of_device(
-  local: Callable[..., tuple[jax.Array, _Gradients | None]],
+  local: Callable[..., tuple[Loss, _Gradients | None]],
   axis: str | None,
   x_BLD: jax.Array,
   head: Head,
   targets: Targets,
-) -> tuple[jax.Array, _Gradients | None]:
+) -> tuple[Loss, _Gradients | None]:
   """Calls `local` on a device of a mesh; `axis` splits the vocabulary."""
   # Cast before it travels: half the bytes in bfloat16.
   weight_DV = lax.all_gather(
     head.weight_DV.astype(x_BLD.dtype), mesh_lib.FSDP, tiled=True
   )
   loss, gradients = local(x_BLD, Head(weight_DV, head.bias_V), targets, axis)
-  loss = lax.psum(loss, mesh_lib.BATCH_AXES)
+  loss = loss._replace(sum=lax.psum(loss.sum, mesh_lib.BATCH_AXES))
   if gradients is None:
     return loss, None
   weight_DV, bias_V = gradients.head
@@ -151,8 +165,8 @@ def _local(
   *,
   chunk: int,
   with_gradient: bool,
-) -> tuple[jax.Array, _Gradients | None]:
-  """Returns the loss over the tokens that are here, chunk by chunk.
+) -> tuple[Loss, _Gradients | None]:
+  """Returns the loss of the tokens that are here, chunk by chunk.
 
   The gradient of the head is the part of these tokens; that of `x_BLD` is
   whole.
@@ -164,28 +178,34 @@ def _local(
   chunks = [_cut(a, count) for a in tokens]
   one = functools.partial(_chunk, head, axis, with_gradient)
 
-  def add(
-    total: _Sums, chunk: list[jax.Array]
-  ) -> tuple[_Sums, jax.Array | None]:
-    more, grad_CD = one(*chunk)
-    return jax.tree.map(jnp.add, total, more), grad_CD
+  def add(total: _Sums, chunk: list[jax.Array]) -> tuple[_Sums, _OfTokens]:
+    more, of_tokens = one(*chunk)
+    return jax.tree.map(jnp.add, total, more), of_tokens
 
   # Not in the scan: the sums start from what it gives, of the right dtypes and
   # varying over the right axes, and one chunk needs no loop.
-  total, grads = one(*[a[0] for a in chunks])
+  total, of_tokens = one(*[a[0] for a in chunks])
   if count > 1:
     total, rest = lax.scan(add, total, [a[1:] for a in chunks])
-    if grads is not None and rest is not None:
-      grads = jnp.concatenate([grads[None], rest])
+    of_tokens = jax.tree.map(
+      lambda first, others: jnp.concatenate([first[None], others]),
+      of_tokens,
+      rest,
+    )
   loss, head_grad = total
-  if grads is None or head_grad is None:
-    return loss, None
-  grad_TD = grads.reshape(-1, x_TD.shape[1])[: len(x_TD)]
-  return loss, _Gradients(grad_TD.reshape(x_BLD.shape), head_grad)
+  loss_C, grad_CD = of_tokens
+  loss_T = loss_C.reshape(-1)[: len(x_TD)]
+  found = Loss(loss, loss_T.reshape(targets.ids_BL.shape))
+  if grad_CD is None or head_grad is None:
+    return found, None
+  grad_TD = grad_CD.reshape(-1, x_TD.shape[1])[: len(x_TD)]
+  return found, _Gradients(grad_TD.reshape(x_BLD.shape), head_grad)
 
 
-# The loss of some tokens, and its gradient in the head.
+# The sum of the loss of some tokens, and its gradient in the head.
 _Sums = tuple[jax.Array, Head | None]
+# The loss of each of them [C], and the gradient of that in `x_CD`.
+_OfTokens = tuple[jax.Array, jax.Array | None]
 
 
 def _chunk(
@@ -195,8 +215,8 @@ def _chunk(
   x_CD: jax.Array,
   ids_C: jax.Array,
   weights_C: jax.Array,
-) -> tuple[_Sums, jax.Array | None]:
-  """Returns the sums of C tokens, and the gradient in `x_CD`."""
+) -> tuple[_Sums, _OfTokens]:
+  """Returns the sums of C tokens, and what is of each."""
   weight_DV, bias_V = head
   logits_CV = jnp.einsum(
     'CD,DV->CV', x_CD, weight_DV, preferred_element_type=jnp.float32
@@ -209,9 +229,10 @@ def _chunk(
   shares_CV = jnp.exp(logits_CV - top_C[:, None])
   sum_C = over.sum(shares_CV.sum(-1))
   own_C = over.sum(_look_up(logits_CV, here_C))
-  loss = ((jnp.log(sum_C) + top_C - own_C) * weights_C).sum()
+  loss_C = (jnp.log(sum_C) + top_C - own_C) * weights_C
+  loss = loss_C.sum()
   if not with_gradient:
-    return (loss, None), None
+    return (loss, None), (loss_C, None)
   own_CV = jnp.arange(weight_DV.shape[1]) == here_C[:, None]
   grad_CV = shares_CV * (weights_C / sum_C)[:, None]
   grad_CV = jnp.where(own_CV, grad_CV - weights_C[:, None], grad_CV)
@@ -224,7 +245,7 @@ def _chunk(
     'CV,DV->CD', grad_CV, weight_DV, preferred_element_type=jnp.float32
   )
   grad_CD = over.sum(grad_CD).astype(x_CD.dtype)
-  return (loss, Head(weight_grad_DV, bias_grad_V)), grad_CD
+  return (loss, Head(weight_grad_DV, bias_grad_V)), (loss_C, grad_CD)
 
 
 class _Vocabulary(NamedTuple):

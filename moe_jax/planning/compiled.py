@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from moe_jax.config import mixture
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import abstract_setup, hlo, replica_groups
@@ -70,8 +71,10 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     batch['segment_start'] = array(rows[:1], jnp.bool)
   if setup.config.data.order == 'packed':
     batch |= {name: array(rows, jnp.int32) for name in _OF_SEGMENTS}
-  if setup.config.data.format != 'text':
+  if mixture.formats(setup.config.data) != {'text'}:
     batch['target_mask'] = array(rows, jnp.bool)
+  if setup.config.data.mixture:
+    batch['source'] = array(rows[:1], jnp.int32)
   return batch
 
 

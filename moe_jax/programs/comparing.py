@@ -12,7 +12,7 @@ from moe_jax.analysis import compare, compare_table, comparison
 from moe_jax.analysis.comparison import Comparison, Run
 from moe_jax.config import loading
 from moe_jax.config.keys import Value
-from moe_jax.data import sources
+from moe_jax.data import mixtures
 from moe_jax.errors import UserError, choose
 from moe_jax.programs import pool
 from moe_jax.training import lock, run_dir, terminal
@@ -195,7 +195,7 @@ def _check_splits(made: Comparison) -> None:
   [base] = [row for row in made.rows if row.variant == made.baseline]
   point = compare.points(made.swept)[0]
   for split in made.splits(made.run_of(base, point, made.seeds[0])):
-    sources.open_documents(base.config.data, split)
+    mixtures.open_documents(base.config.data, split)
 
 
 def _carry_out(made: Comparison, shares: Sequence[pool.Share]) -> int | None:

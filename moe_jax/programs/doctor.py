@@ -103,21 +103,28 @@ def _replay() -> None:
 def _data() -> None:
   """Prints what the streams are that the command line's config reads."""
   config, values = cli.parse(sys.argv, define_flags)
-  from moe_jax.data.sequences import TokenSequences
+  from moe_jax.data import mixtures
   from moe_jax.training import run_tokenizer
 
   data, found = config.data, []
   tokenizer = run_tokenizer.build(config, values['workdir'])
   evaluated = [config.eval.split] if config.eval.every else []
-  for split in dict.fromkeys([data.train_split, *evaluated]):
-    sequences = TokenSequences.open(data, split, tokenizer)
-    found.append(sequences.fingerprint() | {'blake2b': sequences.digest()})
+  for split in dict.fromkeys([None, *evaluated]):
+    opened = mixtures.open_sequences(data, split, tokenizer)
+    for name, sequences in opened.items():
+      told: dict[str, str | int] = {'source': name} if name else {}
+      told |= sequences.fingerprint() | {'blake2b': sequences.digest()}
+      if told not in found:  # evaluated on what is trained on
+        found.append(told)
   if values['json']:
     print(strict_json.dumps(found))
     return
   for each in found:
+    label = each['split']
+    if 'source' in each:
+      label = f'{each["source"]}, {label}'
     print(
-      f'{each["split"]}: {each["documents"]:,} documents, {each["tokens"]:,}'
+      f'{label}: {each["documents"]:,} documents, {each["tokens"]:,}'
       f' tokens, {each["bytes"]:,} bytes, blake2b {each["blake2b"]}'
     )
 

@@ -5,6 +5,7 @@ moe_jax tokenizer show FILE --text=TEXT
 """
 
 import argparse
+import itertools
 import os
 import sys
 
@@ -42,7 +43,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def train(config: ConfigDict, kind: str, size: int | None, output: str) -> None:
   """Writes a tokenizer made of the config's data to `output`."""
-  from moe_jax.data import sources, subword_training, subwords
+  from moe_jax.data import mixtures, subword_training, subwords
   from moe_jax.data.progress import counted
 
   if size is None:
@@ -55,16 +56,18 @@ def train(config: ConfigDict, kind: str, size: int | None, output: str) -> None:
       f'--output = {output!r} must be a file named {ending} for --kind={kind}'
     )
   files.check_output('--output', output, f'tokenizer{ending}')
-  documents = sources.open_documents(config.data, config.data.train_split)
-  numbers = counted(
-    f'a tokenizer of {documents.full_name}', range(len(documents))
+  opened = list(mixtures.open_documents(config.data).values())
+  texts = (
+    each[i]
+    for each in opened
+    for i in counted(f'a tokenizer of {each.full_name}', range(len(each)))
   )
-  texts = (documents[i] for i in numbers)
   content = subword_training.train(texts, kind, size)
   disk.retried(output, lambda: files.replace(output, content))
 
   made = subwords.load(output, '--output')
-  shown = [documents[i] for i in range(min(_SHOWN, len(documents)))]
+  first = (each[i] for each in opened for i in range(len(each)))
+  shown = list(itertools.islice(first, _SHOWN))
   tokens = sum(len(made.encode(text)) for text in shown)
   of_bytes = sum(len(text.encode(errors='surrogateescape')) for text in shown)
   print(

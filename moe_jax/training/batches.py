@@ -4,7 +4,8 @@ import concurrent.futures
 import functools
 import time
 
-from moe_jax.data.pipeline import TokenSequences, train_batches
+from moe_jax.data.mixtures import Mixture
+from moe_jax.data.pipeline import train_batches
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
@@ -22,22 +23,18 @@ class Batches:
     waited: The seconds that were spent waiting for a batch, up to now.
   """
 
-  def __init__(
-    self, setup: Setup, sequences: TokenSequences, position: int
-  ) -> None:
-    """Begins to read; UserError if the split is too small for its order."""
+  def __init__(self, setup: Setup, mixture: Mixture, position: int) -> None:
+    """Begins to read; UserError if a source is too small for its order."""
     self.waited = 0.0
     config = setup.config
-    size = config.train.batch_size
-    self._rows = multihost.Rows(mesh_lib.batch_sharding(setup.mesh), size)
+    sharding = mesh_lib.batch_sharding(setup.mesh)
+    self._rows = multihost.Rows(sharding, mixture.batch_size)
     self._open = functools.partial(
       train_batches,
-      sequences,
-      batch_size=size,
+      mixture,
       rows=self._rows.local,
       seed=config.seed,
       threads=config.data.threads,
-      order=config.data.order,
     )
     self._ahead: concurrent.futures.Future[Batch]
     self._begin(position)

@@ -52,7 +52,7 @@ class Checkpointer:
     Args:
       run: The directory of the run, which is claimed before the first save.
       vocabulary: The fingerprint of the data's vocabulary; None asks for none.
-      data: What the data are, see `TokenSequences.fingerprint`; None asks for
+      data: What the data are, see `Mixture.fingerprint`; None asks for
         none.
 
     Raises:

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from moe_jax.config import saved
+from moe_jax.config import mixture, saved
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
 from moe_jax.training import device_peaks, terminal
-from moe_jax.training.metrics import routing_metrics
+from moe_jax.training.metrics import routing_metrics, source_losses
 from moe_jax.training.metrics_writer import MetricsWriter
 from moe_jax.training.state import Setup
 
@@ -41,6 +41,7 @@ class Logger:
     """
     config, start = setup.config, restored or 0
     self._steps = config.train.steps
+    self._sources = mixture.names(config.data)
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     params = setup.abstract['params']
     self._flops_per_token = sizes.flops_per_token(
@@ -130,7 +131,7 @@ class Logger:
     if self._noted is None:
       return
     (step, metrics), self._noted = self._noted, None
-    load = metrics.pop('load')
+    load, found = metrics.pop('load'), metrics.pop('sources', None)
     values = {name: float(value) for name, value in metrics.items()}
     loss = values['loss']
     speed, data_wait = self._pace(step)
@@ -139,6 +140,7 @@ class Logger:
     )
     values |= {'skipped_steps': skipped_steps, 'tokens_per_second': speed}
     values['data_wait'] = data_wait
+    values |= source_losses(self._sources, found)
     values |= achieved | routing_metrics(load)
     self._writer.write(step, 'train', values)
     left = (self._steps - step) * self._tokens_per_step / speed

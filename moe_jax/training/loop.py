@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax import evaluation, runtime
 from moe_jax.config import loading
-from moe_jax.data import sources
-from moe_jax.data.pipeline import TokenSequences
+from moe_jax.data import mixtures
+from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluation
 from moe_jax.parallel import multihost, peers
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
   """What a config stands for, before anything is compiled or written."""
 
   setup: Setup
-  sequences: TokenSequences
+  mixture: Mixture
   evaluations: list[Evaluation]
 
 
@@ -62,7 +62,7 @@ def _opened(setup: Setup) -> Prepared:
   assert setup.tokenizer is not None  # from_config asks for the data's
   return Prepared(
     setup,
-    TokenSequences.open(config.data, config.data.train_split, setup.tokenizer),
+    Mixture.open(config.data, setup.tokenizer, config.train.batch_size),
     evaluation.make(setup, config.eval.split) if config.eval.every else [],
   )
 
@@ -77,7 +77,7 @@ def _prepare_together(config: ConfigDict, workdir: str) -> Prepared:
   def with_data() -> Setup:
     setup = state_lib.from_config(config, workdir)
     if not multihost.is_single_process():
-      sources.open_documents(config.data, config.data.train_split)
+      mixtures.open_documents(config.data)
     return setup
 
   setup = multihost.first_process_first(with_data)
@@ -104,15 +104,13 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   if not loading.holds_run(workdir):
     config_lib.check_given(config)
-  setup, sequences, evaluations = _prepare_together(config, workdir)
+  setup, mixture, evaluations = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
     run.held(),
     SignalHandler() as signals,
-    Checkpointer(
-      run, setup.vocabulary, sequences.fingerprint()
-    ) as checkpointer,
+    Checkpointer(run, setup.vocabulary, mixture.fingerprint()) as checkpointer,
     _too_large_in_one_line(),
   ):
     peers.set_outlook(checkpointer.outlook)
@@ -122,7 +120,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     step = restored.step if restored else None  # 0 of a converted checkpoint
     start, position = step or 0, restored.position if restored else 0
     data = restored.data if restored else {}
-    with contextlib.closing(Batches(setup, sequences, position)) as batches:
+    with contextlib.closing(Batches(setup, mixture, position)) as batches:
       run.claim(record(setup, workdir, start), setup.kept_files)
       state = restored.state if restored else setup.init(params)
       del restored, params  # the steps will take their memory
@@ -130,7 +128,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         multihost.fail_together(lambda: Logger(setup, workdir, step)) as logger,
         Profiler(config.train.profile, workdir) as profiler,
       ):
-        logger.say(describe(setup, sequences))
+        logger.say(describe(setup, mixture))
         if run.changes:
           logger.say(f'changed  {run.changes}')
         recovery = Recovery(setup, workdir, logger, data)

@@ -36,6 +36,18 @@ class Share(NamedTuple):
 WHOLE = Share(1.0, 1.0, None)
 
 
+class SourceLoss(NamedTuple):
+  """The part that each of S sources has in a batch, float32.
+
+  Attributes:
+    loss_S: What its targets add to the mean loss.
+    share_S: Their share of all targets.
+  """
+
+  loss_S: jax.Array
+  share_S: jax.Array
+
+
 def total_loss(
   config: ConfigDict,
   mesh: Mesh,
@@ -44,6 +56,7 @@ def total_loss(
   targets: Targets,
   load: Load | None,
   share: Share = WHOLE,
+  source_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Returns the part of the loss that a micro-batch has, and its metrics.
 
@@ -60,13 +73,19 @@ def total_loss(
     targets: The next tokens, with weights that add up to 1 over the batch.
     load: The routing statistics of the micro-batch; None without MoE layers.
     share: What part of the batch the micro-batch is; all of it if left out.
+    source_BS: 1 at the source of each row, of S; None of a single source.
 
   Returns:
-    The loss, and `loss`, `balance_loss`, `z_loss` (unweighted) and `load`.
+    The loss, and `loss`, `balance_loss`, `z_loss` (unweighted), `load`, and of
+    a mixture `sources`, a `SourceLoss`.
   """
   with jax.named_scope('loss'):
-    loss = cross_entropy(mesh, x_BLD, head, targets)
-  metrics = {'loss': loss, 'load': load}
+    loss, loss_BL = cross_entropy(mesh, x_BLD, head, targets)
+  metrics: Metrics = {'loss': loss, 'load': load}
+  if source_BS is not None:
+    metrics['sources'] = SourceLoss(
+      loss_BL.sum(-1) @ source_BS, targets.weights_BL.sum(-1) @ source_BS
+    )
   if load is None:
     return loss, metrics
   metrics |= _router_losses(config, load, share)

@@ -1,11 +1,13 @@
 """What is computed about a step beside its loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.routing.balance import Load
+from moe_jax.training.losses import SourceLoss
 
 
 def routing_metrics(load: Load | None) -> dict[str, Any]:
@@ -41,3 +43,20 @@ def routing_metrics(load: Load | None) -> dict[str, Any]:
   if load.overflowed is not None:
     metrics['exchange_overflows'] = load.overflowed.sum(1)
   return metrics
+
+
+def source_losses(
+  names: Sequence[str], found: SourceLoss | None
+) -> dict[str, float]:
+  """Returns `loss/NAME` of every source with a target in the batch, in nats.
+
+  Args:
+    names: The names of the sources of a mixture.
+    found: Their part in the batch; None of a single source.
+  """
+  if found is None:
+    return {}
+  pairs = zip(names, *map(np.asarray, found), strict=True)
+  return {
+    f'loss/{name}': float(loss / share) for name, loss, share in pairs if share
+  }

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import files
 from moe_jax.config import loading, saved
-from moe_jax.data.pipeline import TokenSequences
+from moe_jax.config.mixture import sources
+from moe_jax.data.mixtures import Mixture
+from moe_jax.data.sequences import TokenSequences
 from moe_jax.model import sizes
 from moe_jax.parallel import multihost
 from moe_jax.training.state import Setup
@@ -71,7 +73,7 @@ def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
   }
 
 
-def describe(setup: Setup, sequences: TokenSequences) -> str:
+def describe(setup: Setup, mixture: Mixture) -> str:
   """Returns model, devices, what `auto` became and data, a line each."""
   config, mesh = setup.config, setup.mesh
   counts = sizes.count_parameters(
@@ -89,20 +91,38 @@ def describe(setup: Setup, sequences: TokenSequences) -> str:
   )
   packages = versions()
   used = ', '.join(f'{name} {packages[name]}' for name in ('jax', 'flax'))
-  rows, packed = len(sequences), ''
-  if config.data.order == 'packed':
-    rows = len(sequences.packing)
-    packed = f', packed with {sequences.packing.waste:.2%} padding'
-  epochs = config.train.steps * config.train.batch_size / rows
   return (
     f'model    {counts.total:,} parameters,'
     f' {counts.active:,} active per token\n'
     f'devices  {mesh.size} {device.device_kind} ({axes}){processes}\n'
     f'runs     {runs}; {used}\n'
-    f'data     {config.data.name}: {sequences.num_tokens:,} tokens,'
-    f' {epochs:.2f} epochs in {config.train.steps} steps{packed}'
-    f'{_targets(config, sequences)}{_idle_ids(setup)}'
+    f'{_data(config, mixture)}{_idle_ids(setup)}'
   )
+
+
+def _data(config: ConfigDict, mixture: Mixture) -> str:
+  """Returns what is trained on, a line for every source."""
+  lines, steps = [], config.train.steps
+  for source, sequences, share, epochs in zip(
+    sources(config.data),
+    mixture.sequences,
+    mixture.shares,
+    mixture.epochs(steps),
+    strict=True,
+  ):
+    data = source.data
+    name = data.name
+    if source.name:
+      part = share / sum(mixture.shares)
+      name = f'{source.name}, {part:.2%} of the rows, {name}'
+    packed = ''
+    if data.order == 'packed':
+      packed = f', packed with {sequences.packing.waste:.2%} padding'
+    lines.append(
+      f'data     {name}: {sequences.num_tokens:,} tokens, {epochs:.2f} epochs'
+      f' in {steps} steps{packed}{_targets(data, sequences)}'
+    )
+  return '\n'.join(lines)
 
 
 def _idle_ids(setup: Setup) -> str:
@@ -117,18 +137,18 @@ def _idle_ids(setup: Setup) -> str:
   )
 
 
-def _targets(config: ConfigDict, sequences: TokenSequences) -> str:
+def _targets(data: ConfigDict, sequences: TokenSequences) -> str:
   """Returns a line on what is predicted; '' where that is every token."""
   if not sequences.masked:
     return ''
   share = sequences.num_targets / sequences.num_tokens
   cut = ''
   # What separates examples takes a position too.
-  count = int((sequences.lengths >= config.data.seq_len).sum())
-  if count and config.data.order == 'packed':
+  count = int((sequences.lengths >= data.seq_len).sum())
+  if count and data.order == 'packed':
     cut = (
       f'; {count:,} of {len(sequences.lengths):,} examples longer than'
-      f' data.seq_len = {config.data.seq_len}, cut into pieces'
+      f' data.seq_len = {data.seq_len}, cut into pieces'
     )
   return f'\ntargets  loss on {100 * share:.0f} % of tokens{cut}'
 

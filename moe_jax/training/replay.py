@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import files
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
-from moe_jax.data.pipeline import TokenSequences
+from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
 from moe_jax.model.attention import segments_of
 from moe_jax.model.decoder import Decoder
@@ -165,12 +165,10 @@ def replay(config: ConfigDict, workdir: str, step: int) -> Replay:
     lambda: state_lib.from_config(config, workdir)
   )
   assert setup.tokenizer is not None  # from_config asks for the data's
-  sequences = TokenSequences.open(
-    config.data, config.data.train_split, setup.tokenizer
-  )
+  mixture = Mixture.open(config.data, setup.tokenizer, config.train.batch_size)
   rows = _rows(workdir)
   start, state, position = _nearest(setup, workdir, step)
-  with contextlib.closing(Batches(setup, sequences, position)) as batches:
+  with contextlib.closing(Batches(setup, mixture, position)) as batches:
     train_step = make_train_step(setup)
     for number in range(start + 1, step + 1):
       for row in rows:

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from moe_jax.config import mixture
 from moe_jax.model.attention import AttentionState, segments_of
 from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets, cross_entropy
@@ -23,7 +24,8 @@ from moe_jax.training.state import Setup, TrainState
 # [B, L], True at tokens}, and of a contiguous stream 'segment_start': bool [B],
 # True where a row begins anew. Packed rows have 'segment_ids' and 'positions',
 # int32 [B, L]: see `Segments`. Where only some tokens are to be predicted there
-# is 'target_mask', bool [B, L], True at a subset of the tokens.
+# is 'target_mask', bool [B, L], True at a subset of the tokens. Of a mixture
+# 'source', int32 [B], has the number of the source of each row.
 Batch = dict[str, jax.Array]
 
 
@@ -119,7 +121,7 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
     mask_BL = _target_mask(batch)
     targets = Targets(batch['targets'], mask_BL.astype(jnp.float32))
     return {
-      'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets),
+      'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets).sum,
       'targets': mask_BL.sum(),
       'load': load,
       'attention_state': attention_state,
@@ -252,8 +254,19 @@ def _loss(
   model, batch = _model(setup, params), inputs.batch
   x_BLD, load, remembered = _run(model, inputs)
   targets = Targets(batch['targets'], _target_mask(batch) / num_targets)
+  source_BS = None
+  if 'source' in batch:
+    num_sources = len(mixture.names(setup.config.data))
+    source_BS = jax.nn.one_hot(batch['source'], num_sources)
   loss, metrics = total_loss(
-    setup.config, setup.mesh, x_BLD, model.head(), targets, load, share
+    setup.config,
+    setup.mesh,
+    x_BLD,
+    model.head(),
+    targets,
+    load,
+    share,
+    source_BS,
   )
   return loss, (metrics, remembered)
 

@@ -14,7 +14,7 @@ from moe_jax.data import folders, sources
 def _config(**keys: object) -> ConfigDict:
   """Returns what `open_documents` reads of `config.data`."""
   defaults = {'name': 'text_folder', 'path': '', 'text_key': 'text'}
-  return ConfigDict(defaults | {'format': 'text'} | keys)
+  return ConfigDict(defaults | {'format': 'text', 'mixture': ''} | keys)
 
 
 def _names_of(split: str, count: int) -> list[str]:

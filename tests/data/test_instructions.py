@@ -21,6 +21,7 @@ from moe_jax.data import (
   subwords,
   tokenizers,
 )
+from moe_jax.data.mixtures import Mixture
 from moe_jax.data.token_cache import TokenCache
 from tests.helpers import vocabularies
 
@@ -220,15 +221,8 @@ def test_packed_examples_are_segments_of_their_own(
 ) -> None:
   tokenizer = tokenizers.ByteTokenizer()
   sequences = pipeline.TokenSequences(documents, tokenizer, 160)
-  stream = pipeline.train_batches(
-    sequences,
-    batch_size=1,
-    rows=[0],
-    seed=0,
-    start=0,
-    threads=0,
-    order='packed',
-  )
+  mixture = Mixture.of_one(sequences, order='packed', batch_size=1)
+  stream = pipeline.train_batches(mixture, rows=[0], seed=0, start=0, threads=0)
   batch = {key: array[0] for key, array in next(stream).items()}
   ids = batch['segment_ids']
   assert ids.max() == len(CHAT)

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data.mixtures import Mixture
 from moe_jax.data.orders import PackedInOrder
 from moe_jax.data.packing import Packing, best_fit
 
@@ -27,10 +28,10 @@ def _train(
   sequences: pipeline.TokenSequences, steps: int, **keys: object
 ) -> list[pipeline.Batch]:
   """Returns the first batches of a packed stream."""
-  keys = {'batch_size': 4, 'rows': range(4), 'seed': 0, 'start': 0} | keys
-  stream = pipeline.train_batches(
-    sequences, order='packed', **({'threads': 2} | keys)
-  )
+  keys = {'rows': range(4), 'seed': 0, 'start': 0, 'threads': 2} | keys
+  size = keys.pop('batch_size', 4)
+  mixture = Mixture.of_one(sequences, order='packed', batch_size=size)
+  stream = pipeline.train_batches(mixture, **keys)
   batches = list(itertools.islice(stream, steps))
   stream.close()
   return batches

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import errors
 from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data.mixtures import Mixture
 
 MakeData = Callable[[dict[str, bytes]], ConfigDict]
 NamesOf = Callable[[str, int], list[str]]
@@ -35,8 +36,10 @@ def _train(
   sequences: pipeline.TokenSequences, steps: int, **keys: object
 ) -> list[pipeline.Batch]:
   """Returns the first batches of a stream."""
-  keys = {'batch_size': 8, 'rows': range(8), 'seed': 0, 'start': 0} | keys
-  stream = pipeline.train_batches(sequences, **({'threads': 2} | keys))
+  keys = {'rows': range(8), 'seed': 0, 'start': 0, 'threads': 2} | keys
+  order, size = keys.pop('order', 'shuffled'), keys.pop('batch_size', 8)
+  mixture = Mixture.of_one(sequences, order=order, batch_size=size)
+  stream = pipeline.train_batches(mixture, **keys)
   batches = list(itertools.islice(stream, steps))
   stream.close()
   return batches
@@ -113,8 +116,9 @@ def test_rows_in_the_order_asked_for(
 def test_resuming_goes_on_where_it_stopped(
   sequences: pipeline.TokenSequences, threads: int
 ) -> None:
+  mixture = Mixture.of_one(sequences, order='shuffled', batch_size=8)
   stream = pipeline.train_batches(
-    sequences, batch_size=8, rows=range(8), seed=0, start=0, threads=threads
+    mixture, rows=range(8), seed=0, start=0, threads=threads
   )
   straight = [next(stream) for _ in range(5)]
   straight += [next(stream) for _ in range(7)]

@@ -340,7 +340,8 @@ def test_tensorflow_is_not_imported(stdlib: ConfigDict) -> None:
     'from ml_collections import ConfigDict\n'
     'from moe_jax.data import sources, pipeline, tokenizers\n'
     "assert not any(m.startswith('moe_jax.') and m.split('.')[1] not in"
-    " ('data', 'disk', 'errors', 'files', 'registry', 'strict_json')"
+    " ('config', 'data', 'disk', 'errors', 'files', 'registry',"
+    " 'strict_json')"
     ' for m in sys.modules)\n'
     f'data = ConfigDict({stdlib.to_dict()!r})\n'
     "documents = sources.open_documents(data, 'validation')\n"

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import errors
 from moe_jax.data import pipeline, sources, texts, tokenizers, vocabulary
+from moe_jax.data.mixtures import Mixture
 from moe_jax.data.orders import ContiguousRows
 
 DataConfig = Callable[..., ConfigDict]
@@ -288,9 +289,8 @@ def epochs(
   sequences: pipeline.TokenSequences, rows: int, steps: int, **keys: int
 ) -> list[pipeline.Batch]:
   options = {'seed': 0, 'start': 0, 'threads': 1} | keys
-  batches = pipeline.train_batches(
-    sequences, batch_size=rows, rows=range(rows), order='contiguous', **options
-  )
+  mixture = Mixture.of_one(sequences, order='contiguous', batch_size=rows)
+  batches = pipeline.train_batches(mixture, rows=range(rows), **options)
   found = [next(batches) for _ in range(steps)]
   batches.close()
   return found
@@ -349,14 +349,9 @@ def test_two_processes_read_what_one_reads(enwik8: ConfigDict) -> None:
   one = epochs(sequences, rows=4, steps=15)
   halves = []
   for rows in (range(2), range(2, 4)):
+    mixture = Mixture.of_one(sequences, order='contiguous', batch_size=4)
     batches = pipeline.train_batches(
-      sequences,
-      batch_size=4,
-      rows=rows,
-      seed=0,
-      start=0,
-      threads=1,
-      order='contiguous',
+      mixture, rows=rows, seed=0, start=0, threads=1
     )
     halves.append([next(batches) for _ in range(15)])
     batches.close()

@@ -81,7 +81,7 @@ def test_evaluation_carries_its_memory(
   """Restated: row by row, segment by segment."""
   result = runs.evaluate(config, workdir, split='train')
   prepared = loop.prepare(config)
-  sequences = prepared.sequences
+  [sequences] = prepared.mixture.sequences
   params = runs.restore(config, workdir, 14)['params']
   eval_step = make_eval_step(prepared.setup)
   rows = EvaluationRows(sequences, config.train.batch_size)

@@ -130,6 +130,7 @@ def test_analysis_reads_packed_rows(
 @pytest.mark.slow
 def test_a_run_says_what_packing_wastes(config: ConfigDict) -> None:
   made = loop.prepare(config)
-  said = record.describe(made.setup, made.sequences)
-  assert f'packed with {made.sequences.packing.waste:.2%} padding' in said
+  said = record.describe(made.setup, made.mixture)
+  [sequences] = made.mixture.sequences
+  assert f'packed with {sequences.packing.waste:.2%} padding' in said
   assert plan.make(config, 1)['parameters']['total'] > 0

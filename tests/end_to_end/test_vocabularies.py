@@ -133,7 +133,7 @@ def test_a_start_makes_its_tokenizer_once(
   assert len(calls) == 1
   # Lines of six words and their end, between two separators.
   assert len(prepared.evaluations) == 1
-  assert prepared.sequences.num_stream_tokens == 40 * 7 + 2
+  assert prepared.mixture.sequences[0].num_stream_tokens == 40 * 7 + 2
   runs.evaluate(config, workdir)
   assert len(calls) == 2
 

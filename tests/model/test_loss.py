@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.model import loss as module
 from moe_jax.model.decoder import Head
-from moe_jax.model.loss import Targets, cross_entropy
+from moe_jax.model.loss import Loss, Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 
 MESHES = {
@@ -37,7 +37,7 @@ def random_case(vocab: int, biased: bool) -> tuple[Any, Head, Targets]:
 
 
 def oracle(x: Any, head: Head, targets: Targets) -> tuple[Any, Any, Head]:
-  """The loss and its gradients in `x` and the head; float64."""
+  """The loss of each token, and its gradients in `x` and the head; float64."""
   bias = 0 if head.bias_V is None else head.bias_V
   logits = x @ head.weight_DV + bias
   logits = logits - logits.max(-1, keepdims=True)
@@ -46,7 +46,7 @@ def oracle(x: Any, head: Head, targets: Targets) -> tuple[Any, Any, Head]:
   weights = targets.weights_BL
   # log p by the logits: p itself underflows.
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  loss = -((log_p * own).sum(-1) * weights).sum()
+  loss = -(log_p * own).sum(-1) * weights
   g = (p - own) * weights[..., None]
   of_bias = None if head.bias_V is None else g.sum((0, 1))
   of_weight = np.einsum('bld,blv->dv', x, g)
@@ -60,12 +60,13 @@ def run(
 
   @jax.jit
   def both(x: Any, head: Head, targets: Targets) -> Any:
-    def loss(x: Any, head: Head) -> jax.Array:
+    def loss(x: Any, head: Head) -> tuple[jax.Array, Loss]:
+      found = cross_entropy(mesh, x, head, targets)
       # A gradient that is scaled once more on its way back.
-      return 3 * cross_entropy(mesh, x, head, targets)
+      return 3 * found.sum, found
 
-    of_training, grads = jax.value_and_grad(loss, (0, 1))(x, head)
-    return of_training / 3, cross_entropy(mesh, x, head, targets), grads
+    grads, of_training = jax.grad(loss, (0, 1), has_aux=True)(x, head)
+    return of_training, cross_entropy(mesh, x, head, targets), grads
 
   as_float = jax.tree.map(
     lambda a: jnp.asarray(a, jnp.float32), (head, targets)
@@ -89,8 +90,9 @@ def test_equals_float64(
   case = random_case(vocab, biased)
   loss, of_x, of_head = oracle(*case)
   training, evaluation, grads = run(mesh_of(axes), *case, 'float32')
-  np.testing.assert_allclose(training, loss, rtol=1e-6)
-  np.testing.assert_allclose(evaluation, loss, rtol=1e-6)
+  for found in training, evaluation:
+    np.testing.assert_allclose(found.sum, loss.sum(), rtol=1e-6)
+    np.testing.assert_allclose(found.of_token_BL, loss, rtol=1e-5, atol=1e-6)
   for ours, exact in zip(
     jax.tree.leaves(grads), jax.tree.leaves((of_x, of_head)), strict=True
   ):
@@ -107,10 +109,10 @@ def test_operands_are_rounded_and_sums_are_not() -> None:
   training, _, (grad_x, grad_head) = run(
     mesh_of({}), x, head, targets, 'bfloat16'
   )
-  assert training.dtype == grad_head.weight_DV.dtype == jnp.float32
+  assert training.sum.dtype == grad_head.weight_DV.dtype == jnp.float32
   assert grad_x.dtype == jnp.bfloat16
   # The loss is summed in float32 from exact products of rounded operands.
-  np.testing.assert_allclose(training, loss, rtol=1e-5)
+  np.testing.assert_allclose(training.sum, loss.sum(), rtol=1e-5)
   for ours, exact in ((grad_x, of_x), (grad_head.weight_DV, of_head.weight_DV)):
     error = np.abs(np.asarray(ours, float) / 3 - exact).max()
     assert error < 0.01 * np.abs(exact).max()
@@ -132,7 +134,9 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
       jax.ShapeDtypeStruct((1, tokens), jnp.float32),
     ),
   )
-  grad = jax.jit(jax.grad(cross_entropy, (1, 2)), static_argnums=0)
+  grad = jax.jit(
+    jax.grad(lambda *of: cross_entropy(*of).sum, (1, 2)), static_argnums=0
+  )
   compiled = grad.lower(mesh_of({}), *shapes).compile()
   of_chunk = 4 * chunk * vocab
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * of_chunk

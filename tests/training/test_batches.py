@@ -61,7 +61,7 @@ def batches(streams: list[Stream]) -> Iterator[Batches]:
   setup = types.SimpleNamespace(
     mesh=mesh, config=tiny.config(train__batch_size=SIZE)
   )
-  made = Batches(setup, None, 5)
+  made = Batches(setup, types.SimpleNamespace(batch_size=SIZE), 5)
   yield made
   for stream in streams:
     stream.may_read.release(9)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import rmoe
 from moe_jax.config import validate
 from moe_jax.data import pipeline, tokenizers
+from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
 from moe_jax.evaluation.perplexity import Perplexity
 from moe_jax.parallel import mesh as mesh_lib
@@ -66,14 +67,17 @@ def _made(config: ConfigDict) -> loop.Prepared:
   tokenizer = tokenizers.ByteTokenizer()
   setup = state.setup(config, tokenizer.vocab_size, mesh)
   setup = dataclasses.replace(setup, tokenizer=tokenizer)
-  sequences = pipeline.TokenSequences.open(config.data, 'train', tokenizer)
-  return loop.Prepared(setup, sequences, [])
+  mixture = Mixture.open(config.data, tokenizer, config.train.batch_size)
+  return loop.Prepared(setup, mixture, [])
 
 
 def _batch(made: loop.Prepared) -> dict[str, Any]:
   size = made.setup.config.train.batch_size
   batches = pipeline.eval_batches(
-    made.sequences, batch_size=size, rows=range(size), order='packed'
+    made.mixture.sequences[0],
+    batch_size=size,
+    rows=range(size),
+    order='packed',
   )
   return next(batches)
 
@@ -107,15 +111,17 @@ def test_what_a_run_says_and_an_evaluation_counts(config: ConfigDict) -> None:
   made = _made(config)
   predicted = sum(len(response) + 1 for _, response in EXAMPLES)
   tokens = sum(FIXED + 10 * len(p) + len(r) + 1 for p, r in EXAMPLES)
-  said = record.describe(made.setup, made.sequences)
+  said = record.describe(made.setup, made.mixture)
   assert f'loss on {100 * predicted / tokens:.0f} % of tokens' in said
   assert 'longer than' not in said
   short = config.copy_and_resolve_references()
   short.data.seq_len = FIXED + 20 + 6  # as long as the last example
-  cut = made.sequences
+  [cut] = made.mixture.sequences
   cut.seq_len = short.data.seq_len
   cut.__dict__.pop('packing', None)
-  said = record.describe(dataclasses.replace(made.setup, config=short), cut)
+  said = record.describe(
+    dataclasses.replace(made.setup, config=short), made.mixture
+  )
   assert f'1 of 3 examples longer than data.seq_len = {cut.seq_len},' in said
 
   evaluation = Perplexity(made.setup, 'train')
