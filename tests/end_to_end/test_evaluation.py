@@ -3,26 +3,30 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from ml_collections import ConfigDict
 
-from moe_jax.data import sources
+from moe_jax.data import sources, subwords
 from moe_jax.data.pipeline import TokenSequences, eval_batches
 from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.evaluation.perplexity import Perplexity
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
-from tests.helpers import oracle, runs
+from tests.helpers import oracle, runs, vocabularies
 
 STEPS, HALF = 4, 2
 EOS = 256
+
+# From the bytes of a document to its ids.
+Encode = Callable[[bytes], Iterable[int]]
 
 
 @pytest.fixture(scope='module')
@@ -56,10 +60,12 @@ def documents(config: ConfigDict) -> list[bytes]:
   return [found[i].encode() for i in range(len(found))]
 
 
-def sequences(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
+def sequences(
+  config: ConfigDict, encode: Encode = list, eos: int = EOS
+) -> list[tuple[np.ndarray, np.ndarray]]:
   """Inputs and targets of every window, the last one as short as it is."""
-  pieces = [[EOS, *text] for text in documents(config)]
-  stream = np.concatenate([*pieces, [EOS]])
+  pieces = [[eos, *encode(text)] for text in documents(config)]
+  stream = np.concatenate([*pieces, [eos]])
   length = config.data.seq_len
   return [
     (stream[i : i + length][: len(stream) - 1 - i], stream[i + 1 :][:length])
@@ -67,10 +73,15 @@ def sequences(config: ConfigDict) -> list[tuple[np.ndarray, np.ndarray]]:
   ]
 
 
-def nats(config: ConfigDict, params: Any, disable_top: int = 0) -> float:
+def nats(
+  config: ConfigDict,
+  params: Any,
+  disable_top: int = 0,
+  read: list[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> float:
   """Minus the log probability of the whole stream, in float64."""
   total = 0.0
-  for inputs_L, targets_L in sequences(config):
+  for inputs_L, targets_L in read or sequences(config):
     sequence = oracle.Sequence(config, params, disable_top=disable_top)
     logits_LV = sequence.run(inputs_L)
     shares_LV = oracle.softmax(logits_LV)
@@ -108,6 +119,34 @@ def test_equals_the_oracle(
     'bits_per_byte': pytest.approx(total / math.log(2) / num_bytes, rel=1e-6),
     'tokens': num_tokens,
   }
+
+
+@pytest.mark.slow
+def test_bits_per_byte_of_one_model_with_two_tokenizers(
+  config: ConfigDict, tmp_path: Path
+) -> None:
+  """A byte counts alike, whatever the tokens: of sub-words the library's."""
+  path = vocabularies.write(tmp_path, 'bpe')
+  library = tokenizers.Tokenizer.from_file(str(path))
+  encoders: dict[str, tuple[Encode, int]] = {
+    'bytes': (list, EOS),
+    str(path): (
+      lambda text: library.encode(text.decode(), add_special_tokens=False).ids,
+      subwords.load(str(path)).eos_id,
+    ),
+  }
+  num_bytes = sum(map(len, documents(config)))
+  for name, encoder in encoders.items():
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = 512
+    config.data.tokenizer = name
+    setup = state.from_config(config)
+    params = setup.init(None)['params']
+    [result] = Perplexity(setup, 'validation')(params)
+    read = sequences(config, *encoder)
+    bits = nats(config, params, read=read) / math.log(2) / num_bytes
+    assert result.metrics['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
+    assert result.metrics['tokens'] == sum(len(ids) for ids, _ in read)
 
 
 def test_without_the_best_expert_of_every_token(
