@@ -156,6 +156,7 @@ class Encoding:
             helpers.start((time.monotonic() - began) * left, left)
         if len(found) == before:
           time.sleep(_POLL_SECONDS)
+        progress.tell(self._count(found))
 
   def _count(self, found: dict[int, Part]) -> int:
     """Returns the documents of the files that are there."""

@@ -5,9 +5,10 @@ of the rows decides, of which each has as many rows of a source as any other
 window; so the place of a row in its source is plain arithmetic.
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import mixture
 from moe_jax.config.mixture import Source
 from moe_jax.data import sources
-from moe_jax.data.orders import ORDERS, in_order
+from moe_jax.data.orders import ORDERS, num_rows
 from moe_jax.data.sequences import TokenSequence, TokenSequences
 from moe_jax.data.sources import Documents
 from moe_jax.data.tokenizers import Tokenizer
@@ -139,7 +140,7 @@ class Mixture:
     found = open_sequences(data, None, tokenizer)
     weights = []
     for source in mixture.sources(data):
-      rows = len(in_order(found[source.name], data.order))
+      rows = num_rows(found[source.name], data.order)
       weight = rows * source.epochs if source.weight is None else source.weight
       weights.append(weight ** (1 / data.temperature))
     return cls(found, weights, order=data.order, batch_size=batch_size)
@@ -148,7 +149,7 @@ class Mixture:
     """Returns how often so many steps read each of the sources."""
     rows = steps * self.batch_size
     return [
-      rows * share / self._period / len(in_order(each, self.order))
+      rows * share / self._period / num_rows(each, self.order)
       for each, share in zip(self.sequences, self.shares, strict=True)
     ]
 
@@ -182,16 +183,17 @@ class Mixture:
     Raises:
       UserError: A source has too few tokens for that order.
     """
-    order, size = ORDERS[self.order], self.batch_size
+    order = ORDERS[self.order]
     if self.names == ['']:
-      return order(self.sequences[0], size, seed)
+      return order(self.sequences[0], self.batch_size, seed)
     contiguous = self.order == 'contiguous'
-    streams = [
-      order(each, share if contiguous else 1, _seed_of(name, seed))
-      for name, each, share in zip(
-        self.names, self.sequences, self.shares, strict=True
-      )
-    ]
+    streams = []
+    for name, each, share in zip(
+      self.names, self.sequences, self.shares, strict=True
+    ):
+      with _naming(name):
+        size = share if contiguous else 1
+        streams.append(order(each, size, _seed_of(name, seed)))
     place = self._spread() if contiguous else self._shuffled(seed)
 
     def read(step: int, row: int) -> TokenSequence:
@@ -274,8 +276,15 @@ def _of_each(data: ConfigDict, opened: Callable[[Source], _T]) -> dict[str, _T]:
   """Opens something of every source."""
   found = {}
   for source in mixture.sources(data):
-    try:
+    with _naming(source.name):
       found[source.name] = opened(source)
-    except UserError as error:
-      raise mixture.of_source(source.name, error) from error
   return found
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+  """Names the source in whose data there is a mistake."""
+  try:
+    yield
+  except UserError as error:
+    raise mixture.of_source(source, error) from error

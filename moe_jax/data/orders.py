@@ -46,8 +46,8 @@ class ContiguousRows:
     self._row_tokens = sequences.num_stream_tokens // num_rows
     if self._row_tokens <= sequences.seq_len:
       raise errors.UserError(
-        f"data.order = 'contiguous': train.batch_size = {num_rows} cuts the"
-        f' {sequences.num_stream_tokens} tokens into rows of'
+        f"data.order = 'contiguous': {num_rows} rows, of train.batch_size, cut"
+        f' the {sequences.num_stream_tokens} tokens into parts of'
         f' {self._row_tokens}, but data.seq_len = {sequences.seq_len} needs'
         f' {sequences.seq_len + 1}; lower one of them'
       )
@@ -185,6 +185,11 @@ class InOrder(Protocol):
   def at(self, i: int) -> TokenSequence:
     """Returns row `i`; past the last one it is all padding."""
     ...
+
+
+def num_rows(sequences: TokenSequences, order: str) -> int:
+  """Returns how many rows of a split a model of that order reads."""
+  return len(sequences.packing if order == 'packed' else sequences)
 
 
 def in_order(sequences: TokenSequences, order: str) -> InOrder:

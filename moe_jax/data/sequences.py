@@ -22,7 +22,7 @@ from moe_jax.data.tokenizers import Tokenizer
 # and in a contiguous order 'segment_start' bool []. Packed ones have int32 [L]
 # 'segment_ids', 1, 2, ... and 0 at padding, and 'positions', from 0 on in every
 # segment. Those of examples have 'target_mask' bool [L], True at the tokens to
-# be predicted.
+# be predicted, those of a mixture the number of their `source`, int32 [].
 TokenSequence = dict[str, np.ndarray]
 
 # How many documents a fingerprint reads, at the most, and how large.

@@ -292,3 +292,12 @@ def test_what_may_change_on_resume() -> None:
     'data.temperature',
   ]
   assert not changed(heavier, changed='allow')
+
+
+def test_a_source_too_small_for_its_rows(
+  data: Callable[..., ConfigDict],
+) -> None:
+  made = data({'a': {'weight': 1}, 'b': {'weight': 1}}, order='contiguous')
+  made.seq_len = 900
+  with pytest.raises(errors.UserError, match='data.mixture: a: .* 8 rows, of'):
+    Mixture.open(made, TOKENIZER, 16).rows(0)

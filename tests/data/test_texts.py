@@ -370,7 +370,7 @@ def test_offsets_lie_below_a_segment(enwik8: ConfigDict) -> None:
 
 def test_rows_shorter_than_a_segment(enwik8: ConfigDict) -> None:
   sequences = open_sequences(enwik8, 'train', seq_len=32)
-  with pytest.raises(errors.UserError, match='rows of 30, but data.seq_len ='):
+  with pytest.raises(errors.UserError, match='parts of 30, but data.seq_len ='):
     epochs(sequences, rows=30, steps=1)
   # 33 tokens: one segment, always the same.
   (only,) = {b['token_ids'].tobytes() for b in epochs(sequences, 27, 5)}
