@@ -37,9 +37,11 @@ help: ## this list
 
 install: $(INSTALLED) ## the environment in .venv, with all that is needed
 
-quickstart: $(INSTALLED) ## train a small model, evaluate it, draw its curves
-	$(RUN) train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
-	$(RUN) eval.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+# By sub-words it learns more in the same minutes than by bytes.
+quickstart: $(WORKDIR)-bpe.json ## train a small model, evaluate it, draw its curves
+	$(RUN) train.py --config=configs/quickstart.py --workdir=$(WORKDIR) \
+	  --config.data.tokenizer=$(WORKDIR)-bpe.json
+	$(RUN) eval.py --workdir=$(WORKDIR)
 	$(RUN) -m moe_jax plots $(WORKDIR)
 	@printf '\nThe run is in %s:\n' $(WORKDIR)
 	@printf '  %-16s %s\n' \
@@ -48,6 +50,11 @@ quickstart: $(INSTALLED) ## train a small model, evaluate it, draw its curves
 	  evaluation/ 'the loss of the newest checkpoint on the whole split' \
 	  checkpoints/ 'to go on from: make quickstart again resumes' \
 	  tensorboard/ 'the same numbers: tensorboard --logdir=$(WORKDIR)'
+
+# Not anew after an install: a run goes on with the vocabulary that it has.
+$(WORKDIR)-bpe.json: | $(INSTALLED)
+	$(RUN) -m moe_jax tokenizer train --config=configs/quickstart.py \
+	  --kind=bpe --size=4096 --output=$@
 
 test: $(INSTALLED) ## the tests, without the slow ones
 	$(PYTEST) -m 'not slow'

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, said
 
 # What a preset says of a path that it needs and does not know.
 REQUIRED = '?'
@@ -96,7 +96,7 @@ def refuse_ambiguous(what: str, path: str) -> None:
 
 
 def check_output(flag: str, path: str, name: str) -> None:
-  """Refuses a folder where a file is to be written.
+  """Refuses a folder where a file is to be written; makes the one it lies in.
 
   Args:
     flag: The flag that names it.
@@ -104,13 +104,19 @@ def check_output(flag: str, path: str, name: str) -> None:
     name: The name that a file in the folder could have.
 
   Raises:
-    UserError: It is a folder.
+    UserError: It is a folder, or what it lies in can be none.
   """
   if os.path.isdir(path):
     raise UserError(
       f'{flag}: {path} is a folder; name a file, such as'
       f' {os.path.join(path, name)}'
     )
+  try:
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f'{flag}: {path} cannot be written: {said(error)}; name another file'
+    ) from error
 
 
 def check_regular(path: str | Path) -> None:

@@ -180,7 +180,7 @@ def test_an_output_that_cannot_be_written(
   tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   workdir = make_run(tmp_path / 'mine')
-  for name in ('nowhere/a.png', 'a.xyz'):
+  for name in ('mine/metrics.jsonl/a.png', 'a.xyz'):
     assert plots.main([workdir, f'--output={tmp_path / name}']) == 2
     assert capsys.readouterr().err.startswith('error: --output: ')
 

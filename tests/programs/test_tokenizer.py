@@ -1,5 +1,6 @@
 """`moe_jax tokenizer`: what it writes and prints."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def test_the_same_command_makes_the_same_file(
   capfd: pytest.CaptureFixture[str],
 ) -> None:
   ending = 'model' if kind == 'unigram' else 'json'
-  paths = [tmp_path / f'{name}.{ending}' for name in 'ab']
+  # Also where its folder is not there yet.
+  paths = [tmp_path / 'made' / f'{name}.{ending}' for name in 'ab']
   size = vocabularies.SIZES[kind]
   for path in paths:
     flags = f'--kind={kind}', f'--size={size}', f'--output={path}'
@@ -61,6 +63,27 @@ def test_tokens_are_shown(
   assert ''.join(line.split()[1] for line in tokens) == 'theĠwordsĊ'
 
 
+def test_a_vocabulary_of_all_sources_of_a_mixture(
+  tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+  given = {}
+  for name in ('first', 'second'):
+    path = tmp_path / f'{name}.jsonl'
+    rows = [json.dumps({'text': f'{name} {i}'}) for i in range(99)]
+    path.write_text('\n'.join(rows))
+    given[name] = {'path': str(path)}
+  (tmp_path / 'mix.json').write_text(json.dumps(given))
+  flags = (
+    '--config=base',
+    f'--config.data.mixture={tmp_path / "mix.json"}',
+    f'--config.data.dir={tmp_path / "prepared"}',
+    *('--kind=words', '--size=9', f'--output={tmp_path / "words.json"}'),
+  )
+  assert run('train', *flags) == 0
+  made = (tmp_path / 'words.json').read_text()
+  assert '"first"' in made and '"second"' in made
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
@@ -68,6 +91,10 @@ def test_tokens_are_shown(
     (
       ['train', '--config=base', '--size=300', '--output=a.model'],
       "--output = 'a.model' must be a file named .json for --kind=bpe",
+    ),
+    (
+      ['train', '--config=base', '--size=300', '--output=/dev/null/a.json'],
+      '--output: /dev/null/a.json cannot be written',
     ),
     (
       ['train', '--config=base', '--size=300', '--kind=bpee'],
