@@ -72,7 +72,7 @@ ROOMS = {
     f'{_CONFIG} model',
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
-  'interop.tokenizer_files': Room('data strict_json', 'tokenizers'),
+  'interop.tokenizer_files': Room('data errors strict_json', 'tokenizers'),
   'training': Room(
     f'{_MODEL} disk signals data parallel.multihost model',
     f'{_STATE} tensorboardX',

@@ -104,9 +104,8 @@ def _parser() -> argparse.ArgumentParser:
   command = add('import', 'import_', about, 'checkpoint', 'workdir')
   command.add_argument(
     '--tokenizer',
-    default='bytes',
-    help="data.tokenizer of the workdir's config, a name or a file"
-    ' (%(default)s)',
+    help="data.tokenizer of the workdir's config, a name or a file; that in the"
+    " checkpoint's folder if left out, or bytes without one",
   )
   about = 'makes a released checkpoint of a workdir'
   command = add('export', 'export', about, 'workdir', 'checkpoint')

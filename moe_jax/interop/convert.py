@@ -30,18 +30,22 @@ from moe_jax.interop.formats.base import read_json
 _LONGEST = 'max_position_embeddings'
 
 
-def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
+def import_(checkpoint: Path, workdir: Path, tokenizer: str | None) -> str:
   """Makes a workdir of a released checkpoint; returns the report.
 
   Args:
     checkpoint: The folder of the released checkpoint.
     workdir: The directory of the run, which must not be there.
-    tokenizer: The `data.tokenizer` of the run's config.
+    tokenizer: The `data.tokenizer` of the run's config; None for the tokenizer
+      in the folder, or `bytes` where there is none.
 
   Raises:
     UserError: The checkpoint cannot be read, or the workdir not be written.
   """
-  format, _ = formats.read(checkpoint)
+  format, described = formats.read(checkpoint)
+  told = ''
+  if tokenizer is None:
+    tokenizer, told = _own_tokenizer(checkpoint, described.model.vocab_size)
   checkpoint_lib.check_tokenizer(tokenizer)
   refuse_pattern('workdir', str(workdir))
   check_output(workdir)
@@ -55,7 +59,29 @@ def import_(checkpoint: Path, workdir: Path, tokenizer: str) -> str:
       checkpoint_lib.read_run(aside).model, (sections, params)
     )
   report = f'{workdir}: the model of {checkpoint} ({format}); {equal}'
-  return report + checkpoint_lib.other_ids(config)
+  return report + (told or checkpoint_lib.other_ids(config))
+
+
+def _own_tokenizer(checkpoint: Path, vocab_size: int) -> tuple[str, str]:
+  """Returns the `data.tokenizer` of a folder, and what is told of it.
+
+  Raises:
+    UserError: The file is damaged, or has more ids than the model.
+  """
+  own = tokenizer_files.read(checkpoint)
+  if own is None:
+    return 'bytes', ''
+  path = checkpoint / own.file_name
+  added = '' if own.has_eos else f', counting the {own.eos} that it lacks,'
+  sizes = f'{path} has {own.vocab_size} ids{added} and the model {vocab_size}'
+  if own.vocab_size > vocab_size:
+    raise UserError(
+      f'{sizes}; --tokenizer=PATH names one that fits, and --tokenizer=bytes'
+      ' imports the model without its own'
+    )
+  of_bytes = own.content == tokenizer_files.of_bytes()
+  name = 'bytes' if of_bytes else str(path)
+  return name, f'\n  data.tokenizer = {name!r}: {sizes}'
 
 
 def export(

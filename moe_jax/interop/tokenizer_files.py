@@ -1,5 +1,6 @@
 """Tokenizers as transformers' `AutoTokenizer.from_pretrained` reads them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,35 @@ from tokenizers import decoders, models, pre_tokenizers
 from moe_jax import strict_json
 from moe_jax.data import subwords
 from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from moe_jax.errors import UserError
 
 # It reads either file as it is; classes of models rebuild some of it.
 _CLASS = 'PreTrainedTokenizerFast'
+
+
+def read(folder: Path) -> subwords.SubwordTokenizer | None:
+  """Reads the tokenizer that lies beside a released checkpoint.
+
+  Of a `tokenizer.json` and a `tokenizer.model` it is the former, which
+  `AutoTokenizer` takes too.
+
+  Args:
+    folder: The folder of the checkpoint.
+
+  Returns:
+    The tokenizer, or None where there is neither file.
+
+  Raises:
+    UserError: The file cannot be read, or is damaged.
+  """
+  for kind in (subwords.HuggingFaceTokenizer, subwords.SentencePieceTokenizer):
+    path = folder / kind.file_name
+    if os.path.lexists(path):  # a link to nowhere is told, too
+      try:
+        return subwords.load(str(path), 'the tokenizer of the checkpoint')
+      except UserError as error:
+        raise UserError(f'{error}; --tokenizer names another') from error
+  return None
 
 
 def write(folder: Path, tokenizer: Tokenizer, max_positions: int) -> str:

@@ -44,7 +44,7 @@ def errors(*arguments: Any) -> str:
 @pytest.fixture(scope='module')
 def import_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
   workdir = tmp_path_factory.mktemp('imported') / 'run'
-  said = convert.import_(RELEASED / 'cartesian', workdir, 'bytes')
+  said = convert.import_(RELEASED / 'cartesian', workdir, None)
   return workdir, said
 
 

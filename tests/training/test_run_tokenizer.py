@@ -197,7 +197,7 @@ def test_an_export_has_no_padding_and_the_tokenizer(
   assert kept == vocabularies.content('bpe')
 
   imported = tmp_path / 'imported'
-  convert.import_(folder, imported, str(folder / 'tokenizer.json'))
+  convert.import_(folder, imported, None)
   shutil.rmtree(folder)
   ids = np.arange(300).reshape(2, 150)
   model, tokenizer, _ = pretrained.load(imported)
