@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moe_jax import cli
+from moe_jax.config import saved
 from moe_jax.errors import UserError
 from moe_jax.planning import plan
-from tests.helpers import tiny
+from tests.helpers import tiny, vocabularies
 
 ROOT = Path(__file__).parents[1]
 BYTES = 257  # V of the byte tokenizer
@@ -41,6 +44,22 @@ def test_a_given_vocabulary_reads_no_data() -> None:
     for config in (config, tiny.config())
   )
   assert bytes_ - given == 2 * 32 * (BYTES - 61)
+
+
+@pytest.mark.parametrize('size_now', [0, 97])
+def test_a_run_is_planned_with_the_tokenizer_that_it_kept(
+  size_now: int, tmp_path: Path
+) -> None:
+  """Its file is gone, or has become another one."""
+  named, workdir = tmp_path / 'named.json', tmp_path / 'run'
+  config = tiny.config(data__tokenizer=vocabularies.of_size(named, 61))
+  workdir.mkdir()
+  shutil.move(named, workdir / 'tokenizer.json')
+  (workdir / 'config.json').write_text(saved.to_json(config))
+  if size_now:
+    vocabularies.of_size(named, size_now)
+  read, _ = cli.parse(['plan', f'--workdir={workdir}'], workdir=False)
+  assert plan.make(read, 1)['vocabulary']['ids'] == 61
 
 
 def test_strategy_is_resolved() -> None:

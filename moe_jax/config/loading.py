@@ -80,9 +80,9 @@ def of_run(workdir: str, path: str = '') -> ConfigDict:
   if os.path.isfile(record):
     load_extensions(_extensions_in(record), record)
   config = _checked(path, config)
-  kept = os.path.join(workdir, files.tokenizer_file(config.data.tokenizer))
-  if os.path.isfile(kept) and not os.path.exists(config.data.tokenizer):
-    config.data.tokenizer = kept
+  if os.path.basename(path) == saved.CONFIG_FILE:
+    named = config.data.tokenizer
+    config.data.tokenizer = saved.own_tokenizer(workdir, named) or named
   # The workdir may be a stranger's: who runs code by its config says so anew.
   config.data.allow_community = False
   return config

@@ -1,5 +1,8 @@
 """A run's config beside its checkpoints, and what may change on resume."""
 
+import contextlib
+import filecmp
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +50,28 @@ def from_json(text: str) -> ConfigDict:
   if not isinstance(given, dict):
     raise ValueError(f'a {type(given).__name__} and not an object')
   return ConfigDict(_filled(given, get_config().to_dict())).lock()
+
+
+def own_tokenizer(workdir: str, named: str) -> str:
+  """Returns the file that is the tokenizer of the run in `workdir`.
+
+  It is what the run made a copy of, while that has the same content, and
+  otherwise the copy.
+
+  Args:
+    workdir: The directory of the run.
+    named: The `data.tokenizer` of its config.
+
+  Returns:
+    The path; '' where there is no copy.
+  """
+  kept = os.path.join(workdir, files.tokenizer_file(named))
+  if not os.path.isfile(kept):
+    return ''
+  with contextlib.suppress(OSError):
+    if filecmp.cmp(kept, named, shallow=False):
+      return named
+  return kept
 
 
 def changed_meaning(

@@ -6,6 +6,7 @@ import sys
 from ml_collections import ConfigDict
 
 from moe_jax import files
+from moe_jax.config import saved as saved_config
 from moe_jax.data import subwords, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
@@ -26,35 +27,36 @@ def build(config: ConfigDict, workdir: str) -> Tokenizer:
   Raises:
     UserError: As `tokenizers.build`; or the config names another tokenizer.
   """
-  path, kept, saved = config.data.tokenizer, *_kept(workdir)
-  if not kept or not files.tokenizer_file(path):
+  path, (own, named) = files.expand(config.data.tokenizer), _own(workdir)
+  if not own or not files.tokenizer_file(path):
     return tokenizers.build(config.data)
-  own = subwords.load(kept, 'the tokenizer of the run')
-  if not os.path.exists(files.expand(path)):
-    return own
-  given = subwords.load(path)
-  if given.fingerprint == own.fingerprint:
-    return own
-  if path != saved:
-    raise UserError(
-      f'data.tokenizer = {path!r} is {given.name}, and the run in {workdir} has'
-      f' {own.name}, {kept}: leave data.tokenizer as it was, or give another'
-      ' --workdir'
-    )
-  if multihost.is_main_process():
+  tokenizer = subwords.load(own, 'the tokenizer of the run')
+  if path not in (own, named):
+    _check_same(path, tokenizer, f'the run in {workdir}', own)
+  elif own != named and os.path.exists(named) and multihost.is_main_process():
     print(
-      f'data.tokenizer = {path!r} is {given.name} now; the run has {own.name}'
-      f' and reads its own copy, {kept}',
+      f'data.tokenizer = {named!r} has changed; the run in {workdir} has'
+      f' {tokenizer.name} and reads its own copy, {own}',
       file=sys.stderr,
     )
-  return own
+  return tokenizer
 
 
-def _kept(workdir: str) -> tuple[str, str]:
-  """Returns the copy and the file that it was made of; '' without one."""
+def _own(workdir: str) -> tuple[str, str]:
+  """Returns the file of the run, '' without one, and what its config names."""
   if not workdir or not os.path.isfile(run_dir.config_path(workdir)):
     return '', ''
-  saved = str(run_dir.config_of(workdir)['data']['tokenizer'])
-  name = files.tokenizer_file(saved)
-  kept = os.path.join(workdir, name)
-  return (kept, saved) if name and os.path.isfile(kept) else ('', '')
+  named = files.expand(str(run_dir.config_of(workdir)['data']['tokenizer']))
+  return saved_config.own_tokenizer(workdir, named), named
+
+
+def _check_same(path: str, own: Tokenizer, run: str, file: str) -> None:
+  """Refuses a file that is there and is not the tokenizer of the run."""
+  if not os.path.exists(path):
+    return
+  given = subwords.load(path)
+  if given.fingerprint != own.fingerprint:
+    raise UserError(
+      f'data.tokenizer = {path!r} is {given.name}, and {run} has {own.name},'
+      f' {file}: leave data.tokenizer as it was, or give another --workdir'
+    )

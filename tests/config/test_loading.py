@@ -180,6 +180,33 @@ def test_a_saved_config_allows_no_community(tmp_path: Path) -> None:
   )
 
 
+def test_a_run_has_its_copy_of_a_tokenizer_that_is_another_now(
+  tmp_path: Path,
+) -> None:
+  named, workdir = tmp_path / 'named.json', tmp_path / 'run'
+  config = config_lib.get_config()
+  config.data.tokenizer = str(named)
+  workdir.mkdir()
+  (workdir / 'config.json').write_text(saved.to_json(config))
+  (workdir / 'other.json').write_text(saved.to_json(config))
+
+  def tokenizer(name: str = 'config.json') -> str:
+    return loading.load(str(workdir / name)).data.tokenizer
+
+  assert tokenizer() == str(named)  # which is told when it is read
+  kept = workdir / 'tokenizer.json'
+  kept.write_text('{"a": 1}')
+  assert tokenizer() == str(kept)
+  named.write_text('{"a": 1}')
+  assert tokenizer() == str(named)
+  named.write_text('{"a": 2}')
+  assert tokenizer() == str(kept)
+  assert tokenizer('other.json') == str(named)  # no run's own
+  named.unlink()
+  os.mkfifo(named)
+  assert tokenizer() == str(kept)
+
+
 @pytest.mark.parametrize('text', ['[' * 10**5, '{"a":' * 900 + '1' + '}' * 900])
 def test_a_config_that_is_nested_too_deeply(text: str, tmp_path: Path) -> None:
   (tmp_path / 'config.json').write_text(text)
