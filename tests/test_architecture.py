@@ -79,7 +79,7 @@ ROOMS = {
   ),
   'evaluation': Room(
     f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training',
-    'jax ml_collections',
+    'jax ml_collections numpy',
   ),
   # The one page that knows everyone.
   'training.loop': Room(

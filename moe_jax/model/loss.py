@@ -53,10 +53,13 @@ class Loss(NamedTuple):
   Attributes:
     sum: The weighted sum over all tokens, [].
     of_token_BL: What each token adds to it; without a gradient.
+    is_best_BL: Whether no id is likelier than a token's target, bool; one of
+      several equally likely ones is.
   """
 
   sum: jax.Array
   of_token_BL: jax.Array
+  is_best_BL: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,7 +132,7 @@ def _computed(
     ),
     mesh=mesh,
     in_specs=(tokens, head_specs, tokens),
-    out_specs=(specs(P(), tokens), gradient_specs),
+    out_specs=(specs(P(), tokens, tokens), gradient_specs),
     check_vma=True,
   )(x_BLD, head, targets)
 
@@ -193,9 +196,12 @@ def _local(
       rest,
     )
   loss, head_grad = total
-  loss_C, grad_CD = of_tokens
-  loss_T = loss_C.reshape(-1)[: len(x_TD)]
-  found = Loss(loss, loss_T.reshape(targets.ids_BL.shape))
+  loss_C, best_C, grad_CD = of_tokens
+
+  def whole(of_chunks: jax.Array) -> jax.Array:
+    return of_chunks.reshape(-1)[: len(x_TD)].reshape(targets.ids_BL.shape)
+
+  found = Loss(loss, whole(loss_C), whole(best_C))
   if grad_CD is None or head_grad is None:
     return found, None
   grad_TD = grad_CD.reshape(-1, x_TD.shape[1])[: len(x_TD)]
@@ -204,8 +210,9 @@ def _local(
 
 # The sum of the loss of some tokens, and its gradient in the head.
 _Sums = tuple[jax.Array, Head | None]
-# The loss of each of them [C], and the gradient of that in `x_CD`.
-_OfTokens = tuple[jax.Array, jax.Array | None]
+# The loss of each of them [C], whether its target is the best [C], and the
+# gradient of the loss in `x_CD`.
+_OfTokens = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
 def _chunk(
@@ -230,9 +237,9 @@ def _chunk(
   sum_C = over.sum(shares_CV.sum(-1))
   own_C = over.sum(_look_up(logits_CV, here_C))
   loss_C = (jnp.log(sum_C) + top_C - own_C) * weights_C
-  loss = loss_C.sum()
+  loss, best_C = loss_C.sum(), own_C == top_C
   if not with_gradient:
-    return (loss, None), (loss_C, None)
+    return (loss, None), (loss_C, best_C, None)
   own_CV = jnp.arange(weight_DV.shape[1]) == here_C[:, None]
   grad_CV = shares_CV * (weights_C / sum_C)[:, None]
   grad_CV = jnp.where(own_CV, grad_CV - weights_C[:, None], grad_CV)
@@ -245,7 +252,7 @@ def _chunk(
     'CV,DV->CD', grad_CV, weight_DV, preferred_element_type=jnp.float32
   )
   grad_CD = over.sum(grad_CD).astype(x_CD.dtype)
-  return (loss, Head(weight_grad_DV, bias_grad_V)), (loss_C, grad_CD)
+  return (loss, Head(weight_grad_DV, bias_grad_V)), (loss_C, best_C, grad_CD)
 
 
 class _Vocabulary(NamedTuple):

@@ -80,7 +80,7 @@ def total_loss(
     a mixture `sources`, a `SourceLoss`.
   """
   with jax.named_scope('loss'):
-    loss, loss_BL = cross_entropy(mesh, x_BLD, head, targets)
+    loss, loss_BL, _ = cross_entropy(mesh, x_BLD, head, targets)
   metrics: Metrics = {'loss': loss, 'load': load}
   if source_BS is not None:
     metrics['sources'] = SourceLoss(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import mixture
 from moe_jax.model.attention import AttentionState, segments_of
 from moe_jax.model.decoder import Decoder, Hidden
-from moe_jax.model.loss import Targets, cross_entropy
+from moe_jax.model.loss import Loss, Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.routing.gates import GATES
@@ -111,18 +111,12 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   def eval_step(
     params: Any, batch: Batch, attention_state: AttentionState
   ) -> Metrics:
-    model: Decoder = nnx.merge(setup.eval_graphdef, params)
-    x_BLD, load, attention_state = model.hidden(
-      batch['token_ids'],
-      batch['padding_mask'],
-      attention_state=attention_state,
-      segments=segments_of(batch),
+    loss, load, attention_state = _evaluated(
+      setup, params, batch, attention_state
     )
-    mask_BL = _target_mask(batch)
-    targets = Targets(batch['targets'], mask_BL.astype(jnp.float32))
     return {
-      'nll': cross_entropy(setup.mesh, x_BLD, model.head(), targets).sum,
-      'targets': mask_BL.sum(),
+      'nll': loss.sum,
+      'targets': _target_mask(batch).sum(),
       'load': load,
       'attention_state': attention_state,
     }
@@ -148,6 +142,55 @@ def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
     return jitted(params, batch, attention_state)
 
   return evaluate
+
+
+class Scores(NamedTuple):
+  """What a model says of the targets of a batch.
+
+  Attributes:
+    log_probability_BL: That of each, float32; 0 where nothing is predicted.
+    is_best_BL: Whether no token is likelier, bool; True where nothing is.
+  """
+
+  log_probability_BL: jax.Array
+  is_best_BL: jax.Array
+
+
+def make_score_step(setup: Setup) -> Callable[[Any, Batch], Scores]:
+  """Returns the jitted scoring of a batch, every row a text from its beginning.
+
+  Returns:
+    A function of (params, batch), whose result every device has whole.
+  """
+
+  def score_step(params: Any, batch: Batch) -> Scores:
+    loss, *_ = _evaluated(setup, params, batch, None)
+    return Scores(-loss.of_token_BL, loss.is_best_BL | ~_target_mask(batch))
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract['params'])
+  return jax.jit(
+    score_step,
+    in_shardings=(shardings, mesh_lib.batch_sharding(setup.mesh)),
+    out_shardings=mesh_lib.replicated(setup.mesh),
+    compiler_options=mesh_lib.compiler_options(setup.mesh),
+  )
+
+
+def _evaluated(
+  setup: Setup, params: Any, batch: Batch, attention_state: AttentionState
+) -> tuple[Loss, Load | None, AttentionState]:
+  """Returns the loss of a batch's targets, the load and the next state."""
+  model: Decoder = nnx.merge(setup.eval_graphdef, params)
+  x_BLD, load, attention_state = model.hidden(
+    batch['token_ids'],
+    batch['padding_mask'],
+    attention_state=attention_state,
+    segments=segments_of(batch),
+  )
+  mask_BL = _target_mask(batch)
+  targets = Targets(batch['targets'], mask_BL.astype(jnp.float32))
+  loss = cross_entropy(setup.mesh, x_BLD, model.head(), targets)
+  return loss, load, attention_state
 
 
 def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:

@@ -100,6 +100,24 @@ def test_equals_float64(
     np.testing.assert_allclose(ours / 3, exact, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize('axes', MESHES.values(), ids=MESHES)
+def test_tells_which_targets_are_the_best(
+  axes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """About half of them; in training and in evaluation."""
+  monkeypatch.setitem(module.CHUNK, 'cpu', 3)
+  x, head, (ids, weights) = random_case(32, True)
+  best = (x @ head.weight_DV + head.bias_V).argmax(-1)
+  chosen = np.random.default_rng(1).uniform(size=ids.shape) < 0.5
+  ids = np.where(chosen, best, ids)
+  training, evaluation, _ = run(
+    mesh_of(axes), x, head, Targets(ids, weights), 'float32'
+  )
+  assert 10 < (ids == best).sum() < 30
+  np.testing.assert_array_equal(evaluation.is_best_BL, ids == best)
+  np.testing.assert_array_equal(training.is_best_BL, ids == best)
+
+
 def test_operands_are_rounded_and_sums_are_not() -> None:
   """bfloat16: exact but for the rounding of what goes into the matmuls."""
   x, head, targets = random_case(32, True)

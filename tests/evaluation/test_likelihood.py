@@ -1,0 +1,144 @@
+"""Scores of continuations against float64, in batches of few shapes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from moe_jax.evaluation import likelihood
+from moe_jax.evaluation.likelihood import Request, Scorer, batches
+from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.training import state
+from tests.helpers import oracle, oracle_span, tiny
+
+MESHES = {
+  'one device': {},
+  'eight': {'data': 2, 'expert': 2, 'tensor': 2},
+}
+SPAN = {
+  'model.positions': 'span',
+  'model.span': 6,
+  'model.norm_place': 'post',
+}
+
+
+def made(
+  axes: dict[str, int], **changes: Any
+) -> tuple[ConfigDict, state.Setup, Any]:
+  """A tiny model on a mesh: the config, the setup and its parameters."""
+  config = tiny.config(
+    **{'model.num_layers': 1, 'eval.batch_size': 4} | changes
+  )
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
+  devices = jax.devices()[: int(np.prod(list(shape.values())))]
+  setup = state.setup(config, tiny.VOCAB, mesh_lib.make_mesh(shape, devices))
+  # Large, so that some tokens are likely and others are not.
+  params = jax.tree.map(
+    lambda leaf, place: jax.device_put(3 * leaf, place.sharding),
+    tiny.decoder(config)[1],
+    setup.abstract['params'],
+  )
+  return config, setup, params
+
+
+def drawn(config: ConfigDict, params: Any, count: int) -> list[Request]:
+  """Sequences of all lengths, every third of which ends greedily."""
+  rng = np.random.default_rng(0)
+  requests = []
+  for number in range(count):
+    size = int(rng.integers(2, config.data.seq_len + 2))
+    ids = rng.integers(tiny.VOCAB, size=size, dtype=np.int32)
+    scored = int(rng.integers(1, size))
+    if number % 3 == 0:
+      ids, scored = np.resize(ids, min(size, 6)), 1
+      ids[-1] = logits(config, params, ids[:-1])[-1].argmax()
+    requests.append(Request(ids, scored))
+  return requests
+
+
+def logits(config: ConfigDict, params: Any, ids_L: np.ndarray) -> np.ndarray:
+  """[L, V] of the oracle, float64."""
+  if config.model.positions == 'span':
+    return oracle_span.Sequence(config, params).run(ids_L)
+  return oracle.Sequence(config, params).run(ids_L)
+
+
+@pytest.mark.parametrize('axes', MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+  'changes',
+  [{'moe.factors': 2, 'router.recurrent': 'gru'}, SPAN],
+  ids=['cartesian rmoe', 'span'],
+)
+def test_equals_the_oracle(
+  axes: dict[str, int], changes: dict[str, Any]
+) -> None:
+  config, setup, params = made(axes, **changes)
+  requests = drawn(config, params, 13)
+  told: list[int] = []
+  found = Scorer(setup, params)(requests, told.append)
+  assert sum(told) == len(found) == len(requests)
+  for (ids, count), score in zip(requests, found, strict=True):
+    rows = oracle.softmax(logits(config, params, ids[:-1]))[-count:]
+    expected = np.log(rows[np.arange(count), ids[-count:]]).sum()
+    assert score.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert score.is_greedy == (rows.argmax(-1) == ids[-count:]).all()
+  assert 0 < sum(score.is_greedy for score in found) < len(found)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_every_request_has_a_row_in_a_batch_that_is_long_enough(
+  seed: int,
+) -> None:
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 300, rng.integers(1, 200))
+  planned = batches(lengths, tokens=1024, longest=299, groups=4)
+  numbers = np.concatenate([batch.numbers for batch in planned])
+  assert sorted(numbers) == [*range(len(lengths))]
+  for batch in planned:
+    assert lengths[batch.numbers].max() <= batch.length <= 299
+    assert len(batch.numbers) <= batch.rows and batch.rows % 4 == 0
+    assert batch.rows * batch.length <= max(1024, 4 * batch.length)
+  assert [b.length for b in planned] == sorted(
+    (b.length for b in planned), reverse=True
+  )
+
+
+def test_shapes_are_those_that_cost_the_least() -> None:
+  """Of all ways to cut the lengths that there are, by trying each."""
+  rng = np.random.default_rng(0)
+  tokens = 64
+  for _ in range(20):
+    lengths = 16 * rng.choice([1, 2, 3, 5, 8, 9], rng.integers(1, 90))
+    planned = batches(lengths, tokens=tokens, longest=144, groups=1)
+    chosen = {batch.length for batch in planned}
+    assert cost(lengths, chosen, tokens) == min(
+      cost(lengths, set(edges), tokens) for edges in subsets(set(lengths))
+    )
+
+
+def cost(lengths: np.ndarray, edges: set[int], tokens: int) -> int:
+  """Tokens with padding, and what compiling these lengths is worth."""
+  padded = sum(min(e for e in edges if e >= each) for each in lengths)
+  return padded + likelihood._COMPILATION * tokens * len(edges)
+
+
+def subsets(lengths: set[int]) -> list[list[int]]:
+  """All sets of lengths that have the longest."""
+  *others, longest = sorted(lengths)
+  masks = range(2 ** len(others))
+  return [
+    [longest, *(n for i, n in enumerate(others) if mask >> i & 1)]
+    for mask in masks
+  ]
+
+
+def test_few_requests_are_one_shape() -> None:
+  planned = batches(np.array([3, 40, 200]), 4096, longest=256, groups=2)
+  assert [(b.rows, b.length) for b in planned] == [(4, 208)]
+
+
+def test_nothing_to_score() -> None:
+  _, setup, params = made({})
+  assert Scorer(setup, params)([]) == []
