@@ -30,7 +30,8 @@ In these files a letter stands for something else:
   N  after U, the experts of each device       `experts.row_exchange`,
                                                `experts.ragged_exchange`
   X  parts that a device's rows arrive in      the same
-  P  points of a curve, W  MoE layers          `analysis.plots`, `.runs`
+  P  points of a curve, W  MoE layers          `analysis.plots`, `.runs`,
+                                               `training.metrics`
   W  routers, I  bins, C  classes of tokens    `analysis` else
 
 As a library: `from moe_jax import layers, load`.

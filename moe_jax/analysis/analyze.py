@@ -34,6 +34,7 @@ from moe_jax.model import build
 from moe_jax.model.attention import AttentionState, segments_of
 from moe_jax.model.decoder import Decoder, Hidden
 from moe_jax.model.loss import Targets
+from moe_jax.model.routers import by_router
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.routing.selection import Routing
@@ -151,26 +152,10 @@ class _Analysis:
     if self._tagger is not None:
       classes = token_classes.Alignment(tokenizer, self._tagger)
       self._classes = self._sequences.of_classes(classes)
+    self.names = config_lib.router_names(config)
     self._num_experts: int = config.moe.num_experts
     self._num_rated = build.make_select(config, 0).num_logits
     self._checkpoint_program = self._jit(self._of_checkpoint)
-
-  @property
-  def names(self) -> list[str]:
-    """The name of every router: its layer, and its factor if it has several."""
-    factors = self.config.moe.factors
-    letters = [chr(ord('A') + s) for s in range(factors)]
-    return [
-      f'{layer}{letter if factors > 1 else ""}'
-      for layer in self._layers
-      for letter in letters
-    ]
-
-  @property
-  def _layers(self) -> list[int]:
-    """The numbers of the MoE layers, from 1 on."""
-    kinds = config_lib.layer_kinds(self.config)
-    return [i for i, kind in enumerate(kinds, start=1) if kind == 'moe']
 
   def of_params(
     self, params: Params, tokens: int, passage: int
@@ -189,7 +174,7 @@ class _Analysis:
       'tokens': int(statistics.total.tokens),
       'routers': {
         'names': names,
-        'layers': np.repeat(self._layers, factors),
+        'layers': np.repeat(config_lib.moe_layers(config), factors),
         'experts': self._num_experts,
         'null_experts': self._num_rated - self._num_experts,
         'top_k': top_k,
@@ -415,7 +400,7 @@ class _Analysis:
 
     def norms(*of_terms: float) -> jax.Array:
       [gradient] = pull(tuple(map(jnp.float32, of_terms)))
-      trees = parameters.by_router(parameters.joined(gradient), config)
+      trees = by_router(parameters.joined(gradient), config)
       return jnp.stack([parameters.norms(tree) for tree in trees])
 
     routing = routing_lib.by_router(routing, mask_BL.size)
@@ -480,13 +465,11 @@ class _Analysis:
 
   def _of_weights(self, params: Params) -> dict[str, Any]:
     """Returns what the parameters say without any token."""
-    declared = parameters.by_router(
-      self.setup.declarations, self.config, stacked=False
-    )
+    declared = by_router(self.setup.declarations, self.config, stacked=False)
     key_r, key_e = parameters.ROUTER, parameters.EXPERTS
 
     def similar(params: Params) -> jax.Array:
-      trees = parameters.by_router(params, self.config)
+      trees = by_router(params, self.config)
       return jnp.stack(
         [
           parameters.expert_similarity(tree[key_e], of_tree[key_e])
@@ -495,7 +478,7 @@ class _Analysis:
       )
 
     def norms(params: Params) -> tuple[list[Any], list[Any]]:
-      trees = parameters.by_router(params, self.config)
+      trees = by_router(params, self.config)
       pairs = list(zip(trees, declared, strict=True))
       return (
         [

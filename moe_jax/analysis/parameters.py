@@ -5,12 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from moe_jax import parameter
 from moe_jax.analysis.routing import similarity
-from moe_jax.config import layer_kinds
-from moe_jax.model import build
 from moe_jax.parameter import EXPERT, FIXED, LOGIT
 
 ROUTER, EXPERTS = 'router', 'experts'  # in an MoE sub-layer
@@ -28,31 +25,6 @@ def joined(*flat: dict) -> Any:
   return traverse_util.unflatten_dict(
     {k: v for d in flat for k, v in d.items()}
   )
-
-
-def by_router(tree: Any, config: ConfigDict, stacked: bool = True) -> list[Any]:
-  """Returns the tree of every MoE sub-layer, from the lowest.
-
-  Args:
-    tree: The parameters, or part of them, or a tree like theirs.
-    config: The config of the model.
-    stacked: Whether leaves are arrays, those of scanned layers stacked.
-  """
-  kinds, found = layer_kinds(config), []
-  first, period = build.repetition(kinds, config.moe.every)
-  for layer, kind in enumerate(kinds):
-    if kind != 'moe':
-      continue
-    repetition, place = divmod(layer - first, period)
-    scanned = layer >= first
-    blocks = tree['periods' if scanned else 'prefix']['blocks']
-    chain = blocks[place if scanned else layer]['chain']
-    for factor in range(config.moe.factors):
-      sub_layer = chain['sub_layers'][factor]
-      if scanned and stacked:
-        sub_layer = jax.tree.map(lambda a, p=repetition: a[p], sub_layer)
-      found.append(sub_layer)
-  return found
 
 
 def norms(tree: Any) -> jax.Array:

@@ -135,6 +135,7 @@ _DENSE = {
   'router.jitter': 0.0,
   'loss.bias_rate': 0.0,
   'optimizer.freeze': 'none',
+  'train.router_gradients_every': 0,
   'eval.disable_top': 0,
 }
 

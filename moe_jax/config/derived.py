@@ -63,6 +63,25 @@ def layer_kinds(config: ConfigDict) -> tuple[str, ...]:
   return tuple(kind(layer) for layer in range(config.model.num_layers))
 
 
+def moe_layers(config: ConfigDict) -> list[int]:
+  """Returns the numbers of the MoE layers, counted from 1 over all layers."""
+  kinds = layer_kinds(config)
+  return [i for i, kind in enumerate(kinds, start=1) if kind == 'moe']
+
+
+def router_names(config: ConfigDict) -> list[str]:
+  """Returns the name of every router, from the lowest.
+
+  It is the number of its layer, as '3', and where that has several sub-layers
+  their letters, as '3A' and '3B'.
+  """
+  factors = config.moe.factors
+  letters = [chr(ord('A') + s) for s in range(factors)] if factors > 1 else ['']
+  return [
+    f'{layer}{letter}' for layer in moe_layers(config) for letter in letters
+  ]
+
+
 def head_dim(config: ConfigDict) -> int:
   """Returns the size of one attention head."""
   model = config.model

@@ -510,6 +510,13 @@ KEYS = {
     path=True,
   ),
   'train.log_every': Key(10, 'Steps between two logged ones.', resume=True),
+  'train.router_gradients_every': Key(
+    0,
+    'Steps between two that measure the gradients of the cross entropy and of'
+    ' the balance loss in the routers, apart, for about the time of a step'
+    ' more; 0 never.',
+    resume=True,
+  ),
   'train.check_replicas_every': Key(
     0,
     'Steps between two checks that devices hold the same bits where they'

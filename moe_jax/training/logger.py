@@ -4,19 +4,28 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from moe_jax.config import mixture, saved
+from moe_jax.config import mixture, router_names, saved
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
 from moe_jax.training import device_peaks, terminal
-from moe_jax.training.metrics import routing_metrics, source_losses
+from moe_jax.training.metrics import (
+  load_map,
+  router_scalars,
+  routing_metrics,
+  source_losses,
+)
 from moe_jax.training.metrics_writer import MetricsWriter
+from moe_jax.training.router_gradients import ROUTER_GRADIENTS
 from moe_jax.training.state import Setup
+
+_PICTURES = 100  # of a run; TensorBoard shows ten of them
 
 
 class Logger:
@@ -42,6 +51,8 @@ class Logger:
     config, start = setup.config, restored or 0
     self._steps = config.train.steps
     self._sources = mixture.names(config.data)
+    self._routers = router_names(config)
+    self._pictured: int | None = None
     self._tokens_per_step = config.train.batch_size * config.data.seq_len
     params = setup.abstract['params']
     self._flops_per_token = sizes.flops_per_token(
@@ -108,9 +119,18 @@ class Logger:
     now = time.perf_counter()
     self._first_seconds = now - self._began
     self.say(f'first step after {terminal.duration(self._first_seconds)}')
-    self._read_at, self._since = self._start + 1, now
+    self._read_at, self._since, self._paused = self._start + 1, now, 0.0
     self._waited_before = waited
     return True
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out of the pace of training what happens meanwhile."""
+    began = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._paused += time.perf_counter() - began
 
   def note(self, step: int, metrics: dict[str, Any], waited: float) -> None:
     """Keeps the metrics of a step that has just been dispatched.
@@ -132,6 +152,7 @@ class Logger:
       return
     (step, metrics), self._noted = self._noted, None
     load, found = metrics.pop('load'), metrics.pop('sources', None)
+    gradients = metrics.pop(ROUTER_GRADIENTS, {})
     values = {name: float(value) for name, value in metrics.items()}
     loss = values['loss']
     speed, data_wait = self._pace(step)
@@ -141,12 +162,21 @@ class Logger:
     values |= {'skipped_steps': skipped_steps, 'tokens_per_second': speed}
     values['data_wait'] = data_wait
     values |= source_losses(self._sources, found)
-    values |= achieved | routing_metrics(load)
-    self._writer.write(step, 'train', values)
-    left = (self._steps - step) * self._tokens_per_step / speed
+    routing = routing_metrics(load)
+    values |= achieved | routing | gradients
+    details = router_scalars(self._routers, values)
+    pictures = self._pictures(step, routing)
+    self._writer.write(step, 'train', values, details, pictures)
     self.say(
       terminal.progress_line(
-        step, self._steps, loss, speed, left, achieved.get('mfu'), data_wait
+        step,
+        self._steps,
+        loss,
+        speed,
+        (self._steps - step) * self._tokens_per_step / speed,
+        achieved.get('mfu'),
+        data_wait,
+        _busiest(routing),
       )
     )
     self._results['train'] = {'loss': loss}
@@ -216,6 +246,16 @@ class Logger:
       + (stopped if done < self._steps else '')
     )
 
+  def _pictures(
+    self, step: int, routing: Mapping[str, Any]
+  ) -> dict[str, np.ndarray]:
+    """Returns the load of all experts as a picture, at every 100th of a run."""
+    place = step * _PICTURES // self._steps
+    if not routing or place == self._pictured:
+      return {}
+    self._pictured = place
+    return {'expert_load': load_map(routing['expert_counts'])}
+
   def _pace(self, step: int) -> tuple[float, float]:
     """Returns tokens a second, and the share of the time in which data lacked.
 
@@ -234,3 +274,10 @@ class Logger:
     tokens = (step - self._read_at) * self._tokens_per_step
     self._read_at, self._since, self._paused = step, now, 0.0
     return tokens / seconds, min(waited / seconds, 1.0)
+
+
+def _busiest(routing: Mapping[str, Any]) -> tuple[float, int] | None:
+  """Returns what a progress line says of the experts; None without any."""
+  if not routing:
+    return None
+  return float(routing['max_load'].max()), int(routing['idle_experts'].sum())

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -28,10 +28,15 @@ from moe_jax.training.recovery import (
   Trouble,
   forgetting,
 )
+from moe_jax.training.router_gradients import (
+  ROUTER_GRADIENTS,
+  MeasureNorms,
+  make_router_norms,
+)
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.signals import SignalHandler
 from moe_jax.training.state import Setup, TrainState
-from moe_jax.training.step import TrainStep, make_train_step
+from moe_jax.training.step import Batch, TrainStep, make_train_step
 from moe_jax.training.watchdog import Watchdog, waits_for
 
 
@@ -137,6 +142,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         parts = _Run(
           setup,
           make_train_step(setup),
+          make_router_norms(setup),
           batches,
           evaluations,
           checkpointer,
@@ -172,6 +178,7 @@ class _Run(NamedTuple):
 
   setup: Setup
   train_step: TrainStep
+  router_norms: MeasureNorms
   batches: Batches
   evaluations: list[Evaluation]
   checkpointer: Checkpointer
@@ -201,14 +208,18 @@ def _steps(
   Returns:
     The state, the step, and why the run has to go back, if it has to.
   """
-  setup, train_step, batches, _, _, recovery, logger, profiler, signals = run
-  config, steps, step = setup.config, setup.config.train.steps, start
+  train_step, recovery, logger = run.train_step, run.recovery, run.logger
+  batches, profiler, signals = run.batches, run.profiler, run.signals
+  config, step = run.setup.config, start
+  steps = config.train.steps
   stopped = False
   for step in range(start + 1, steps + 1):
     waits_for(f'step {step}')
     profiler.start(step)
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
-      state, metrics = train_step(state, next(batches))
+      batch = next(batches)
+      measured = _router_gradients(run, state, step, batch)
+      state, metrics = train_step(state, batch)
     profiler.stop(step, metrics)
     # Of the step before, now that this one runs.
     if trouble := recovery.trouble():
@@ -221,8 +232,8 @@ def _steps(
 
     stopped = signals.stops()
     last = stopped or step == steps
-    if _due(config.train.log_every, step, last):
-      logger.note(step, metrics, batches.waited)
+    if measured or _due(config.train.log_every, step, last):
+      logger.note(step, metrics | measured, batches.waited)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
     if not stopped and _evaluates(run, step):
@@ -238,6 +249,17 @@ def _steps(
         # A run that is stopped goes back when it is gone on with.
         return state, step, None if stopped else trouble
   return state, step, None
+
+
+def _router_gradients(
+  run: _Run, state: TrainState, step: int, batch: Batch
+) -> dict[str, Any]:
+  """Returns the norms of the routers' gradients, if they are due."""
+  if not _due(run.setup.config.train.router_gradients_every, step, last=False):
+    return {}
+  with run.logger.paused():  # while it is compiled, the first time
+    norms = run.router_norms(state, batch)
+  return {ROUTER_GRADIENTS: norms}
 
 
 def _save(

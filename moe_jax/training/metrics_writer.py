@@ -1,21 +1,17 @@
 """The files of a run's numbers: metrics.jsonl and TensorBoard's events."""
 
 import contextlib
-import functools
 import itertools
-import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_jax import disk, files, strict_json
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
-from moe_jax.errors import RetryableError, UserError
+from moe_jax.errors import UserError
+from moe_jax.training.tensorboard import TensorBoard
 
 _FILE = 'metrics.jsonl'
 _TRAIN = 'train'
@@ -81,7 +77,11 @@ class MetricsWriter:
       for line in lines
     )
     first = 0 if resume_step is None else resume_step + 1
-    self._events = _Events(os.path.join(workdir, _EVENTS), first, tell)
+    self._events = TensorBoard(
+      os.path.join(workdir, _EVENTS),
+      first,
+      lambda error: tell(f'{error}: from here on only {_FILE} is written'),
+    )
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -89,7 +89,14 @@ class MetricsWriter:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+  def write(
+    self,
+    step: int,
+    split: str,
+    values: Mapping[str, Any],
+    details: Mapping[str, float] | None = None,
+    pictures: Mapping[str, np.ndarray] | None = None,
+  ) -> None:
     """Writes one line; a scalar also to TensorBoard, as `split/name`.
 
     Args:
@@ -97,6 +104,8 @@ class MetricsWriter:
       split: 'train', or the name of an evaluation.
       values: Numbers, or arrays of them, such as one per layer; on the
         device or not.
+      details: Scalars for TensorBoard alone, as what the arrays hold.
+      pictures: Pictures for TensorBoard: RGB, uint8 [height, width, 3].
 
     Raises:
       RetryableError: The disk is full.
@@ -106,21 +115,17 @@ class MetricsWriter:
     plain = {name: np.asarray(value).tolist() for name, value in values.items()}
     row = {'step': step, 'split': split} | plain
     self._append(strict_json.dumps(row) + '\n')
-    self._events.add(
-      step,
-      *(
-        summary.scalar(f'{split}/{name}', value)
-        for name, value in plain.items()
-        # TensorBoard has no place for others, and a warning for each.
-        if isinstance(value, int | float) and math.isfinite(value)
-      ),
-    )
+    scalars: dict[str, float] = {
+      f'{split}/{name}': value
+      for name, value in plain.items()
+      if isinstance(value, int | float)
+    }
+    self._events.log(step, {**scalars, **(details or {})}, pictures or {})
 
   def text(self, name: str, text: str, step: int) -> None:
     """Writes a text to TensorBoard, as it stands."""
     if self._active:
-      indented = ''.join(f'    {line}\n' for line in text.splitlines())
-      self._events.add(step, summary.text(name, indented))  # code, in Markdown
+      self._events.text(step, name, text)
 
   def close(self) -> None:
     """Closes the files."""
@@ -143,55 +148,6 @@ class MetricsWriter:
         raise
 
     disk.retried(self._path, write)
-
-
-class _Events:
-  """A file of TensorBoard's events, given up when it cannot be written."""
-
-  def __init__(
-    self, folder: str, start: int, tell: Callable[[str], None]
-  ) -> None:
-    """Opens a file, which hides what others have of step `start` and later."""
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-      raise UserError(f'{folder} is not a folder; move it away')
-    self._folder = folder
-    self._tell = tell
-    self._writer: event_file_writer.EventsWriter | None = None
-    begin = SessionLog(status=SessionLog.START)
-
-    def make() -> None:
-      os.makedirs(folder, exist_ok=True)
-      # Files are named by the second: two starts within one need the suffix.
-      self._writer = event_file_writer.EventsWriter(
-        os.path.join(os.path.abspath(folder), 'events'), f'.{start}'
-      )
-      self._writer.write_event(Event(step=start, session_log=begin))
-      self._writer.flush()
-
-    self._try(make)
-
-  def add(self, step: int, *summaries: Any) -> None:
-    """Writes summaries of a step."""
-    writer = self._writer
-    if writer is None:
-      return
-
-    for each in summaries:
-      event = Event(step=step, summary=each, wall_time=time.time())
-      self._try(functools.partial(writer.write_event, event))
-    self._try(writer.flush)
-
-  def close(self) -> None:
-    """Closes the file."""
-    if self._writer is not None:
-      self._try(self._writer.close)
-
-  def _try(self, write: Callable[[], Any]) -> None:
-    try:
-      disk.retried(self._folder, write)
-    except (RetryableError, UserError) as error:
-      self._tell(f'{error}: from here on only {_FILE} is written')
-      self._writer = None
 
 
 @contextlib.contextmanager

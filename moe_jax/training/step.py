@@ -45,6 +45,21 @@ class Inputs(NamedTuple):
   rng: jax.Array | None
 
 
+class GradientOf(Protocol):
+  """What is differentiated of a micro-batch."""
+
+  def __call__(
+    self,
+    setup: Setup,
+    params: Any,
+    inputs: Inputs,
+    num_targets: jax.Array,
+    share: Share,
+  ) -> tuple[Any, tuple[Metrics, AttentionState]]:
+    """Returns the gradients of what `loss_of` returns, and its rest."""
+    ...
+
+
 class TrainStep(jax.stages.Wrapped, Protocol):
   """The jitted update, which can also be lowered without being run."""
 
@@ -236,7 +251,10 @@ def parts_of(setup: Setup, inputs: Inputs) -> list[Inputs]:
 
 
 def gradient(
-  setup: Setup, state: TrainState, batch: Batch
+  setup: Setup,
+  state: TrainState,
+  batch: Batch,
+  gradient_of: GradientOf | None = None,
 ) -> tuple[Any, Metrics, AttentionState]:
   """Returns a batch's gradient, its metrics and the next attention state.
 
@@ -244,10 +262,12 @@ def gradient(
     setup: The run's setup.
     state: The state before the step.
     batch: The global batch.
+    gradient_of: What is summed over micro-batches; None for the gradient of the
+      loss in the parameters.
   """
+  gradient_of = gradient_of or jax.grad(loss_of, argnums=1, has_aux=True)
   params, inputs = state['params'], inputs_of(setup, state, batch)
   whole = _size(inputs.batch)
-  gradient_of = jax.grad(_loss, argnums=1, has_aux=True)
   count = setup.config.train.accumulation
   if count == 1:
     grads, (metrics, remembered) = gradient_of(
@@ -278,7 +298,7 @@ def gradient(
   return grads, metrics, micro_batches.join(remembered, setup.mesh, axis=1)
 
 
-def _loss(
+def loss_of(
   setup: Setup,
   params: Any,
   inputs: Inputs,

@@ -14,18 +14,32 @@ def progress_line(
   seconds_left: float,
   mfu: float | None = None,
   data_wait: float = 0.0,
+  load: tuple[float, int] | None = None,
 ) -> str:
   """Returns `step 120/1000  12%  loss 3.4512  45.2k tokens/s  1m20s left`.
 
-  Before the time left stands `38.1% MFU`, where that is known, and `12% waiting
-  for data`, where it is worth a look.
+  Behind the loss of a model with experts stands `load 1.8x idle 0`. Before the
+  time left stands `38.1% MFU`, where that is known, and `12% waiting for data`,
+  where it is worth a look.
+
+  Args:
+    step: The number of steps done.
+    steps: That of the whole run.
+    loss: The loss, in nats.
+    tokens_per_second: Of all devices.
+    seconds_left: To the end of the run.
+    mfu: The share of the devices' peak that is used, None where unknown.
+    data_wait: The share of the time in which the run waited for data.
+    load: The rows of the busiest expert of all over the balanced share, and how
+      many experts no token chose; None without experts.
   """
   width = len(str(steps))
+  routed = '' if load is None else f'  load {load[0]:.1f}x idle {load[1]}'
   used = '' if mfu is None else f'  {mfu:.1%} MFU'
   if data_wait >= _MUCH_WAITING:
     used += f'  {data_wait:.0%} waiting for data'
   return (
-    f'step {step:{width}}/{steps}  {step / steps:4.0%}  loss {loss:.4f}'
+    f'step {step:{width}}/{steps}  {step / steps:4.0%}  loss {loss:.4f}{routed}'
     f'  {_short(tokens_per_second)} tokens/s{used}'
     f'  {duration(seconds_left)} left'
   )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moe_jax import parameter
 from moe_jax.analysis import parameters
 from moe_jax.model.decoder import Decoder
+from moe_jax.model.routers import by_router
 from tests.helpers import oracle, tiny
 
 
@@ -39,7 +40,7 @@ PREFIX = {
 
 def test_routers_are_found_in_depth_order() -> None:
   config, params, declared = made(**PREFIX)
-  found = parameters.by_router(params, config)
+  found = by_router(params, config)
   wanted = [
     block['chain']['sub_layers'][factor]
     for block in oracle.blocks(params)
@@ -49,7 +50,7 @@ def test_routers_are_found_in_depth_order() -> None:
   assert len(found) == len(wanted) >= 4
   for a, b in zip(found, wanted, strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-  kinds = parameters.by_router(declared, config, stacked=False)
+  kinds = by_router(declared, config, stacked=False)
   for sub_layer, of_sub_layer in zip(found, kinds, strict=True):
     assert jax.tree.structure(sub_layer) == jax.tree.structure(of_sub_layer)
 
@@ -69,8 +70,8 @@ def test_norms_and_similarity_of_experts(activation: str) -> None:
   config, params, declared = made(
     **{'model.activation': activation, 'model.num_layers': 1}
   )
-  [sub_layer] = parameters.by_router(params, config)
-  [kinds] = parameters.by_router(declared, config, stacked=False)
+  [sub_layer] = by_router(params, config)
+  [kinds] = by_router(declared, config, stacked=False)
   experts, of_experts = sub_layer['experts'], kinds['experts']
   found_N = parameters.expert_norms(experts, of_experts)
   wanted_N = [
@@ -115,8 +116,8 @@ def test_norms_of_gates(gate: str) -> None:
   config, params, declared = made(
     **{'router.score': gate, 'model.num_layers': 1}
   )
-  [sub_layer] = parameters.by_router(params, config)
-  [kinds] = parameters.by_router(declared, config, stacked=False)
+  [sub_layer] = by_router(params, config)
+  [kinds] = by_router(declared, config, stacked=False)
   found = parameters.gate_norms(
     sub_layer['router']['score'], kinds['router']['score']
   )

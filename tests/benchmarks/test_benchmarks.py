@@ -18,6 +18,7 @@ from benchmarks import (
   data,
   exchanges,
   expert_parallel,
+  live_routing,
   router_cost,
   train_step,
 )
@@ -102,6 +103,23 @@ def test_router_cost_compares_with_the_linear_router() -> None:
 def test_the_linear_router_has_no_cost_over_itself() -> None:
   with pytest.raises(UserError, match="router.recurrent = 'none' is what"):
     router_cost.measure(tiny.config(), steps=1, warmup=0)
+
+
+@pytest.mark.slow
+def test_live_routing_compares_rounds_that_log() -> None:
+  config = tiny.config(**{'model.num_layers': 1, 'train.log_every': 2})
+  row = live_routing.measure(config, rounds=2, warmup=1)
+  assert row['ratio_low'] <= row['ratio'] <= row['ratio_high']
+  assert 0 < row['write_seconds'] < row['seconds']
+  assert 0 < row['write_seconds_without'] < row['seconds_without']
+  assert row['router_gradients'] > 0 and row['steps_of_a_round'] == 2
+  assert config.train.steps == 20  # untouched
+  json.dumps(row)
+
+
+def test_a_dense_model_has_no_routing_to_watch() -> None:
+  with pytest.raises(UserError, match='moe.num_experts = 0 and'):
+    live_routing.measure(tiny.config(moe__num_experts=0), rounds=1, warmup=1)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -24,6 +25,7 @@ def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:
       'model.num_layers': 1,
       'train.steps': 4,
       'train.profile': '3:2',
+      'train.router_gradients_every': 2,
       'checkpoint.every': 4,
       'eval.every': 0,
     }
@@ -99,6 +101,22 @@ def test_tensorboard_has_the_config(
     if value.tag.startswith('config')
   ]
   assert texts and all(f'"seed": {config.seed}' in text for text in texts)
+
+
+def test_the_routers_gradients_are_logged_where_they_are_measured(
+  run: tuple[Path, str],
+) -> None:
+  logged = {row['step']: row for row in runs.rows(run[0], 'train')}
+  assert logged.keys() == {2, 4}  # and train.log_every is 10
+  found = {
+    (event.step, value.tag): value.simple_value
+    for event in runs.events(run[0])
+    for value in event.summary.value
+  }
+  for step, row in logged.items():
+    for name in ('cross_entropy_gradient', 'balance_loss_gradient'):
+      [[norm]] = row[f'routing/{name}']
+      assert found[step, f'{name}/layer_1'] == np.float32(norm) > 0
 
 
 def test_a_users_own_evaluation(

@@ -81,6 +81,9 @@ def test_metrics_are_what_other_programs_expect(
     assert (counts.sum(-1) == assignments).all()
     busiest = counts.max((1, 2)) * config.moe.num_experts / assignments
     assert row['max_load'] == pytest.approx(busiest)
+    violation = counts.max(-1) / counts.mean(-1) - 1
+    np.testing.assert_allclose(row['routing/max_violation'], violation, 1e-5)
+    assert row['max_violation'] == pytest.approx(violation.mean())
   # Of 257 ids, with small weights: log 257 = 5.55 before the first steps, which
   # take off more or less of it with the library of this Python.
   assert 4 < train[0]['loss'] < 6
@@ -102,7 +105,24 @@ def test_tensorboard_has_the_same_numbers(workdir: Path) -> None:
       if name not in ('step', 'split') and not isinstance(value, list):
         event = found.pop((f'{row["split"]}/{name}', row['step']))
         assert event == np.float32(value), name
+      elif name.startswith('routing/'):
+        for layer, values in enumerate(value, start=1):
+          tag = f'{name.removeprefix("routing/")}/layer_{layer}'
+          assert [found.pop((tag, row['step']))] == np.float32(values).tolist()
   assert not found
+
+
+def test_tensorboard_has_a_picture_of_the_load(
+  config: ConfigDict, workdir: Path
+) -> None:
+  pictures = [
+    (event.step, value.image.height, value.image.width)
+    for event in runs.events(workdir)
+    for value in event.summary.value
+    if value.tag == 'expert_load'
+  ]
+  size = 16 * config.model.num_layers, 16 * config.moe.num_experts
+  assert pictures == [(step, *size) for step in range(LOG, STEPS + 1, LOG)]
 
 
 def test_keeps_the_newest_checkpoints_and_every_nth(
@@ -128,6 +148,9 @@ def test_says_what_it_does(workdir: Path) -> None:
   rows = runs.rows(workdir)
   for line, row in zip(progress, rows, strict=True):
     assert f'loss {row["loss"]:.4f}' in line
+    if row['split'] == 'train':
+      routed = max(row['max_load']), sum(row['idle_experts'])
+      assert 'load {:.1f}x idle {}  '.format(*routed) in line
   last = {row['split']: row for row in rows}
   head, _, train, validation, total = lines[-5:]
   assert head.split() == 'split loss perplexity bits per byte tokens'.split()

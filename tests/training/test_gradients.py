@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.training.metrics import routing_metrics
+from moe_jax.training.router_gradients import make_router_norms
 from moe_jax.training.step import make_train_step
 from tests.helpers import choosing, gradients, oracle, tiny
 from tests.helpers.marks import fast_only
@@ -124,6 +125,85 @@ def test_losses_and_gradients(name: str) -> None:
 
   found = first_gradient(new, config)
   gradients.compare(found, total, params, np.array(1.0), rtol=2e-5)
+
+
+# As few numbers as show what is asked: each is moved for itself.
+NARROW = {
+  'model.hidden_size': 4,
+  'moe.num_experts': 3,
+  'router.state_size': 2,
+  'router.mlp_width': 3,
+}
+ROUTERS = {
+  'two micro-batches': {
+    'model.num_layers': 1,
+    'loss.balance_scope': 'global_batch',
+    'train.accumulation': 2,
+  },
+  'gru, two factors': {
+    'model.num_layers': 2,
+    'moe.factors': 2,
+    'router.recurrent': 'gru',
+  },
+  'a gate that is partly fixed': {
+    'model.num_layers': 1,
+    'router.score': 'hyper',
+  },
+}
+
+
+FASTEST = ['a gate that is partly fixed']
+
+
+@pytest.mark.parametrize('name', fast_only(FASTEST, ROUTERS))
+def test_routers_are_pulled_by_both_losses_apart(name: str) -> None:
+  """Norms against central differences of the oracle, number by number."""
+  config = tiny.config(**SIZES | NARROW | ROUTERS[name])
+  made = setup(config)
+  params = gradients.random_like(made.abstract['params'], 0.4)
+  params = jax.tree.map(np.float32, params)
+  state = jax.tree.map(np.asarray, init(made)) | {'params': params}
+  found = make_router_norms(made)(state, batch())
+  exact = jax.tree.map(np.float64, params)
+  layers = [
+    layer['router']
+    for block in oracle.blocks(exact)
+    for layer in oracle.ordered(block['chain']['sub_layers'])
+    if 'router' in layer
+  ]
+  expected = np.array([pulls(config, exact, router) for router in layers])
+  expected[:, 1] *= config.loss.balance_weight
+  kinds = ('cross_entropy', 'balance_loss')
+  for kind, norm_W in zip(kinds, expected.T, strict=True):
+    norm_WS = found.pop(f'routing/{kind}_gradient')
+    assert norm_WS.shape[1] == config.moe.factors
+    np.testing.assert_allclose(np.ravel(norm_WS), norm_W, rtol=2e-5)
+  if config.router.recurrent != 'none':
+    of_cell = pulls(config, exact, exact['cell'])
+    of_cell[1] *= config.loss.balance_weight
+    told = [found.pop(f'cell_{kind}_gradient') for kind in kinds]
+    np.testing.assert_allclose(told, of_cell, rtol=2e-5)
+  assert not found
+
+
+def pulls(config: ConfigDict, params: Any, part: Any) -> list[float]:
+  """The norms of the gradients of both losses in a part of `params`.
+
+  Its arrays are views of those of `params`, so that it is moved in place.
+  """
+  squares = np.zeros(2)
+  for path, leaf in gradients.with_paths(part):
+    if 'fixed_' in jax.tree_util.keystr(path):
+      continue
+    for place in np.ndindex(leaf.shape):
+      value, ends = leaf[place], []
+      for sign in (1, -1):
+        leaf[place] = value + sign * gradients.STEP
+        parts = losses(config, params, params)
+        ends.append(np.array([parts['loss'], parts['balance_loss']]))
+      leaf[place] = value
+      squares += ((ends[0] - ends[1]) / (2 * gradients.STEP)) ** 2
+  return list(np.sqrt(squares))
 
 
 def first_gradient(state: Any, config: ConfigDict) -> Any:

@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard files and the lines a user reads."""
 
+import io
 import json
 import math
 import resource
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX import summary
+from PIL import Image
 
 from moe_jax import disk
 from moe_jax.errors import RetryableError, UserError
@@ -199,7 +200,7 @@ def test_tensorboard_is_given_up_where_it_cannot_be_written(
     resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size, hard))
     try:
       for step in range(100):
-        writer._events.add(step, summary.scalar('loss', 1.0))
+        writer._events.log(step, {'loss': 1.0}, {})
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     writer.write(1, 'train', {'loss': 1.0})
@@ -246,6 +247,24 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
   assert values == [(7, 'train/loss', 1.5)]
 
 
+def test_tensorboard_has_details_and_pictures(tmp_path: Path) -> None:
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+  details = {'entropy/layer_1A': 0.5, 'entropy/layer_1B': math.nan}
+  with MetricsWriter(str(tmp_path), None) as writer:
+    writer.write(7, 'train', {'loss': 1.5}, details, {'load': pixels})
+  (row,) = rows(tmp_path)
+  assert row.keys() == {'step', 'split', 'loss'}
+  found = {
+    value.tag: value
+    for event in runs.events(tmp_path)
+    for value in event.summary.value
+  }
+  assert found.keys() == {'train/loss', 'entropy/layer_1A', 'load'}
+  assert found['entropy/layer_1A'].simple_value == 0.5
+  picture = Image.open(io.BytesIO(found['load'].image.encoded_image_string))
+  np.testing.assert_array_equal(np.asarray(picture), pixels)
+
+
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
   with MetricsWriter(str(tmp_path), None, active=False) as writer:
     writer.write(1, 'train', {'loss': 1.0})
@@ -276,6 +295,13 @@ def test_the_share_of_time_in_which_data_lacked(
   assert said._pace(8) == (40 / 8, 2 / 8)
   monkeypatch.setattr('time.perf_counter', lambda: 114.0)
   assert said._pace(10) == (20 / 4, 0)
+
+
+def test_progress_line_says_whether_experts_live() -> None:
+  line = terminal.progress_line(
+    120, 1000, 3.45123, 45_210.0, 80.4, load=(1.8123, 3)
+  )
+  assert '  loss 3.4512  load 1.8x idle 3  45.2k tokens/s' in line
 
 
 @pytest.mark.parametrize(
