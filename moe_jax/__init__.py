@@ -24,6 +24,8 @@ experts that live there.
 In these files a letter stands for something else:
 
   C  tokens whose logits are made together     `model.loss`
+  C  slots of a cache of keys and values       `model.attention_cached`,
+                                               `generation`
   J  blocks, segments of rows                  `experts.grouped_matmul`,
                                                `experts.permute`
   M  query heads of a group, times queries     `model.attention_blocks`

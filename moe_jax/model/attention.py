@@ -2,7 +2,8 @@
 
 `Attention` projects; what its queries see and what is remembered for the next
 sequence is the matter of its `Attend`: `RotaryAttend` here, `SpanAttend` in
-`attention_span`. With rotary positions the attention of whole sequences is one
+`attention_span`, and in `attention_cached` those of generation, which remember
+keys and values. With rotary positions the attention of whole sequences is one
 of `ATTENTIONS`, and a user's own class may be among them.
 """
 
@@ -22,6 +23,20 @@ from moe_jax.routing.router import Context
 # What attention remembers of a sequence for the one that follows: any pytree of
 # arrays [B, ...], () where it remembers nothing. Only `Attend` looks into it.
 AttentionState = Any
+
+
+class Slots(NamedTuple):
+  """How a cache of keys and values stands before the next token of every row.
+
+  Attributes:
+    position_B: The position of that token in its text, int32.
+    seen_BC: Bool, True at the slots that it sees; None where it sees all.
+    next: The slot that it takes itself, int32 [].
+  """
+
+  position_B: jax.Array
+  seen_BC: jax.Array | None
+  next: jax.Array
 
 
 class Segments(NamedTuple):
@@ -52,20 +67,23 @@ class BlockContext(Context):
     key_pe_AW: The learned keys of relative positions, which all layers and
       heads share; None where positions are not learned.
     segments: The documents of packed rows; None where a row is one segment.
+    slots: The slots of the cache that the state of attention is; None where it
+      is another, and for the beginning of a text.
   """
 
   key_pe_AW: jax.Array | None = None
   segments: Segments | None = None
+  slots: Slots | None = None
 
 
 class Attend(Protocol):
   """Says what a query sees, and what of a sequence is remembered.
 
   Attributes:
-    past: The number of positions in front of a sequence that are seen.
+    state_axes: The mesh axes that split the axes behind B of the states.
   """
 
-  past: int
+  state_axes: tuple[str, ...]
 
   def key_pe(self, head_dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
     """Returns the keys of positions that all layers share, if they have any."""
@@ -80,7 +98,7 @@ class Attend(Protocol):
   def extend(
     self, x_BLD: jax.Array, state: AttentionState
   ) -> tuple[jax.Array, AttentionState]:
-    """Returns seen_BLD, `past` positions and x_BLD, and the next state."""
+    """Returns seen_BLD, which ends with x_BLD, and the next state."""
     ...
 
   def __call__(
@@ -89,10 +107,12 @@ class Attend(Protocol):
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
     context: BlockContext,
-  ) -> jax.Array:
-    """Returns the weighted values, [B, L, H, A].
+    state: AttentionState,
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns the weighted values, [B, L, H, A], and the next state.
 
-    Keys and values have `past` positions in front of those of the queries.
+    Keys and values are of all that `extend` returned, and the state is the one
+    beside it.
     """
     ...
 
@@ -149,26 +169,33 @@ class Attention(nnx.Module):
     """
     return self.attend.extend(x_BLD, state)
 
-  def __call__(self, seen_BLD: jax.Array, context: BlockContext) -> jax.Array:
-    """Attends from the sequence to all that is seen, [B, L, D].
+  def __call__(
+    self, seen_BLD: jax.Array, context: BlockContext, state: AttentionState
+  ) -> tuple[jax.Array, AttentionState]:
+    """Attends from the sequence to all that is seen.
 
     Args:
       seen_BLD: What `extend` returned, or a position-wise function of it.
       context: Its key is that of dropout.
+      state: What `extend` returned beside it.
+
+    Returns:
+      [B, L, D], and the next state.
     """
     dtype = seen_BLD.dtype
 
     def project(equation: str, x_BLD: jax.Array, w: nnx.Param) -> jax.Array:
       return jnp.einsum(equation, x_BLD, w[...].astype(dtype))
 
-    x_BLD = seen_BLD[:, self.attend.past :]
-    attended_BLHA = self.attend(
-      project('BLD,DHA->BLHA', x_BLD, self.query_DHA),
+    past = seen_BLD.shape[1] - context.token_ids_BL.shape[1]
+    attended_BLHA, state = self.attend(
+      project('BLD,DHA->BLHA', seen_BLD[:, past:], self.query_DHA),
       project('BLD,DGA->BLGA', seen_BLD, self.key_DGA),
       project('BLD,DGA->BLGA', seen_BLD, self.value_DGA),
       context,
+      state,
     )
-    return project('BLHA,HAD->BLD', attended_BLHA, self.out_HAD)
+    return project('BLHA,HAD->BLD', attended_BLHA, self.out_HAD), state
 
 
 class Case(NamedTuple):
@@ -240,7 +267,7 @@ class CausalAttention:
 class RotaryAttend:
   """Lets a position see itself and all before it; positions are rotations."""
 
-  past = 0
+  state_axes: tuple[str, ...] = ()
 
   def __init__(
     self,
@@ -287,15 +314,17 @@ class RotaryAttend:
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
     context: BlockContext,
-  ) -> jax.Array:
-    """Returns the weighted values, [B, L, H, A]."""
+    state: AttentionState,
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns the weighted values, [B, L, H, A], and the state as it is."""
     ids_BL, positions_BL = context.segments or (None, None)
     query_BLHA = rotate(query_BLHA, self.theta, positions_BL)
     key_BLGA = rotate(key_BLGA, self.theta, positions_BL)
+    rotated = query_BLHA, key_BLGA, value_BLGA
     if self.dropout and context.rng is not None:
-      return self.dropping(
-        query_BLHA, key_BLGA, value_BLGA, self.dropout, context.rng, ids_BL
-      )
-    if ids_BL is None:
-      return self.causal(query_BLHA, key_BLGA, value_BLGA)
-    return self.causal.within(query_BLHA, key_BLGA, value_BLGA, ids_BL)
+      attended_BLHA = self.dropping(*rotated, self.dropout, context.rng, ids_BL)
+    elif ids_BL is None:
+      attended_BLHA = self.causal(*rotated)
+    else:
+      attended_BLHA = self.causal.within(*rotated, ids_BL)
+    return attended_BLHA, state

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.experts.dropout import dropout
-from moe_jax.model.attention import BlockContext
+from moe_jax.model.attention import AttentionState, BlockContext
 from moe_jax.parameter import param
 
 # Queries that are computed together; each then costs W + this many keys.
@@ -26,7 +26,14 @@ BLOCK = 128
 
 
 class SpanAttend:
-  """Lets a query see the W positions before it; the state is memory_BWD."""
+  """Lets a query see the W positions before it; the state is memory_BWD.
+
+  Attributes:
+    span: W.
+    state_axes: As in `Attend`.
+  """
+
+  state_axes: tuple[str, ...] = ()
 
   def __init__(self, span: int, dropout: float, block: int = BLOCK) -> None:
     """Sets how far is seen.
@@ -36,20 +43,20 @@ class SpanAttend:
       dropout: The rate of dropout on the attention weights.
       block: The number of queries that are computed together.
     """
-    self.past = span
+    self.span = span
     self.dropout = dropout
     self.block = block
 
   def key_pe(self, head_dim: int, rngs: nnx.Rngs) -> nnx.Param:
     """Returns key_pe_AW, drawn from a normal distribution as released."""
-    key_pe_AW = jax.random.normal(rngs.params(), (head_dim, self.past))
+    key_pe_AW = jax.random.normal(rngs.params(), (head_dim, self.span))
     return param(key_pe_AW, matmuls=0)  # which are counted with attention
 
   def start(
     self, num_layers: int, batch_size: int, hidden_size: int, dtype: jnp.dtype
   ) -> jax.Array:
     """Returns the memory before a text begins, zeros [layers, B, W, D]."""
-    return jnp.zeros((num_layers, batch_size, self.past, hidden_size), dtype)
+    return jnp.zeros((num_layers, batch_size, self.span, hidden_size), dtype)
 
   def extend(
     self, x_BLD: jax.Array, memory_BWD: jax.Array
@@ -60,7 +67,7 @@ class SpanAttend:
     """
     memory_BWD = memory_BWD.astype(x_BLD.dtype)
     seen_BLD = jnp.concatenate([memory_BWD, x_BLD], axis=1)
-    newest_BWD = seen_BLD[:, -self.past :]
+    newest_BWD = seen_BLD[:, -self.span :]
     return seen_BLD, jax.lax.stop_gradient(newest_BWD)
 
   def __call__(
@@ -69,8 +76,19 @@ class SpanAttend:
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
     context: BlockContext,
+    state: AttentionState,
+  ) -> tuple[jax.Array, AttentionState]:
+    """Returns the weighted values, [B, L, H, A], and the state as it is."""
+    attended_BLHA = self._in_blocks(query_BLHA, key_BLGA, value_BLGA, context)
+    return attended_BLHA, state
+
+  def _in_blocks(
+    self,
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    context: BlockContext,
   ) -> jax.Array:
-    """Returns the weighted values, [B, L, H, A]."""
     length, rng = query_BLHA.shape[1], context.rng
     assert context.key_pe_AW is not None, 'the decoder makes it'
     assert context.segments is None, 'a config that asks for both is refused'

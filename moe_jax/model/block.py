@@ -68,7 +68,10 @@ class PreNormBlock(nnx.Module):
     for_attention, for_chain = context.split(2)
     with jax.named_scope('attention'):
       seen_BLD, attention_state = self.attention.extend(x_BLD, attention_state)
-      x_BLD = x_BLD + self.attention(self.norm(seen_BLD), for_attention)
+      y_BLD, attention_state = self.attention(
+        self.norm(seen_BLD), for_attention, attention_state
+      )
+      x_BLD = x_BLD + y_BLD
     x_BLD, state, aux = _by_token(self.chain, x_BLD, state, for_chain)
     return Carry(x_BLD, state), aux, attention_state
 
@@ -100,7 +103,10 @@ class PostNormBlock(nnx.Module):
     for_attention, for_chain = context.split(2)
     with jax.named_scope('attention'):
       seen_BLD, attention_state = self.attention.extend(x_BLD, attention_state)
-      x_BLD = self.norm(x_BLD + self.attention(seen_BLD, for_attention))
+      y_BLD, attention_state = self.attention(
+        seen_BLD, for_attention, attention_state
+      )
+      x_BLD = self.norm(x_BLD + y_BLD)
     y_BLD, state, aux = _by_token(self.chain, x_BLD, state, for_chain)
     x_BLD = self.outer_norm(x_BLD + y_BLD)
     return Carry(x_BLD, state), aux, attention_state

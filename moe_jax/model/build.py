@@ -100,6 +100,7 @@ def make_parts(
   vocab_size: int,
   mesh: jax.sharding.Mesh | None,
   disable_top: int = 0,
+  cached: bool = False,
 ) -> Parts:
   """Returns the parts of a validated config's blocks; see `Parts`.
 
@@ -112,7 +113,7 @@ def make_parts(
     vocab_size,
     dtype,
     implementations.dispatch(config, mesh, dtype),
-    implementations.attention(config, mesh, dtype),
+    implementations.attention(config, mesh, dtype, cached),
     implementations.grouped_matmul(config, mesh),
     disable_top,
   )

@@ -13,7 +13,12 @@ from moe_jax.config import head_dim, layer_kinds, vocab_rows
 from moe_jax.experts.layer import Aux
 from moe_jax.experts.mlp import HIDDEN
 from moe_jax.model import build
-from moe_jax.model.attention import AttentionState, BlockContext, Segments
+from moe_jax.model.attention import (
+  AttentionState,
+  BlockContext,
+  Segments,
+  Slots,
+)
 from moe_jax.model.block import Carry, Period
 from moe_jax.model.embedding import look_up
 from moe_jax.parallel import mesh as mesh_lib
@@ -108,6 +113,7 @@ class Decoder(nnx.Module):
     *,
     rngs: nnx.Rngs,
     disable_top: int = 0,
+    cached: bool = False,
   ) -> None:
     """Makes the model and, where this runs, every parameter.
 
@@ -120,9 +126,10 @@ class Decoder(nnx.Module):
       rngs: Has the stream `params`. The order of what is drawn from it is part
         of what a seed means.
       disable_top: The number of experts left out of every choice; see `Select`.
+      cached: Whether attention is that of generation; see `attention_cached`.
     """
     model, kinds = config.model, layer_kinds(config)
-    parts = build.make_parts(config, vocab_size, mesh, disable_top)
+    parts = build.make_parts(config, vocab_size, mesh, disable_top, cached)
     first, period = build.repetition(kinds, config.moe.every)
     self.mesh, self.dtype, self.attend = mesh, parts.dtype, parts.attend
     self.remat, self.unroll = model.remat, model.unroll
@@ -162,7 +169,7 @@ class Decoder(nnx.Module):
       step=step,
       rng=rng,
     )
-    return Output(self._logits(x_BLD), aux, attention_state)
+    return Output(self.logits(x_BLD), aux, attention_state)
 
   def hidden(
     self,
@@ -172,6 +179,7 @@ class Decoder(nnx.Module):
     *,
     attention_state: AttentionState = None,
     segments: Segments | None = None,
+    slots: Slots | None = None,
     step: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> Hidden:
@@ -184,6 +192,8 @@ class Decoder(nnx.Module):
       attention_state: What the call returned whose tokens came right before;
         None for that of a text's beginning.
       segments: The documents of packed rows; None where a row is one segment.
+      slots: How the cache stands that `attention_state` is; None where it is
+        none.
       step: The training step, int32; None in evaluation.
       rng: The key of the random numbers of training; None, as in evaluation,
         for none.
@@ -194,6 +204,7 @@ class Decoder(nnx.Module):
       self._embed(token_ids_BL),
       Context(self.cell, token_ids_BL, padding_mask_BL, step, rng),
       segments,
+      slots,
       attention_state,
       keep,
     )
@@ -290,11 +301,27 @@ class Decoder(nnx.Module):
       return Head(self.embed_VD[...].T, bias_V)
     return Head(self.head_DV[...], bias_V)
 
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns logits_BLV, float32, of last hidden states as `hidden` has."""
+    weight_DV, bias_V = self.head()
+    if weight_DV.shape[1] > self.vocab_size:
+      weight_DV = weight_DV[:, : self.vocab_size]
+      bias_V = None if bias_V is None else bias_V[: self.vocab_size]
+    with jax.named_scope('head'):
+      logits_BLV = jnp.einsum(
+        'BLD,DV->BLV',
+        x_BLD,
+        weight_DV.astype(x_BLD.dtype),
+        preferred_element_type=jnp.float32,
+      )
+    return logits_BLV if bias_V is None else logits_BLV + bias_V
+
   def _run_blocks(
     self,
     carry: Carry,
     context: Context,
     segments: Segments | None,
+    slots: Slots | None,
     attention_state: AttentionState,
     keep: Callable[[Aux], Any],
   ) -> tuple[Carry, Any, AttentionState]:
@@ -315,6 +342,7 @@ class Decoder(nnx.Module):
       context.padding_mask_BL,
       key_pe_AW,
       segments,
+      slots,
     )
     carry, outputs = run_period(
       carry, *shared, self.prefix, of_prefix, for_prefix.rng
@@ -345,17 +373,26 @@ class Decoder(nnx.Module):
       padding_mask_BL: jax.Array,
       key_pe_AW: jax.Array | None,
       segments: Segments | None,
+      slots: Slots | None,
       period: Period,
       attention_state: AttentionState,
       rng: jax.Array | None,
     ) -> tuple[Carry, tuple[Any, AttentionState]]:
       context = BlockContext(
-        cell, token_ids_BL, padding_mask_BL, step, rng, key_pe_AW, segments
+        cell,
+        token_ids_BL,
+        padding_mask_BL,
+        step,
+        rng,
+        key_pe_AW,
+        segments,
+        slots,
       )
       states = _unstack(attention_state, len(period.blocks))
       carry, auxes, states = period(carry, context, states)
       kept = _stack([keep(aux) for aux in auxes])
-      return self._shard(carry), (kept, self._shard(_stack(states), axis=1))
+      states = self._shard(_stack(states), 1, self.attend.state_axes)
+      return self._shard(carry), (kept, states)
 
     return run_period
 
@@ -377,24 +414,12 @@ class Decoder(nnx.Module):
       return run_period
     return nnx.remat(run_period, policy=REMAT_POLICIES[self.remat])
 
-  def _logits(self, x_BLD: jax.Array) -> jax.Array:
-    weight_DV, bias_V = self.head()
-    if weight_DV.shape[1] > self.vocab_size:
-      weight_DV = weight_DV[:, : self.vocab_size]
-      bias_V = None if bias_V is None else bias_V[: self.vocab_size]
-    with jax.named_scope('head'):
-      logits_BLV = jnp.einsum(
-        'BLD,DV->BLV',
-        x_BLD,
-        weight_DV.astype(x_BLD.dtype),
-        preferred_element_type=jnp.float32,
-      )
-    return logits_BLV if bias_V is None else logits_BLV + bias_V
-
-  def _shard(self, tree: Any, axis: int = 0) -> Any:
-    """Constrains the axis of B or T of all arrays to the mesh."""
+  def _shard(
+    self, tree: Any, axis: int = 0, behind: tuple[str, ...] = ()
+  ) -> Any:
+    """Constrains the axis of B or T of all arrays, and axes behind it."""
     return jax.tree.map(
-      lambda a: mesh_lib.shard_tokens(a, self.mesh, axis), tree
+      lambda a: mesh_lib.shard_tokens(a, self.mesh, axis, behind), tree
     )
 
 

@@ -29,6 +29,7 @@ from moe_jax.model.attention import (
   CausalAttention,
   RotaryAttend,
 )
+from moe_jax.model.attention_cached import CachedRotary, CachedSpan
 from moe_jax.model.attention_span import SpanAttend
 from moe_jax.parallel import mesh as mesh_lib
 
@@ -84,7 +85,10 @@ def compute_dtype(config: ConfigDict, device: jax.Device) -> jnp.dtype:
 
 
 def attention(
-  config: ConfigDict, mesh: jax.sharding.Mesh | None, dtype: jnp.dtype
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh | None,
+  dtype: jnp.dtype,
+  cached: bool = False,
 ) -> Attend:
   """Returns the attention of a validated config.
 
@@ -92,16 +96,19 @@ def attention(
     config: The whole config.
     mesh: Where it will run; None for one device of the default platform.
     dtype: The type of the arithmetic.
+    cached: Whether it is that of generation, a `CachedAttend`.
 
   Raises:
     UserError: `model.attention` names what cannot run there.
   """
   model = config.model
   if model.positions == 'span':
-    return SpanAttend(model.span, model.dropout)
+    of_span = CachedSpan if cached else SpanAttend
+    return of_span(model.span, model.dropout)
   case = _attention_case(config, mesh, dtype, first_device(mesh))
   causal = ATTENTIONS[attention_name(model.attention, case)](case)
-  return RotaryAttend(
+  rotary = CachedRotary if cached else RotaryAttend
+  return rotary(
     model.rope_theta, causal, model.dropout, attention_blocks.blocks
   )
 

@@ -95,9 +95,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def memory_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-  """Returns the sharding of arrays [layers, B, W, D], split as their batch."""
-  return NamedSharding(mesh, P(None, BATCH_AXES))
+def memory_sharding(
+  mesh: Mesh | AbstractMesh, behind: tuple[str, ...] = ()
+) -> NamedSharding:
+  """Returns the sharding of arrays [layers, B, ...], split as their batch.
+
+  Args:
+    mesh: A mesh with the axes `MESH_AXES`.
+    behind: The axes that split what comes behind B; the rest is not split.
+  """
+  return NamedSharding(mesh, P(None, BATCH_AXES, *behind))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -105,11 +112,23 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def shard_tokens(x: jax.Array, mesh: Mesh | None, axis: int = 0) -> jax.Array:
-  """Constrains the axis of B or T to the token axes of the mesh, if any."""
+def shard_tokens(
+  x: jax.Array,
+  mesh: Mesh | None,
+  axis: int = 0,
+  behind: tuple[str, ...] = (),
+) -> jax.Array:
+  """Constrains the axis of B or T to the token axes of the mesh, if any.
+
+  Args:
+    x: The array.
+    mesh: Where it is; None for one device.
+    axis: The axis of B or T.
+    behind: As in `memory_sharding`.
+  """
   if mesh is None or mesh.size == 1:
     return x
-  spec = P(*(None,) * axis, BATCH_AXES)
+  spec = P(*(None,) * axis, BATCH_AXES, *behind)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -197,7 +197,8 @@ def test_a_token_sees_its_span_and_not_itself() -> None:
   key_pe = rng.standard_normal((4, 6)).astype(np.float32)
 
   def eighth(value: jax.Array) -> jax.Array:
-    return attend(query[:, 6:], keys, value, at(key_pe))[0, 8].sum()
+    seen, _ = attend(query[:, 6:], keys, value, at(key_pe), ())
+    return seen[0, 8].sum()
 
   seen = np.abs(jax.grad(eighth)(jnp.asarray(keys))[0]).sum((1, 2)) > 0
   # Position 8 of the sequence is number 6 + 8 of the context.
@@ -214,7 +215,8 @@ def test_blocks_change_nothing() -> None:
   def gradient(block: int) -> Any:
     def total(*operands: jax.Array) -> jax.Array:
       *projected, key_pe = operands
-      return jnp.sin(SpanAttend(5, 0.0, block)(*projected, at(key_pe))).sum()
+      attend = SpanAttend(5, 0.0, block)
+      return jnp.sin(attend(*projected, at(key_pe), ())[0]).sum()
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))(
       query, keys, values, key_pe
