@@ -1,5 +1,7 @@
 """A model from disk: a run's, or a released checkpoint's."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from moe_jax.config import MESH_AXES
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.experts.layer import Aux
+from moe_jax.generation.rows import Rows
+from moe_jax.generation.sampling import Sampling
+from moe_jax.generation.steps import Steps
 from moe_jax.interop import checkpoint, released
 from moe_jax.model.decoder import Decoder
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.selection import Routing
 
 
@@ -42,6 +49,7 @@ class Model:
     graphdef, _ = released.abstract(config)
     self.params = params
     self.step = step
+    self._config = config
     self._vocab_size = config.model.vocab_size
 
     def logits(params: dict[str, Any], ids_BL: jax.Array) -> jax.Array:
@@ -93,6 +101,60 @@ class Model:
     return jax.tree.map(
       lambda a: a.reshape(*a.shape[:2], *ids.shape, a.shape[-1]), routing
     )
+
+  def generate(
+    self,
+    prompts: Sequence[Any],
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_id: int | None = None,
+  ) -> list[list[int]]:
+    """Goes on with prompts, all at once.
+
+    Args:
+      prompts: The token ids of each, of any lengths; none is empty.
+      max_tokens: How many tokens follow, at the most.
+      temperature: What logits are divided by; 0 takes the likeliest token.
+      top_k: How many tokens there are to draw from; 0 for all.
+      top_p: The probability that the likeliest of these have to reach.
+      seed: What random numbers follow from, with the number of the prompt and
+        the position in its text.
+      end_id: A token that ends a text, as `tokenizer.eos_id`; None for none.
+
+    Returns:
+      The token ids that follow each prompt, without `end_id`.
+
+    Raises:
+      UserError: A prompt is empty or has an id that is not in the vocabulary,
+        or a number is out of range.
+    """
+    rows = Rows(
+      self._steps,
+      self.params,
+      prompts,
+      max_tokens=max_tokens,
+      sampling=Sampling.of(temperature, top_k, top_p),
+      seed=seed,
+    )
+    found: list[list[int]] = [[] for _ in prompts]
+    with jax.default_matmul_precision('highest'):
+      for token in rows:
+        rows.active_B &= token.ids_B != end_id
+        for row in np.flatnonzero(rows.active_B):
+          found[row].append(int(token.ids_B[row]))
+    return found
+
+  @functools.cached_property
+  def _steps(self) -> Steps:
+    """The programs of generation, on one device."""
+    exact = released.exact(self._config)
+    shape = dict.fromkeys(MESH_AXES, 1)
+    mesh = mesh_lib.make_mesh(shape, jax.devices()[:1])
+    return Steps(exact, self._vocab_size, mesh)
 
   def _checked(self, ids: Any) -> jax.Array:
     ids = np.asarray(ids)

@@ -73,6 +73,7 @@ ROOMS = {
     'jax flax ml_collections ml_dtypes numpy safetensors',
   ),
   'interop.tokenizer_files': Room('data errors strict_json', 'tokenizers'),
+  'generation': Room(f'{_MODEL} data model', 'jax flax ml_collections numpy'),
   'training': Room(
     f'{_MODEL} disk signals data parallel.multihost model',
     f'{_STATE} tensorboardX',
@@ -104,7 +105,7 @@ ROOMS = {
     'config parameter routing experts model', 'jax flax ml_collections'
   ),
   'pretrained': Room(
-    f'{_MODEL} data interop interop.checkpoint model',
+    f'{_MODEL} data generation interop interop.checkpoint model',
     'jax flax ml_collections numpy',
   ),
   'analysis': Room(
@@ -150,6 +151,16 @@ ROOMS = {
   ),
   'programs.eval': Room(
     'cli parallel.launch evaluation', 'absl ml_collections'
+  ),
+  'programs.token_colours': Room(),
+  'programs.generating': Room(
+    f'{_CONFIG} data generation parallel.multihost training'
+    ' programs.token_colours',
+    'ml_collections numpy',
+  ),
+  'programs.generate': Room(
+    'cli errors files parallel.launch programs.generating',
+    'absl ml_collections',
   ),
   'programs.analyze': Room(
     'cli errors parallel.launch analysis.analyze programs.eval',

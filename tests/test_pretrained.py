@@ -56,6 +56,32 @@ def test_ids_may_have_any_leading_axes() -> None:
     model.logits([0.5])
 
 
+@pytest.mark.parametrize('name', ['rmoe_gru', 'cartesian'])
+def test_the_next_token_is_the_references_likeliest(name: str) -> None:
+  """After every beginning of its text, all of them in one batch."""
+  expected = np.load(RELEASED / name / 'reference.npz')
+  model, _, _ = load(RELEASED / name)
+  ids, logits = expected['input_ids'][0], expected['logits'][0]
+  prompts = [ids[: n + 1] for n in range(len(ids))]
+  found = model.generate(prompts, max_tokens=1)
+  assert found == [[token] for token in logits.argmax(-1)]
+
+
+def test_what_follows_is_what_the_logits_say() -> None:
+  model, _, _ = load(RELEASED / 'cartesian')
+  prompts = [[3, 14, 15, 92], [6], [5, 3]]
+  found = model.generate(prompts, max_tokens=8)
+  for prompt, ids in zip(prompts, found, strict=True):
+    whole = np.array([*prompt, *ids])
+    best = np.asarray(model.logits(whole)).argmax(-1)
+    np.testing.assert_array_equal(best[len(prompt) - 1 : -1], ids)
+  assert model.generate(prompts[:1], max_tokens=8, end_id=found[0][4]) == [
+    found[0][: found[0].index(found[0][4])]
+  ]
+  warm = model.generate(prompts, max_tokens=8, temperature=2.0, seed=1)
+  assert warm != found
+
+
 def test_a_run_is_loaded_at_any_step(tmp_path: Path) -> None:
   config = tiny.config(
     **{

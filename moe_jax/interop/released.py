@@ -169,15 +169,22 @@ def abstract(
 
   It computes in float32 and drops no token, whatever the config says of that.
   """
-  exact = config.copy_and_resolve_references()
-  with exact.unlocked():
-    exact.model.dtype = 'float32'
-    exact.moe.dispatch = 'dropless'
-  make = functools.partial(Decoder, exact, config.model.vocab_size, None)
+  make = functools.partial(
+    Decoder, exact(config), config.model.vocab_size, None
+  )
   model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0)))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   flat = traverse_util.flatten_dict(params)
   return nnx.graphdef(model), {path: leaf.shape for path, leaf in flat.items()}
+
+
+def exact(config: ConfigDict) -> ConfigDict:
+  """Returns the config of what computes in float32 and drops no token."""
+  changed = config.copy_and_resolve_references()
+  with changed.unlocked():
+    changed.model.dtype = 'float32'
+    changed.moe.dispatch = 'dropless'
+  return changed
 
 
 def _leaves(
