@@ -23,6 +23,7 @@ class Program(NamedTuple):
 PROGRAMS = {
   'train': Program('programs.train', 'trains a model, or goes on with a run'),
   'eval': Program('programs.eval', 'evaluates a checkpoint of a run'),
+  'generate': Program('programs.generate', 'goes on with prompts'),
   'plan': Program('plan', 'what a config builds and costs, before it runs'),
   'presets': Program('programs.presets', 'lists the presets and variants'),
   'convert': Program(

@@ -229,9 +229,14 @@ def open_documents(data: ConfigDict, split: str) -> Documents:
     split,
     text_key,
     builder.data_path,
-    data.name in texts.BUILDERS,
+    is_one_text(data),
     masked,
   )
+
+
+def is_one_text(data: ConfigDict) -> bool:
+  """Returns whether all documents of a data set are pieces of one text."""
+  return data.name in texts.BUILDERS
 
 
 def open_splits(data: ConfigDict) -> list[Documents]:
