@@ -75,7 +75,7 @@ ROOMS = {
   'interop.tokenizer_files': Room('data errors strict_json', 'tokenizers'),
   'generation': Room(f'{_MODEL} data model', 'jax flax ml_collections numpy'),
   'training': Room(
-    f'{_MODEL} disk signals data parallel.multihost model',
+    f'{_MODEL} disk signals data parallel.multihost model generation',
     f'{_STATE} tensorboardX',
   ),
   'evaluation': Room(

@@ -528,6 +528,23 @@ KEYS = {
     "START:STEPS writes a trace of so many steps from that one on; '' none.",
     resume=True,
   ),
+  'train.sample_every': Key(
+    0, 'Steps between two samples of what the model writes.', resume=True
+  ),
+  'train.sample_prompt': Key(
+    '',
+    "The text that samples go on from; '' is the beginning of a document.",
+    resume=True,
+    only='train.sample_every != 0',
+  ),
+  'train.sample_tokens': Key(
+    64,
+    'The tokens of a sample.',
+    low=1,
+    high=2**20,
+    resume=True,
+    only='train.sample_every != 0',
+  ),
   'train.watchdog': Key(
     1800,
     'The seconds after which stacks are printed if no step, evaluation batch or'

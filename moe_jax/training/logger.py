@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import errors
 from moe_jax.config import mixture, router_names, saved
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
@@ -229,6 +230,18 @@ class Logger:
       if 'loss' in metrics and not math.isfinite(metrics['loss']):
         self.say(terminal.not_finite(name, metrics['loss'], step))
       self._results[name] = metrics
+
+  def sample(self, step: int, text: str, seconds: float) -> None:
+    """Writes what the model has written.
+
+    Args:
+      step: The number of steps done.
+      text: The text.
+      seconds: How long it took, as a pause of the training.
+    """
+    self._paused += seconds
+    self._writer.text('sample', text, step)
+    self.say(f'step {step}  sample: {errors.printable(text)}')
 
   def summary(self, done: int) -> str:
     """Returns the last numbers as a short table, and how far the run is."""

@@ -34,6 +34,7 @@ from moe_jax.training.router_gradients import (
   make_router_norms,
 )
 from moe_jax.training.run_dir import RunDir
+from moe_jax.training.samples import Samples
 from moe_jax.training.signals import SignalHandler
 from moe_jax.training.state import Setup, TrainState
 from moe_jax.training.step import Batch, TrainStep, make_train_step
@@ -46,6 +47,7 @@ class Prepared(NamedTuple):
   setup: Setup
   mixture: Mixture
   evaluations: list[Evaluation]
+  samples: Samples | None = None
 
 
 def prepare(config: ConfigDict, workdir: str = '') -> Prepared:
@@ -69,6 +71,7 @@ def _opened(setup: Setup) -> Prepared:
     setup,
     Mixture.open(config.data, setup.tokenizer, config.train.batch_size),
     evaluation.make(setup, config.eval.split) if config.eval.every else [],
+    Samples(setup) if config.train.sample_every else None,
   )
 
 
@@ -109,7 +112,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   if not loading.holds_run(workdir):
     config_lib.check_given(config)
-  setup, mixture, evaluations = _prepare_together(config, workdir)
+  setup, mixture, evaluations, samples = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
@@ -145,6 +148,7 @@ def train(config: ConfigDict, workdir: str) -> None:
           make_router_norms(setup),
           batches,
           evaluations,
+          samples,
           checkpointer,
           recovery,
           logger,
@@ -181,6 +185,7 @@ class _Run(NamedTuple):
   router_norms: MeasureNorms
   batches: Batches
   evaluations: list[Evaluation]
+  samples: Samples | None
   checkpointer: Checkpointer
   recovery: Recovery
   logger: Logger
@@ -242,6 +247,8 @@ def _steps(
       _evaluate(run, state, step)
       stopped = signals.stops()
       last |= stopped
+    if _due(config.train.sample_every, step, step == steps) and not stopped:
+      _sample(run, state, step)
     due = last or _due(config.checkpoint.every, step, last)
     if due or run.checkpointer.failed():
       trouble = recovery.trouble() or _save(run, state, step, last)
@@ -331,6 +338,18 @@ def _evaluate(run: _Run, state: TrainState, step: int) -> None:
     for metrics, seconds in found:
       logger.evaluation(step, metrics, seconds)
   runtime.trim_malloc()  # the first time, evaluation is compiled
+
+
+def _sample(run: _Run, state: TrainState, step: int) -> None:
+  """Prints what the model writes, while training pauses."""
+  assert run.samples is not None  # made where `train.sample_every` is not 0
+  run.logger.write(run.recovery.skipped_steps)
+  jax.block_until_ready(state)  # or its steps would count as sampling
+  waits_for(f'the sample of step {step}')
+  began = time.perf_counter()
+  text = run.samples(state['params'])
+  run.logger.sample(step, text, time.perf_counter() - began)
+  runtime.trim_malloc()  # the first time, it is compiled
 
 
 def _due(every: int, step: int, last: bool) -> bool:
