@@ -22,7 +22,7 @@ def main(sizes_json: str) -> None:
   from moe_jax.model.sizes import count_parameters
   from moe_jax.planning.compiled import train_step as compile_train_step
 
-  made = common.set_up(_config(Sizes.from_json(sizes_json)))
+  made = common.set_up(config_of(Sizes.from_json(sizes_json)))
   compiled, seconds = compile_train_step(made)
   state = made.init()
   [batch] = common.random_batches(made, 1)
@@ -46,7 +46,7 @@ def main(sizes_json: str) -> None:
   duel.serve(step, facts)
 
 
-def _config(sizes: Sizes) -> ConfigDict:
+def config_of(sizes: Sizes) -> ConfigDict:
   """The same model and training in our words."""
   config = config_lib.get_config()
   values = {

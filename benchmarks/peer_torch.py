@@ -26,7 +26,7 @@ def main(sizes_json: str, experts: str, malloc: str) -> None:
   torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
   torch.manual_seed(0)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model = _model(sizes, experts).to(device)
+  model = model_of(sizes, experts).to(device).train()
   # Decay as ours: on matrices, not on the scales of norms.
   matrices = [p for p in model.parameters() if p.ndim > 1]
   scales = [p for p in model.parameters() if p.ndim == 1]
@@ -57,7 +57,8 @@ def main(sizes_json: str, experts: str, malloc: str) -> None:
   duel.serve(step, _facts(model, device, tuned))
 
 
-def _model(sizes: Sizes, experts: str) -> Any:
+def model_of(sizes: Sizes, experts: str) -> Any:
+  """The model with random weights, on the CPU."""
   import transformers
 
   config = transformers.MixtralConfig(
@@ -77,7 +78,7 @@ def _model(sizes: Sizes, experts: str) -> Any:
   )
   return transformers.MixtralForCausalLM._from_config(
     config, attn_implementation='sdpa', experts_implementation=experts
-  ).train()
+  )
 
 
 def _facts(model: Any, device: str, tuned: bool) -> dict[str, Any]:
