@@ -59,8 +59,9 @@ def measure(
   """Times a config's data, and made-up text in documents of one size.
 
   Returns:
-    Of the config's data: `tokenizer`, `library_mb_per_second` of the fastest
-    call of the package `tokenizers`, `tokenizer_mb_per_second` of ours, and
+    Of the config's data: `tokenizer`, of a tokenizer.json
+    `library_mb_per_second` of the fastest call of the package `tokenizers`,
+    `tokenizer_mb_per_second` of ours, and
     `encode_mb_per_second` with reading documents and writing ids. Of the text
     that is made up: `prepare_mb_per_second`, `read_tokens_per_second` of
     sequences at random, `batch_tokens_per_second` of a run's batches,
@@ -112,9 +113,8 @@ def _of_config(config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
     documents.single_document,
   )
   seconds, cache = _timed(lambda: TokenCache.open(fresh, tokenizer))
-  return {
+  return ({'library_mb_per_second': rate(library)} if library else {}) | {
     'tokenizer': tokenizer.name,
-    'library_mb_per_second': rate(library) if library else None,
     'tokenizer_mb_per_second': rate(tokenizer.encode),
     'encode_mb_per_second': cache.lengths[:, 1].sum() / seconds / 1e6,
   }

@@ -4,7 +4,6 @@
  "news": {"path": "news/*.jsonl.zst", "text_key": "body", "weight": 1}}
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from moe_jax import files
+from moe_jax import files, strict_json
 from moe_jax.config.keys import Key
 from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError, choose
@@ -123,7 +122,7 @@ def inlined(text: str) -> str:
       text = files.read_text(path)
     except (OSError, ValueError) as error:
       raise UserError(f'{where} cannot be read: {error}') from error
-  return json.dumps(_parsed(where, text))
+  return strict_json.dumps(_parsed(where, text))
 
 
 def without_paths(text: object) -> object:
