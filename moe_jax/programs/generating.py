@@ -179,17 +179,11 @@ def _layer(config: ConfigDict, name: str) -> tuple[int, int]:
   Raises:
     UserError: There is no such layer, or it is dense.
   """
-  kinds, factors = config_lib.layer_kinds(config), config.moe.factors
-  layers = [i for i, kind in enumerate(kinds, start=1) if kind == 'moe']
-  if not layers:
+  names = config_lib.router_names(config)
+  if not names:
     raise UserError('--experts: the model is dense, and has no experts')
-  letters = [chr(ord('A') + s) for s in range(factors)] if factors > 1 else ['']
-  places = {
-    f'{layer}{letter}': (i, s)
-    for i, layer in enumerate(layers)
-    for s, letter in enumerate(letters)
-  }
-  return places[choose('--layer', name or list(places)[-1], places)]
+  place = names.index(choose('--layer', name or names[-1], names))
+  return divmod(place, config.moe.factors)
 
 
 def _line() -> str | None:

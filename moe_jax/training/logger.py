@@ -231,15 +231,8 @@ class Logger:
         self.say(terminal.not_finite(name, metrics['loss'], step))
       self._results[name] = metrics
 
-  def sample(self, step: int, text: str, seconds: float) -> None:
-    """Writes what the model has written.
-
-    Args:
-      step: The number of steps done.
-      text: The text.
-      seconds: How long it took, as a pause of the training.
-    """
-    self._paused += seconds
+  def sample(self, step: int, text: str) -> None:
+    """Writes what the model has written after so many steps."""
     self._writer.text('sample', text, step)
     self.say(f'step {step}  sample: {errors.printable(text)}')
 

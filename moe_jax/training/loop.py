@@ -346,9 +346,9 @@ def _sample(run: _Run, state: TrainState, step: int) -> None:
   run.logger.write(run.recovery.skipped_steps)
   jax.block_until_ready(state)  # or its steps would count as sampling
   waits_for(f'the sample of step {step}')
-  began = time.perf_counter()
-  text = run.samples(state['params'])
-  run.logger.sample(step, text, time.perf_counter() - began)
+  with run.logger.paused():
+    text = run.samples(state['params'])
+  run.logger.sample(step, text)
   runtime.trim_malloc()  # the first time, it is compiled
 
 
