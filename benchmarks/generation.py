@@ -45,9 +45,10 @@ def run(args: argparse.Namespace) -> None:
   sizes = MODELS[choose('--model', args.model, MODELS)]
   if min(args.context, args.tokens, args.warmup + 1) < 1:
     raise UserError('--context and --tokens must be at least 1, --warmup 0')
-  for rows in args.batches.split(','):
-    if not rows.isdigit() or not int(rows):
-      raise UserError(f'--batches = {args.batches!r} must be numbers of rows')
+  batches = args.batches.split(',')
+  if not all(rows.isdigit() and int(rows) for rows in batches):
+    raise UserError(f'--batches = {args.batches!r} must be numbers of rows')
+  for rows in batches:
     made = sizes._replace(batch_size=int(rows), seq_len=args.context)
     row = measure(made, args)
     _show({'benchmark': 'generation', 'model': args.model} | row, args.json)

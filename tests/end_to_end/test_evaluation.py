@@ -122,6 +122,7 @@ def test_equals_the_oracle(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_bits_per_byte_of_one_model_with_two_tokenizers(
   config: ConfigDict, tmp_path: Path
 ) -> None:
