@@ -145,8 +145,8 @@ ROOMS = {
   ),
   'programs.train': Room('cli parallel.launch training.loop', 'ml_collections'),
   'programs.doctor': Room(
-    'cli errors runtime strict_json data parallel.launch parallel.multihost'
-    ' training',
+    'cli config errors runtime strict_json data parallel.launch'
+    ' parallel.multihost training',
     'absl jax',
   ),
   'programs.eval': Room(

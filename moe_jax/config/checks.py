@@ -8,7 +8,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import conflicts, mixture
+from moe_jax.config import conflicts, evaluations, mixture
 from moe_jax.config.derived import (
   BATCH_AXES,
   get,
@@ -40,6 +40,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
   _check_optimizer(config)
   _check_data(config)
   _check_profile(config)
+  evaluations.asked(config)
   mesh = mesh_shape(config, num_devices)
   _check_split_sizes(config, mesh)
   _check_batches(config, mesh)

@@ -23,7 +23,8 @@ class Key(NamedTuple):
     default: The value where nothing is said.
     meaning: What the value means, in sentences.
     choices: The names that a text may be; any text if empty.
-    several: Whether the value is a list of choices with commas between.
+    several: Whether the value is a list of choices with commas between, each
+      perhaps with options behind a colon.
     low: The least number.
     high: The largest number; of a whole number 2**31 - 1 if left out.
     above: A number that the value has to be larger than.
@@ -141,8 +142,11 @@ class Key(NamedTuple):
       raise UserError(f'{name} = {value!r} must be a name, not empty')
     if not self.choices:
       return
-    for each in value.split(',') if self.several else [value]:
-      choose(name, each.strip() if self.several else each, self.names())
+    if not self.several:
+      choose(name, value, self.names())
+      return
+    for each in value.split(','):
+      choose(name, each.partition(':')[0].strip(), self.names())
 
 
 def _boolean(text: str) -> bool:

@@ -681,11 +681,15 @@ KEYS = {
     3, 'How often a run goes back before it stops.', resume=True
   ),
   'eval.every': Key(
-    200, 'Steps between two evaluations; the last step has one.', resume=True
+    200,
+    'Steps between two evaluations; the last step has one. 0 has none but'
+    ' those that say `every` themselves.',
+    resume=True,
   ),
   'eval.evaluations': Key(
     'perplexity',
-    'The evaluations to run, with commas between.',
+    'The evaluations to run, with commas between. One that is to differ has'
+    ' options: NAME:every=1000:split=test:batches=8.',
     (EVALUATIONS,),
     several=True,
     resume=True,

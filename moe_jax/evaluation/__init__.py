@@ -12,12 +12,17 @@ file, which `eval.evaluations` then names:
     def __call__(self, params, max_batches=0):
       return [Result('mine', {'accuracy': 0.5})]
 
+`eval.evaluations=perplexity,mine:every=1000:split=test` gives it an interval
+and a split of its own; see `moe_jax.config.evaluations`.
+
 One that takes longer than a few seconds calls `signals.check()` of
 `moe_jax.training` now and then, so that a signal to stop need not wait for it.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+from moe_jax.config.evaluations import Asked
 from moe_jax.registry import EVALUATIONS
 from moe_jax.training.state import Setup
 
@@ -30,16 +35,24 @@ class Result(NamedTuple):
     metrics: The numbers, by name.
     variant: What tells this evaluation from the usual one of the split, to be
       put behind its name; '' for the usual one.
+    text: What people are to read, such as samples of what the model writes; ''
+      for nothing.
   """
 
   split: str
   metrics: dict[str, float]
   variant: str = ''
+  text: str = ''
 
   @property
   def name(self) -> str:
     """The split with the variant."""
     return self.split + self.variant
+
+  @property
+  def written(self) -> dict[str, Any]:
+    """What is written down: the metrics, and the text if there is one."""
+    return {**self.metrics, **({'text': self.text} if self.text else {})}
 
 
 class Evaluation(Protocol):
@@ -55,18 +68,26 @@ class Evaluation(Protocol):
     ...
 
 
-def make(setup: Setup, split: str) -> list[Evaluation]:
-  """Returns the evaluations that `eval.evaluations` names.
+class Opened(NamedTuple):
+  """An evaluation, and what a config asks of it."""
+
+  asked: Asked
+  evaluate: Evaluation
+
+
+def make(setup: Setup, wanted: Iterable[Asked]) -> list[Opened]:
+  """Returns the evaluations that are asked for, in their order.
 
   Args:
     setup: The setup of a run, with its tokenizer.
-    split: The split of the data.
+    wanted: What `moe_jax.config.evaluations` returns.
 
   Raises:
-    UserError: The split, or what else an evaluation needs, is not there.
+    UserError: A split, or what else an evaluation needs, is not there.
   """
-  names = setup.config.eval.evaluations.split(',')
-  return [EVALUATIONS[name.strip()](setup, split) for name in names]
+  return [
+    Opened(each, EVALUATIONS[each.name](setup, each.split)) for each in wanted
+  ]
 
 
 # Below, as it registers itself with what is above.

@@ -7,6 +7,7 @@ import re
 from ml_collections import ConfigDict
 
 from moe_jax import disk, evaluation, files, strict_json
+from moe_jax.config.evaluations import asked, of_split
 from moe_jax.evaluation import Result
 from moe_jax.parallel import multihost
 from moe_jax.training import state, terminal
@@ -31,7 +32,8 @@ def evaluate(
       evaluation may differ.
     workdir: The directory of the run.
     step: The step of the checkpoint; None for the newest.
-    split: The split of the data; None for `eval.split`.
+    split: The split of the data; None for `eval.split`, or what an entry of
+      `eval.evaluations` says.
 
   Returns:
     The metrics of every result, by its name, with `step`.
@@ -48,12 +50,14 @@ def evaluate(
     Checkpointer(run, setup.vocabulary) as checkpointer,
   ):
     evaluations = multihost.first_process_first(
-      lambda: evaluation.make(setup, split or config.eval.split)
+      lambda: evaluation.make(setup, of_split(asked(config), split))
     )
     wanted = {'params': setup.abstract['params']}
     restored = checkpointer.restore(wanted, step)
     params, step = restored.state['params'], restored.step
-    results = [result for each in evaluations for result in each(params)]
+    results = [
+      result for each in evaluations for result in each.evaluate(params)
+    ]
   rows: dict[str, dict[str, float]] = {
     result.name: {'step': step} | result.metrics for result in results
   }
@@ -63,6 +67,8 @@ def evaluate(
       if 'loss' in row and not math.isfinite(row['loss']):
         print(terminal.not_finite(name, row['loss'], step))
     for result in results:
+      if result.text:
+        print(result.text)
       print(f'written to {_write(result, workdir, step)}')
   return rows
 
@@ -83,7 +89,7 @@ def result_path(workdir: str, split: str, step: int, variant: str = '') -> str:
 def _write(result: Result, workdir: str, step: int) -> str:
   """Writes a result as JSON and returns its path."""
   path = result_path(workdir, result.split, step, result.variant)
-  row = {'split': result.split, 'step': step} | result.metrics
+  row = {'split': result.split, 'step': step} | result.written
 
   def write() -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)

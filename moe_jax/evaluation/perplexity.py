@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moe_jax import config as config_lib
@@ -16,7 +15,7 @@ from moe_jax.parallel import multihost
 from moe_jax.registry import EVALUATIONS
 from moe_jax.training import signals
 from moe_jax.training.state import Setup
-from moe_jax.training.step import make_eval_step
+from moe_jax.training.step import eval_step_of
 from moe_jax.training.watchdog import waits_for
 
 
@@ -62,12 +61,9 @@ class Perplexity:
     self._setup = setup
     self._split = split
     self._sources = mixtures.open_sequences(data, split, tokenizer)
-    self._eval_step: Callable[..., dict[str, Any]] | None = None
 
   def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
     """Returns the result of the split, and of each source of a mixture."""
-    if self._eval_step is None:
-      self._eval_step = make_eval_step(self._setup)
     found = {
       name: self._sum(params, sequences, max_batches)
       for name, sequences in self._sources.items()
@@ -82,13 +78,13 @@ class Perplexity:
     self, params: Any, sequences: TokenSequences, max_batches: int
   ) -> _Sums:
     """Adds up the loss over a source."""
-    assert self._eval_step is not None
+    eval_step = eval_step_of(self._setup)
     nll, tokens, attention_state = 0.0, 0, None
     rows, batches = self._batches(sequences)
     for batch in itertools.islice(batches, max_batches or None):
       waits_for('a batch of an evaluation')
       signals.check()
-      sums = self._eval_step(params, rows.join(batch), attention_state)
+      sums = eval_step(params, rows.join(batch), attention_state)
       attention_state = sums['attention_state']
       # Python's float is float64: sums over many batches stay exact.
       nll += float(sums['nll'])
@@ -96,8 +92,8 @@ class Perplexity:
     if not tokens:
       raise UserError(
         f'eval.batches = {max_batches}: the first batches of split'
-        f' {self._split!r} have no response to predict; raise it, or set 0 for'
-        ' all of them'
+        f' {self._split!r} have no response to predict; raise it (or batches='
+        ' in eval.evaluations), or set 0 for all of them'
       )
     return _Sums(nll, tokens, sequences)
 

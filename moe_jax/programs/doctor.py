@@ -103,12 +103,13 @@ def _replay() -> None:
 def _data() -> None:
   """Prints what the streams are that the command line's config reads."""
   config, values = cli.parse(sys.argv, define_flags)
+  from moe_jax.config import evaluations
   from moe_jax.data import mixtures
   from moe_jax.training import run_tokenizer
 
   data, found = config.data, []
   tokenizer = run_tokenizer.build(config, values['workdir'])
-  evaluated = [config.eval.split] if config.eval.every else []
+  evaluated = [each.split for each in evaluations.during_training(config)]
   for split in dict.fromkeys([None, *evaluated]):
     opened = mixtures.open_sequences(data, split, tokenizer)
     for name, sequences in opened.items():

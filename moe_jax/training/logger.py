@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.config import mixture, router_names, saved
+from moe_jax.config import evaluations, mixture, router_names, saved
 from moe_jax.model import sizes
 from moe_jax.model.build import compute_dtype
 from moe_jax.parallel import multihost
@@ -67,7 +67,14 @@ class Logger:
       MetricsWriter,
       workdir,
       active=self._active,
-      every={'train': config.train.log_every, 'evaluation': config.eval.every},
+      every={
+        'train': config.train.log_every,
+        # The longest: which of them a line is of, it does not say.
+        'evaluation': max(
+          (each.every for each in evaluations.during_training(config)),
+          default=0,
+        ),
+      },
       tell=self.say,
     )
     self._writer = self._open(resume_step=restored)
@@ -210,26 +217,30 @@ class Logger:
   def evaluation(
     self,
     step: int,
-    results: Mapping[str, Mapping[str, float]],
+    results: Mapping[str, Mapping[str, Any]],
     seconds: float,
   ) -> None:
     """Writes an evaluation.
 
     Args:
       step: The number of steps done.
-      results: The metrics of everything that was evaluated, by its name.
+      results: What was found of everything that was evaluated, by its name: its
+        metrics, and `text` where there is something to be read.
       seconds: How long it took, as a pause of the training.
     """
     self._paused += seconds
-    for name, metrics in results.items():
-      self._writer.write(step, name, metrics)
-      self.say(
-        f'step {step}  {name}: {terminal.metrics_text(metrics)}'
-        f' ({terminal.duration(seconds)})'
-      )
+    for name, found in results.items():
+      self._writer.write(step, name, found)
+      metrics = {key: value for key, value in found.items() if key != 'text'}
+      told = f': {terminal.metrics_text(metrics)}' if metrics else ''
+      self.say(f'step {step}  {name}{told} ({terminal.duration(seconds)})')
+      if text := found.get('text'):
+        self._writer.text(name, text, step)
+        self.say(text)
       if 'loss' in metrics and not math.isfinite(metrics['loss']):
         self.say(terminal.not_finite(name, metrics['loss'], step))
-      self._results[name] = metrics
+      if metrics:
+        self._results[name] = metrics
 
   def sample(self, step: int, text: str) -> None:
     """Writes what the model has written after so many steps."""

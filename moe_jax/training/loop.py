@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax import evaluation, runtime
-from moe_jax.config import loading
+from moe_jax.config import evaluations, loading
 from moe_jax.data import mixtures
 from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
-from moe_jax.evaluation import Evaluation
+from moe_jax.evaluation import Opened
 from moe_jax.parallel import multihost, peers
 from moe_jax.training import init_from
 from moe_jax.training import state as state_lib
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
 
   setup: Setup
   mixture: Mixture
-  evaluations: list[Evaluation]
+  evaluations: list[Opened]
   samples: Samples | None = None
 
 
@@ -70,7 +70,7 @@ def _opened(setup: Setup) -> Prepared:
   return Prepared(
     setup,
     Mixture.open(config.data, setup.tokenizer, config.train.batch_size),
-    evaluation.make(setup, config.eval.split) if config.eval.every else [],
+    evaluation.make(setup, evaluations.during_training(config)),
     Samples(setup) if config.train.sample_every else None,
   )
 
@@ -112,7 +112,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   if not loading.holds_run(workdir):
     config_lib.check_given(config)
-  setup, mixture, evaluations, samples = _prepare_together(config, workdir)
+  setup, mixture, opened, samples = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),
@@ -147,7 +147,7 @@ def train(config: ConfigDict, workdir: str) -> None:
           make_train_step(setup),
           make_router_norms(setup),
           batches,
-          evaluations,
+          opened,
           samples,
           checkpointer,
           recovery,
@@ -184,7 +184,7 @@ class _Run(NamedTuple):
   train_step: TrainStep
   router_norms: MeasureNorms
   batches: Batches
-  evaluations: list[Evaluation]
+  evaluations: list[Opened]
   samples: Samples | None
   checkpointer: Checkpointer
   recovery: Recovery
@@ -195,7 +195,7 @@ class _Run(NamedTuple):
 
 def _train(run: _Run, state: TrainState, step: int) -> int:
   """Trains from step `step` on, until done or stopped; returns the step."""
-  if step and _evaluates(run, step) and not run.logger.evaluated():
+  if step and _due_evaluations(run, step) and not run.logger.evaluated():
     _evaluate(run, state, step)  # a signal had cut that evaluation short
   while True:
     state, step, trouble = _steps(run, state, step)
@@ -241,7 +241,7 @@ def _steps(
       logger.note(step, metrics | measured, batches.waited)
     if _due(config.train.check_replicas_every, step, step == steps):
       multihost.check_replicas(state)
-    if not stopped and _evaluates(run, step):
+    if not stopped and _due_evaluations(run, step):
       if trouble := recovery.trouble():
         return state, step, trouble
       _evaluate(run, state, step)
@@ -317,26 +317,27 @@ def _set_cause_aside(run: _Run) -> None:
     )
 
 
-def _evaluates(run: _Run, step: int) -> bool:
-  config = run.setup.config
-  last = step == config.train.steps
-  return bool(run.evaluations) and _due(config.eval.every, step, last)
+def _due_evaluations(run: _Run, step: int) -> list[Opened]:
+  last = step == run.setup.config.train.steps
+  return [
+    each for each in run.evaluations if _due(each.asked.every, step, last)
+  ]
 
 
 def _evaluate(run: _Run, state: TrainState, step: int) -> None:
   """Evaluates in the midst of training, which pauses; all of it or nothing."""
-  config, logger = run.setup.config, run.logger
+  logger = run.logger
   logger.write(run.recovery.skipped_steps)
   jax.block_until_ready(state)  # or its steps would count as evaluation
   found = []
   with run.signals.leaving():
-    for evaluate in run.evaluations:
+    for asked, evaluate in _due_evaluations(run, step):
       began = time.perf_counter()
-      results = evaluate(state['params'], config.eval.batches)
-      metrics = {result.name: result.metrics for result in results}
-      found.append((metrics, time.perf_counter() - began))
-    for metrics, seconds in found:
-      logger.evaluation(step, metrics, seconds)
+      results = evaluate(state['params'], asked.batches)
+      written = {result.name: result.written for result in results}
+      found.append((written, time.perf_counter() - began))
+    for written, seconds in found:
+      logger.evaluation(step, written, seconds)
   runtime.trim_malloc()  # the first time, evaluation is compiled
 
 

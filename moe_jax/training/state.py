@@ -43,6 +43,7 @@ class Setup:
     config: The whole config.
     vocab_size: V.
     tokenizer: The data's; None where only shapes were asked for.
+    programs: What has been jitted of it, by name, for who needs it again.
   """
 
   graphdef: nnx.GraphDef
@@ -54,6 +55,7 @@ class Setup:
   config: ConfigDict
   vocab_size: int
   tokenizer: Tokenizer | None = None
+  programs: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
   @property
   def vocabulary(self) -> str | None:

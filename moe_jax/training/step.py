@@ -113,6 +113,13 @@ def make_train_step(setup: Setup) -> TrainStep:
   )
 
 
+def eval_step_of(setup: Setup) -> Callable[..., Metrics]:
+  """Returns what `make_eval_step` made of a setup, so that it compiles once."""
+  if 'eval_step' not in setup.programs:
+    setup.programs['eval_step'] = make_eval_step(setup)
+  return setup.programs['eval_step']
+
+
 def make_eval_step(setup: Setup) -> Callable[..., Metrics]:
   """Returns the jitted evaluation of a batch: sums, which batches add up to.
 

@@ -67,6 +67,10 @@ BAD = {
     {'eval__evaluations': 'perplexity, perplexit'},
     ["eval.evaluations = 'perplexit'", "did you mean 'perplexity'?"],
   ),
+  'an option of an evaluation': (
+    {'eval__evaluations': 'perplexity:spilt=test'},
+    ["perplexity in eval.evaluations = 'spilt'", "did you mean 'split'?"],
+  ),
   'a trace of no steps': ({'train__profile': '3:0'}, ['START:STEPS', '10:5']),
   'share': (
     {'optimizer__final_fraction': 1.5},

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Result
 from moe_jax.registry import EVALUATIONS
-from moe_jax.training import loop
+from moe_jax.training import loop, step
+from moe_jax.training.state import Setup
 from tests.helpers import registries, runs
 
 
@@ -113,10 +114,10 @@ def test_the_routers_gradients_are_logged_where_they_are_measured(
     for event in runs.events(run[0])
     for value in event.summary.value
   }
-  for step, row in logged.items():
+  for number, row in logged.items():
     for name in ('cross_entropy_gradient', 'balance_loss_gradient'):
       [[norm]] = row[f'routing/{name}']
-      assert found[step, f'{name}/layer_1'] == np.float32(norm) > 0
+      assert found[number, f'{name}/layer_1'] == np.float32(norm) > 0
 
 
 def test_a_users_own_evaluation(
@@ -146,6 +147,81 @@ def test_a_users_own_evaluation(
   assert results['validation-sizes']['size'] == row['size'] > 0
   written = runs.read_json(tmp_path / 'evaluation' / 'validation-2-sizes.json')
   assert written == {'split': 'validation', 'step': 2, 'size': row['size']}
+
+
+def test_evaluations_at_their_own_intervals(
+  config: ConfigDict,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  """With split and budget, in lines, table, TensorBoard."""
+  registries.forget(monkeypatch, EVALUATIONS)
+  called: list[tuple[str, int]] = []
+
+  @EVALUATIONS.register('sample')
+  class Sample:
+    def __init__(self, setup: Any, split: str) -> None:
+      self._split = split
+
+    def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
+      called.append((self._split, max_batches))
+      text = f'written\non {self._split}'
+      return [Result('sample', {'length': len(called)}, text=text)]
+
+  own = config.copy_and_resolve_references()
+  own.eval.evaluations = (
+    'perplexity, perplexity:split=train[:50%]:batches=1:every=4,'
+    'sample:every=3:split=test:batches=7'
+  )
+  own.eval.every, own.train.steps = 2, 5
+  own.train.profile, own.checkpoint.every = '', 5
+  make_eval_step, made = step.make_eval_step, []
+
+  def counted(setup: Setup) -> Any:
+    made.append(1)
+    return make_eval_step(setup)
+
+  monkeypatch.setattr(step, 'make_eval_step', counted)
+  loop.train(own, str(tmp_path))
+  steps = {
+    split: [row['step'] for row in runs.rows(tmp_path, split)]
+    for split in ('validation', 'train[:50%]', 'sample')
+  }
+  # All of them at the end.
+  assert steps['validation'] == [2, 4, 5]
+  assert steps['train[:50%]'] == [4, 5]
+  assert steps['sample'] == [3, 5]
+  assert called == [('test', 7), ('test', 7)]
+  assert made == [1]  # both splits have one program
+  one_batch = own.train.batch_size * own.data.seq_len
+  whole, cut, samples = [runs.rows(tmp_path, split) for split in steps]
+  assert all(row['tokens'] > one_batch for row in whole)
+  assert all(row['tokens'] == one_batch for row in cut)
+  assert [row['text'] for row in samples] == ['written\non test'] * 2
+  printed = capsys.readouterr().out
+  assert 'step 3  sample: length 1 (' in printed
+  assert printed.count('\nwritten\non test\n') == 2
+  table = printed[printed.index('split ') :].splitlines()
+  assert {line.split()[0] for line in table[2:6]} == {'train', *steps}
+  values = [(e, v) for e in runs.events(tmp_path) for v in e.summary.value]
+  lengths = [
+    (e.step, v.simple_value) for e, v in values if v.tag == 'sample/length'
+  ]
+  assert lengths == [(3, 1.0), (5, 2.0)]
+  texts = [
+    v.tensor.string_val[0].decode()
+    for _, v in values
+    if v.tag.startswith('sample') and v.tensor.string_val
+  ]
+  assert texts == ['    written\n    on test\n'] * 2
+
+  results = runs.evaluation.evaluate(own, str(tmp_path))
+  assert results.keys() == steps.keys()
+  kept = runs.read_json(tmp_path / 'evaluation' / 'sample-5.json')
+  assert kept['text'] == 'written\non test'
+  [only, _] = runs.evaluation.evaluate(own, str(tmp_path), split='validation')
+  assert only == 'validation'
 
 
 @pytest.mark.parametrize('name', EVALUATIONS)
