@@ -124,3 +124,4 @@ DATA_SOURCES: Registry[Any] = Registry(
 )
 TOKENIZERS: Registry[Any] = Registry('data.tokenizer', 'bytes enwik8 words')
 EVALUATIONS: Registry[Any] = Registry('eval.evaluations', 'perplexity')
+TRACKERS: Registry[Any] = Registry('train.tracker', 'wandb trackio')

@@ -76,7 +76,7 @@ ROOMS = {
   'generation': Room(f'{_MODEL} data model', 'jax flax ml_collections numpy'),
   'training': Room(
     f'{_MODEL} disk signals data parallel.multihost model generation',
-    f'{_STATE} tensorboardX',
+    f'{_STATE} tensorboardX wandb trackio',
   ),
   'evaluation': Room(
     f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training',

@@ -22,7 +22,8 @@ class Key(NamedTuple):
   Attributes:
     default: The value where nothing is said.
     meaning: What the value means, in sentences.
-    choices: The names that a text may be; any text if empty.
+    choices: The names that a text may be, beside '' if that is the default; any
+      text if empty.
     several: Whether the value is a list of choices with commas between, each
       perhaps with options behind a colon.
     low: The least number.
@@ -131,7 +132,8 @@ class Key(NamedTuple):
   def _wanted_text(self) -> str:
     if self.choices:
       kind = 'some of' if self.several else 'one of'
-      return f'{kind} {", ".join(self.names())}'
+      optional = '' if self.default else "'' or "
+      return f'{optional}{kind} {", ".join(self.names())}'
     if self.path and self.default:
       return 'a name or a path'
     kind = 'a path' if self.path else 'a text'
@@ -140,7 +142,7 @@ class Key(NamedTuple):
   def _check_text(self, name: str, value: str) -> None:
     if self.default and not value:
       raise UserError(f'{name} = {value!r} must be a name, not empty')
-    if not self.choices:
+    if not self.choices or not value:
       return
     if not self.several:
       choose(name, value, self.names())

@@ -24,6 +24,7 @@ from moe_jax.registry import (
   OPTIMIZERS,
   SCHEDULES,
   SELECTIONS,
+  TRACKERS,
 )
 
 # The path of a preset that its user has to say.
@@ -510,6 +511,14 @@ KEYS = {
     path=True,
   ),
   'train.log_every': Key(10, 'Steps between two logged ones.', resume=True),
+  'train.tracker': Key(
+    '',
+    "Where the numbers go as well: wandb (Weights & Biases), trackio; '' is"
+    ' nowhere else. Both stay on this machine unless their own environment'
+    ' variables say otherwise.',
+    (TRACKERS,),
+    resume=True,
+  ),
   'train.router_gradients_every': Key(
     0,
     'Steps between two that measure the gradients of the cross entropy and of'

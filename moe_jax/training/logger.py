@@ -25,6 +25,7 @@ from moe_jax.training.metrics import (
 from moe_jax.training.metrics_writer import MetricsWriter
 from moe_jax.training.router_gradients import ROUTER_GRADIENTS
 from moe_jax.training.state import Setup
+from moe_jax.training.trackers import Tracking
 
 _PICTURES = 100  # of a run; TensorBoard shows ten of them
 
@@ -63,6 +64,7 @@ class Logger:
     self._dtype = str(compute_dtype(config, setup.mesh))
     self._start = self._read_at = start
     self._active = multihost.is_main_process()
+    self._tracking = Tracking(config, workdir, self.say)
     self._open = functools.partial(
       MetricsWriter,
       workdir,
@@ -76,6 +78,7 @@ class Logger:
         ),
       },
       tell=self.say,
+      tracking=self._tracking,
     )
     self._writer = self._open(resume_step=restored)
     self._writer.text('config', saved.to_json(config), start)
@@ -88,10 +91,13 @@ class Logger:
     self._results: dict[str, Mapping[str, float]] = {}
 
   def __enter__(self) -> 'Logger':
+    if self._active:
+      self._tracking.open()
     return self
 
   def __exit__(self, *_: object) -> None:
     self._writer.close()
+    self._tracking.close()
 
   def say(self, text: str) -> None:
     """Prints on one process of the run; that it cannot ends nothing."""

@@ -16,7 +16,7 @@ from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Opened
 from moe_jax.parallel import multihost, peers
-from moe_jax.training import init_from
+from moe_jax.training import init_from, trackers
 from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
 from moe_jax.training.checkpoint import Checkpointer
@@ -112,6 +112,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   if not loading.holds_run(workdir):
     config_lib.check_given(config)
+  multihost.fail_together(lambda: trackers.check(config))
   setup, mixture, opened, samples = _prepare_together(config, workdir)
   run = RunDir.new_or_resumed(workdir, config)
   with (

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from moe_jax import disk, files, strict_json
 from moe_jax.config.saved import ROLLBACK, SKIPPED_STEP
 from moe_jax.errors import UserError
 from moe_jax.training.tensorboard import TensorBoard
+from moe_jax.training.trackers import Tracking
 
 _FILE = 'metrics.jsonl'
 _TRAIN = 'train'
@@ -38,6 +40,7 @@ class MetricsWriter:
     active: bool = True,
     every: Mapping[str, int] | None = None,
     tell: Callable[[str], None] = print,
+    tracking: Tracking | None = None,
   ) -> None:
     """Opens the files and takes back what a resumed run will write again.
 
@@ -51,6 +54,7 @@ class MetricsWriter:
         'evaluation', to find missing ones; 0 for no lines.
       tell: Tells a line to people: what was dropped or is missing, and what
         cannot be written.
+      tracking: Is told the numbers too, and not closed; None for nothing.
 
     Raises:
       UserError: metrics.jsonl has a line that is not JSON, not being the last,
@@ -58,6 +62,7 @@ class MetricsWriter:
       RetryableError: The disk is full.
     """
     self._active = active
+    self._tracking = tracking
     self.evaluated = False
     if not active:
       return
@@ -97,15 +102,18 @@ class MetricsWriter:
     details: Mapping[str, float] | None = None,
     pictures: Mapping[str, np.ndarray] | None = None,
   ) -> None:
-    """Writes one line; a scalar also to TensorBoard, as `split/name`.
+    """Writes one line; a scalar also for TensorBoard and the tracker.
+
+    Their name of a scalar is `split/name`. They have no place for one that is
+    not finite.
 
     Args:
       step: The number of steps done.
       split: 'train', or the name of an evaluation.
       values: Numbers, or arrays of them, such as one per layer; on the
         device or not.
-      details: Scalars for TensorBoard alone, as what the arrays hold.
-      pictures: Pictures for TensorBoard: RGB, uint8 [height, width, 3].
+      details: Scalars that are for these alone, as what the arrays hold.
+      pictures: Pictures for these: RGB, uint8 [height, width, 3].
 
     Raises:
       RetryableError: The disk is full.
@@ -120,7 +128,11 @@ class MetricsWriter:
       for name, value in plain.items()
       if isinstance(value, int | float)
     }
-    self._events.log(step, {**scalars, **(details or {})}, pictures or {})
+    scalars |= details or {}
+    finite = {tag: x for tag, x in scalars.items() if math.isfinite(x)}
+    self._events.log(step, finite, pictures or {})
+    if self._tracking is not None:
+      self._tracking.log(step, finite, pictures or {})
 
   def text(self, name: str, text: str, step: int) -> None:
     """Writes a text to TensorBoard, as it stands."""

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import secrets
 import sys
 from typing import Any
 
@@ -39,11 +40,12 @@ def versions() -> dict[str, str]:
 def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
   """Returns what is kept in run.json, as JSON can hold it.
 
-  It has `extensions`, the files of users that registered what the run is made
-  of, and `starts`, an entry for each time that the run was begun or gone on
-  with: the `step` it started from, what `auto` became (`resolved`), `devices`,
-  `mesh`, `processes`, `parameters`, of them `active_parameters` of a token,
-  `flops_per_token` of training, `versions`, `command` and the time in UTC.
+  It has `id`, which trackers know the run by, `extensions`, the files of users
+  that registered what the run is made of, and `starts`, an entry for each time
+  that the run was begun or gone on with: the `step` it started from, what
+  `auto` became (`resolved`), `devices`, `mesh`, `processes`, `parameters`, of
+  them `active_parameters` of a token, `flops_per_token` of training,
+  `versions`, `command` and the time in UTC.
 
   Args:
     setup: The setup of the run.
@@ -68,9 +70,15 @@ def record(setup: Setup, workdir: str, start: int) -> dict[str, Any]:
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
   return {
+    'id': (run_id(workdir) if start else '') or secrets.token_hex(4),
     'extensions': loading.extensions(),
-    'starts': [*_earlier_starts(workdir), now],
+    'starts': [*_earlier(workdir).get('starts', []), now],
   }
+
+
+def run_id(workdir: str) -> str:
+  """Returns the id of the run there; '' if it has none yet."""
+  return _earlier(workdir).get('id', '')
 
 
 def describe(setup: Setup, mixture: Mixture) -> str:
@@ -153,11 +161,15 @@ def _targets(data: ConfigDict, sequences: TokenSequences) -> str:
   return f'\ntargets  loss on {100 * share:.0f} % of tokens{cut}'
 
 
-def _earlier_starts(workdir: str) -> list[Any]:
-  """Returns the starts in run.json; none where it is missing or unreadable."""
+def _earlier(workdir: str) -> dict[str, Any]:
+  """Returns what is sound in run.json; nothing where it is not readable."""
   try:
-    path = os.path.join(workdir, saved.RECORD_FILE)
-    starts = files.read_json(path)['starts']
-  except (OSError, ValueError, KeyError, TypeError):
-    return []
-  return starts if isinstance(starts, list) else []
+    found = files.read_json(os.path.join(workdir, saved.RECORD_FILE))
+  except (OSError, ValueError):
+    return {}
+  kinds = {'id': str, 'starts': list}
+  return {
+    key: found[key]
+    for key, kind in kinds.items()
+    if isinstance(found, dict) and isinstance(found.get(key), kind)
+  }

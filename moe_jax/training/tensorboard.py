@@ -1,7 +1,6 @@
 """A run's numbers and pictures for TensorBoard: files of events."""
 
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -63,15 +62,10 @@ class TensorBoard:
 
     Args:
       step: The number of steps done.
-      scalars: Numbers by their tags. TensorBoard has no place for those that
-        are not finite, and a warning for each; they are left out.
+      scalars: Finite numbers by their tags.
       pictures: Pictures by their tags, RGB, uint8 [height, width, 3].
     """
-    parts = [
-      summary.scalar(tag, value)
-      for tag, value in scalars.items()
-      if math.isfinite(value)
-    ]
+    parts = [summary.scalar(tag, value) for tag, value in scalars.items()]
     parts += [
       summary.image(tag, pixels, dataformats='HWC')
       for tag, pixels in pictures.items()

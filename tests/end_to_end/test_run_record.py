@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Result
-from moe_jax.registry import EVALUATIONS
+from moe_jax.registry import EVALUATIONS, TRACKERS
 from moe_jax.training import loop, step
 from moe_jax.training.state import Setup
+from moe_jax.training.trackers import TrackedRun
 from tests.helpers import registries, runs
 
 
@@ -72,9 +73,11 @@ def test_a_resumed_run_adds_its_start(
   config: ConfigDict, run: tuple[Path, str]
 ) -> None:
   workdir, _ = run
+  name = runs.read_json(workdir / 'run.json')['id']
   loop.train(config, str(workdir))
-  starts = runs.read_json(workdir / 'run.json')['starts']
-  assert [start['step'] for start in starts] == [0, 4]
+  kept = runs.read_json(workdir / 'run.json')
+  assert [start['step'] for start in kept['starts']] == [0, 4]
+  assert kept['id'] == name and len(name) == 8
 
 
 def test_a_trace_holds_the_steps_that_were_named(
@@ -155,8 +158,21 @@ def test_evaluations_at_their_own_intervals(
   monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  """With split and budget, in lines, table, TensorBoard."""
-  registries.forget(monkeypatch, EVALUATIONS)
+  """With split and budget, in lines, table, TensorBoard and tracker."""
+  registries.forget(monkeypatch, EVALUATIONS, TRACKERS)
+  tracked: list[tuple[str, int, set[str]]] = []
+
+  @TRACKERS.register('kept')
+  class Kept:
+    def __init__(self, run: TrackedRun) -> None:
+      self._id = run.id
+
+    def log(self, step: int, scalars: Any, pictures: Any) -> None:
+      tracked.append((self._id, step, {*scalars, *pictures}))
+
+    def close(self) -> None:
+      tracked.append((self._id, -1, set()))
+
   called: list[tuple[str, int]] = []
 
   @EVALUATIONS.register('sample')
@@ -176,6 +192,7 @@ def test_evaluations_at_their_own_intervals(
   )
   own.eval.every, own.train.steps = 2, 5
   own.train.profile, own.checkpoint.every = '', 5
+  own.train.tracker = 'kept'
   make_eval_step, made = step.make_eval_step, []
 
   def counted(setup: Setup) -> Any:
@@ -214,6 +231,13 @@ def test_evaluations_at_their_own_intervals(
     for _, v in values
     if v.tag.startswith('sample') and v.tensor.string_val
   ]
+  ids, numbers, names = zip(*tracked, strict=True)
+  assert {*ids} == {runs.read_json(tmp_path / 'run.json')['id']}
+  assert [
+    n for n, each in zip(numbers, names, strict=True) if 'sample/length' in each
+  ] == [3, 5]
+  assert numbers[-1] == -1 and 'train/loss' in names[0]
+  assert {'expert_load', 'max_violation/layer_1'} <= names[0]
   assert texts == ['    written\n    on test\n'] * 2
 
   results = runs.evaluation.evaluate(own, str(tmp_path))
