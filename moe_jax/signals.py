@@ -39,6 +39,7 @@ def _default_in_child() -> None:
 
 
 _handlers: list[Handler] = []  # that are in use
+_endings: list['_Ending'] = []  # around what runs
 os.register_at_fork(after_in_child=_default_in_child)
 
 
@@ -62,6 +63,10 @@ def watched(
   if threading.current_thread() is not threading.main_thread():
     yield
     return
+  # What was to end it was swallowed, as in a destructor: nothing new begins.
+  for each in _endings:
+    if each.signal is not None:
+      leave(each.signal)
   _handlers.append(handler)
   end, start = os.pipe()
   os.set_blocking(start, False)
@@ -190,11 +195,14 @@ def ending() -> Iterator[None]:
   """
   found = _Ending()
   with watched(found.receive, found.handle):
+    _endings.append(found)
     try:
       yield
     except BaseException:
       if found.signal is None:
         raise
+    finally:
+      _endings.remove(found)
     if found.signal is not None:
       leave(found.signal)
 

@@ -146,6 +146,30 @@ def test_a_program_with_nothing_to_save_ends_in_silence(
   assert time.monotonic() - began < 10
 
 
+def test_nothing_new_begins_where_it_was_swallowed() -> None:
+  """A destructor swallows it; the training does not begin all the same."""
+  code = """
+import signal
+from moe_jax import exits, signals
+def run():
+  try:
+    signal.raise_signal(signal.SIGTERM)
+    while True: pass
+  except KeyboardInterrupt: pass
+  with signals.watched(print):
+    print('trains')
+exits.exit_with(run)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (
+    128 + signal.SIGTERM,
+    '',
+    '',
+  )
+
+
 def test_temporary_files_are_removed_first(tmp_path: Path) -> None:
   code = (
     'import tempfile, time; from moe_jax import exits\n'

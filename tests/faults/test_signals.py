@@ -5,6 +5,7 @@ Each ends within its bound, and with `-s` the figures are printed.
 
 import os
 import pty
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -232,8 +233,14 @@ def test_a_terminal_is_closed(
     flags, tmp_path / 'run', Path(os.ttyname(slave)), terminal=True
   )
   printed = b''
-  while text.encode() not in printed:
-    printed += os.read(master, 4096)
+
+  def says_so() -> bool:
+    nonlocal printed
+    if select.select([master], [], [], 0)[0]:
+      printed += os.read(master, 4096)
+    return text.encode() in printed
+
+  run.wait_for(says_so)
   os.close(slave)
   os.close(master)
   assert_ended(run, SIGHUP, before)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -54,7 +55,7 @@ def check_rows() -> None:
     np.testing.assert_array_equal(gathered, whole)
 
 
-def message(function: object) -> str:
+def message(function: Callable[[], object]) -> str:
   """Of the UserError that calling it raises."""
   try:
     function()

@@ -35,6 +35,7 @@ def cover(
   rows = []
   while missing:
     row = grow(dict(sorted(missing[0])), dimensions, refused, missing)
+    assert row, 'an incomplete pair is not missing'
     rows.append({name: row[name] for name in dimensions})
     missing = [pair for pair in missing if not pair <= row.items()]
   return rows
@@ -42,7 +43,8 @@ def cover(
 
 def most_varied(rows: Sequence[Row], count: int, by: str) -> list[Row]:
   """Rows that differ in dimension `by` and together have most of the values."""
-  picked, seen = [], set()
+  picked: list[Row] = []
+  seen: set[tuple[str, str]] = set()
   for _ in range(count):
     others = [row for row in rows if (by, row[by]) not in seen]
     row = max(others, key=lambda row: len(row.items() - seen))

@@ -58,7 +58,9 @@ def compare(
     for sign in (1, -1):
       moved = list(leaves)
       moved[i] = np.asarray(leaves[i], np.float64) + sign * STEP * direction
-      ends.append((cotangent * oracle(shape.unflatten(moved), tree)).sum())
+      ends.append(
+        (cotangent * oracle(jax.tree.unflatten(shape, moved), tree)).sum()
+      )
     np.testing.assert_allclose(
       (gradient * direction).sum(),
       (ends[0] - ends[1]) / (2 * STEP),

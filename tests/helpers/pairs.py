@@ -110,11 +110,12 @@ class Pair:
     """Waits for both; returns their exit statuses."""
     deadline = time.monotonic() + PATIENCE
     try:
-      for process in self.processes:
+      return [
         process.wait(max(deadline - time.monotonic(), 0))
+        for process in self.processes
+      ]
     except subprocess.TimeoutExpired as error:
       raise AssertionError(f'it hangs\n{self.report()}') from error
-    return [process.returncode for process in self.processes]
 
   def report(self) -> str:
     """All that both have written."""
@@ -123,7 +124,7 @@ class Pair:
 
 def finish(program: str, flags: list[str], **env: str) -> None:
   """Runs a program in two processes to its good end."""
-  with Pair(program, flags, **env) as pair:
+  with Pair(program, flags, nursery=None, **env) as pair:
     assert pair.wait() == [0, 0], pair.report()
 
 
@@ -135,6 +136,6 @@ def _read(file: BinaryIO) -> str:
 ENV = {
   'JAX_PLATFORMS': 'cpu',
   'JAX_NUM_CPU_DEVICES': str(DEVICES),
-  'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),  # type: ignore[attr-defined]
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
 }

@@ -27,7 +27,8 @@ class Model:
     return np.stack([self.sequence(ids_L) for ids_L in ids_BL])
 
   def sequence(self, ids_L: Array) -> Array:
-    self.state = None  # of the recurrent router, layer after layer
+    # Of the recurrent router, layer after layer.
+    self.state: Array | None = None
     self.ids = ids_L
     x = self['model.embed_tokens'][ids_L]
     for layer in range(self.keys['num_hidden_layers']):
@@ -37,6 +38,9 @@ class Model:
     x = self.norm('model.norm', x)
     tied = self.keys.get('tie_word_embeddings')
     return x @ self['model.embed_tokens' if tied else 'lm_head'].T
+
+  def feed_forward(self, at: str, x: Array) -> Array:
+    raise NotImplementedError
 
   def __getitem__(self, name: str) -> Array:
     return self.tensors[f'{name}.weight'].astype(np.float64)

@@ -197,6 +197,7 @@ class Routers:
     """RMoE eq. 4-5: every token's state takes one step."""
     if self.router.projector == 'layerwise':
       u_TD = u_TD @ features['project']['projector_DR']
+    assert self.cell is not None, 'a recurrent router has one'
     if not self.last or self.router.passing == 'none':
       zero = start(self.router.recurrent, self.router.state_size)
       self.last = [zero] * len(u_TD)

@@ -54,6 +54,7 @@ def call(program: str, flags: list[str]) -> int:
     # It would tune malloc for the rest of the tests too.
     patch.setenv(runtime.SWITCH, '0')
     runpy.run_path(str(ROOT / program), run_name='__main__')
+  assert isinstance(stop.value.code, int)
   return stop.value.code
 
 

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
+from moe_jax.data.sequences import TokenSequences
 from moe_jax.data.sources import DATA_SOURCES, GivenTexts
 from moe_jax.evaluation.perplexity import Perplexity
 from moe_jax.registry import EVALUATIONS
@@ -40,8 +41,8 @@ def slow_texts(data: ConfigDict, **options: Any) -> GivenTexts:
 class Slow(Perplexity):
   """The loss, slowly."""
 
-  def _batches(self) -> Any:
-    rows, batches = super()._batches()
+  def _batches(self, sequences: TokenSequences) -> Any:
+    rows, batches = super()._batches(sequences)
 
     def slowly() -> Iterator[Any]:
       for batch in batches:

@@ -13,7 +13,7 @@ from moe_jax.routing.selection import Pick, Select, SelectOptions, TopK
 VOCAB = 61
 
 # The four models that the project is about, as overrides.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
   'linear': {},
   'rmoe': {'router.recurrent': 'gru'},
   'cartesian': {'moe.factors': 2},

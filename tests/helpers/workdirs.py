@@ -120,7 +120,7 @@ def make_comparison(
           'seconds': 61.5 + seed,
         }
       )
-    bits = np.array([run['bits_per_byte'] for run in runs])
+    found = np.array([run['bits_per_byte'] for run in runs])
     row = {
       'variant': name,
       'about': f'the {name} router',
@@ -131,8 +131,8 @@ def make_comparison(
       'matched': None,
       'swept': None,
       'runs': runs,
-      'mean': bits.mean(),
-      'deviation': bits.std(ddof=1) if len(seeds) > 1 else None,
+      'mean': found.mean(),
+      'deviation': found.std(ddof=1) if len(seeds) > 1 else None,
       'difference': -gain if gain else None,
       'interval': [-gain - 0.04, -gain + 0.04] if gain else None,
       'p_value': 0.0312 if gain else None,
