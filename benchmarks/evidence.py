@@ -101,6 +101,31 @@ STUDIES = {
       *('rmoe+rnn', 'rmoe+lstm', 'linear'),
     ),
   ),
+  **{
+    f'depth{layers}': Study(
+      f'{layers} layers instead of 6, on source code',
+      ('linear', 'rmoe', 'cartesian'),
+      (_TINY[0], f'--config.model.num_layers={layers}', '--seeds=3'),
+    )
+    for layers in (2, 4, 8)
+  },
+  'rates': Study(
+    'Each at the best of three learning rates, on source code',
+    ('linear', 'rmoe', 'rmoe+s_proj', 'cartesian'),
+    (
+      *(_TINY[0], '--seeds=3'),
+      '--sweep=optimizer.learning_rate:2e-3,4e-3,8e-3',
+    ),
+  ),
+  'settings': Study(
+    'Norms and the balance loss, one change at a time, on source code',
+    (
+      *('rmoe', 'rmoe+model.norm_place=post', 'rmoe+model.norm=layer'),
+      *('rmoe+loss.balance_weight=0', 'rmoe+loss.balance_weight=0.1'),
+      'linear',
+    ),
+    (_TINY[0], '--seeds=3'),
+  ),
 }
 
 
