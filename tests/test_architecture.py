@@ -277,6 +277,12 @@ def test_modules_do_not_import_in_circles() -> None:
     visit(name, ())
 
 
+def test_every_folder_of_modules_is_in_the_wheel() -> None:
+  """Which has packages alone: folders without __init__.py are left out."""
+  for path in modules().values():
+    assert (path.parent / '__init__.py').exists(), path
+
+
 def test_nothing_imports_configs_tests_or_benchmarks() -> None:
   for name, path in modules().items():
     packages = {imported.split('.')[0] for imported in imports(path)}

@@ -152,14 +152,15 @@ def test_equal_the_oracle(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OWN)
 def test_own_routers_equal_whole_sequences(name: str) -> None:
-  examples.routers()
-  config = tiny.config(**OWN[name])
-  graphdef, params = tiny.decoder(config)
+  with examples.registered_here():
+    examples.routers()
+    config = tiny.config(**OWN[name])
+    graphdef, params = tiny.decoder(config)
 
-  @jax.jit
-  def whole(params: Any, ids_BL: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, params)
-    return model(ids_BL, jnp.ones(ids_BL.shape, bool)).logits_BLV
+    @jax.jit
+    def whole(params: Any, ids_BL: jax.Array) -> jax.Array:
+      model = nnx.merge(graphdef, params)
+      return model(ids_BL, jnp.ones(ids_BL.shape, bool)).logits_BLV
 
-  exact = [whole(params, row[None])[0] for row in random_rows()]
-  check(config, params, exact)
+    exact = [whole(params, row[None])[0] for row in random_rows()]
+    check(config, params, exact)

@@ -1,7 +1,6 @@
 """The files in examples/, as a user's own: imported by path."""
 
 import contextlib
-import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from moe_jax import registry
 FOLDER = Path(__file__).parents[2] / 'examples'
 
 
-@functools.cache
 def routers() -> ModuleType:
   """Returns examples/routers.py; importing it registers its classes."""
   path = str(FOLDER / 'routers.py')

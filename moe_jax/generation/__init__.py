@@ -1,0 +1,1 @@
+"""Text from a model: prompts, a cache of keys and values, sampling."""
