@@ -2,15 +2,17 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from moe_jax.evaluation import likelihood
-from moe_jax.evaluation.likelihood import Request, Scorer, batches
-from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.training import state
+from moe_jax.evaluation.likelihood import (
+  Request,
+  Scorer,
+  batches,
+  packed_batches,
+)
 from tests.helpers import oracle, oracle_span, tiny
 
 MESHES = {
@@ -22,25 +24,6 @@ SPAN = {
   'model.span': 6,
   'model.norm_place': 'post',
 }
-
-
-def made(
-  axes: dict[str, int], **changes: Any
-) -> tuple[ConfigDict, state.Setup, Any]:
-  """A tiny model on a mesh: the config, the setup and its parameters."""
-  config = tiny.config(
-    **{'model.num_layers': 1, 'eval.batch_size': 4} | changes
-  )
-  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
-  devices = jax.devices()[: int(np.prod(list(shape.values())))]
-  setup = state.setup(config, tiny.VOCAB, mesh_lib.make_mesh(shape, devices))
-  # Large, so that some tokens are likely and others are not.
-  params = jax.tree.map(
-    lambda leaf, place: jax.device_put(3 * leaf, place.sharding),
-    tiny.decoder(config)[1],
-    setup.abstract['params'],
-  )
-  return config, setup, params
 
 
 def drawn(config: ConfigDict, params: Any, count: int) -> list[Request]:
@@ -74,10 +57,10 @@ def logits(config: ConfigDict, params: Any, ids_L: np.ndarray) -> np.ndarray:
 def test_equals_the_oracle(
   axes: dict[str, int], changes: dict[str, Any]
 ) -> None:
-  config, setup, params = made(axes, **changes)
+  config, setup, params = tiny.on_mesh(axes, scale=3, **changes)
   requests = drawn(config, params, 13)
   told: list[int] = []
-  found = Scorer(setup, params)(requests, told.append)
+  found = Scorer(setup)(params, requests, told.append)
   assert sum(told) == len(found) == len(requests)
   for (ids, count), score in zip(requests, found, strict=True):
     rows = oracle.softmax(logits(config, params, ids[:-1]))[-count:]
@@ -93,13 +76,13 @@ def test_every_request_has_a_row_in_a_batch_that_is_long_enough(
 ) -> None:
   rng = np.random.default_rng(seed)
   lengths = rng.integers(1, 300, rng.integers(1, 200))
-  planned = batches(lengths, tokens=1024, longest=299, groups=4)
+  planned = batches(lengths, rows=4, longest=299, groups=4)
   numbers = np.concatenate([batch.numbers for batch in planned])
   assert sorted(numbers) == [*range(len(lengths))]
   for batch in planned:
     assert lengths[batch.numbers].max() <= batch.length <= 299
     assert len(batch.numbers) <= batch.rows and batch.rows % 4 == 0
-    assert batch.rows * batch.length <= max(1024, 4 * batch.length)
+    assert batch.rows * batch.length <= 4 * 299
   assert [b.length for b in planned] == sorted(
     (b.length for b in planned), reverse=True
   )
@@ -108,10 +91,10 @@ def test_every_request_has_a_row_in_a_batch_that_is_long_enough(
 def test_shapes_are_those_that_cost_the_least() -> None:
   """Of all ways to cut the lengths that there are, by trying each."""
   rng = np.random.default_rng(0)
-  tokens = 64
+  tokens = 144
   for _ in range(20):
     lengths = 16 * rng.choice([1, 2, 3, 5, 8, 9], rng.integers(1, 90))
-    planned = batches(lengths, tokens=tokens, longest=144, groups=1)
+    planned = batches(lengths, rows=1, longest=144, groups=1)
     chosen = {batch.length for batch in planned}
     assert cost(lengths, chosen, tokens) == min(
       cost(lengths, set(edges), tokens) for edges in subsets(set(lengths))
@@ -135,10 +118,30 @@ def subsets(lengths: set[int]) -> list[list[int]]:
 
 
 def test_few_requests_are_one_shape() -> None:
-  planned = batches(np.array([3, 40, 200]), 4096, longest=256, groups=2)
+  planned = batches(np.array([3, 40, 200]), 16, longest=256, groups=2)
   assert [(b.rows, b.length) for b in planned] == [(4, 208)]
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_requests_share_rows_and_overlap_nowhere(seed: int) -> None:
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 65, rng.integers(1, 200))
+  planned = packed_batches(lengths, rows=8, longest=64, groups=4)
+  numbers = np.concatenate([batch.numbers for batch in planned])
+  assert sorted(numbers) == [*range(len(lengths))]
+  assert len({(b.rows, b.length) for b in planned}) == 1, 'one shape'
+  assert planned[0].rows in (4, 8) and planned[0].length == 64
+  rows = 0
+  for batch in planned:
+    taken_BL = np.zeros((batch.rows, batch.length), int)
+    for number, row, begin in likelihood._places(batch):
+      taken_BL[row, begin : begin + lengths[number]] += 1
+    assert taken_BL.max() == 1
+    assert taken_BL.sum() == lengths[batch.numbers].sum()
+    rows += taken_BL.any(-1).sum()
+  assert (rows - 1) * 64 < 1.5 * lengths.sum(), 'rows are full'
+
+
 def test_nothing_to_score() -> None:
-  _, setup, params = made({})
-  assert Scorer(setup, params)([]) == []
+  _, setup, params = tiny.on_mesh({})
+  assert Scorer(setup)(params, []) == []

@@ -3,12 +3,15 @@
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.model.decoder import Decoder
+from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.selection import Pick, Select, SelectOptions, TopK
+from moe_jax.training import state
 
 VOCAB = 61
 
@@ -83,3 +86,26 @@ def decoder(
     for leaf, k in zip(leaves, keys, strict=True)
   ]
   return graphdef, jax.tree.unflatten(tree, noisy)
+
+
+def on_mesh(
+  axes: dict[str, int], scale: float = 1.0, **changes: Any
+) -> tuple[ConfigDict, state.Setup, Any]:
+  """A tiny model on a mesh: the config, the setup and its parameters.
+
+  Args:
+    axes: Sizes of the mesh.
+    scale: What parameters are multiplied by: large ones make some tokens likely
+      and others not.
+    **changes: As of `config`.
+  """
+  made = config(**{'model.num_layers': 1, 'eval.batch_size': 4} | changes)
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
+  devices = jax.devices()[: int(np.prod(list(shape.values())))]
+  setup = state.setup(made, VOCAB, mesh_lib.make_mesh(shape, devices))
+  params = jax.tree.map(
+    lambda leaf, place: jax.device_put(scale * leaf, place.sharding),
+    decoder(made)[1],
+    setup.abstract['params'],
+  )
+  return made, setup, params
