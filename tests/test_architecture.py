@@ -78,9 +78,20 @@ ROOMS = {
     f'{_MODEL} disk signals data parallel.multihost model generation',
     f'{_STATE} tensorboardX wandb trackio',
   ),
+  'evaluation.likelihood': Room(
+    'config data errors parallel.mesh parallel.multihost training', 'numpy'
+  ),
+  # An optional package, imported where tasks are asked for.
+  'evaluation.tasks': Room('errors', 'lm_eval datasets huggingface_hub'),
+  'evaluation.harness': Room(
+    'config errors data generation parallel.multihost training'
+    ' evaluation.likelihood',
+    'jax numpy lm_eval tqdm',
+  ),
   'evaluation': Room(
-    f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training',
-    'jax ml_collections numpy',
+    f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training'
+    ' evaluation.tasks evaluation.harness',
+    'jax ml_collections numpy lm_eval',
   ),
   # The one page that knows everyone.
   'training.loop': Room(
@@ -150,7 +161,8 @@ ROOMS = {
     'absl jax',
   ),
   'programs.eval': Room(
-    'cli parallel.launch evaluation', 'absl ml_collections'
+    'cli errors files parallel.launch evaluation',
+    'absl ml_collections',
   ),
   'programs.token_colours': Room(),
   'programs.generating': Room(

@@ -703,6 +703,15 @@ KEYS = {
     several=True,
     resume=True,
   ),
+  'eval.tasks': Key(
+    '',
+    'The tasks of lm-evaluation-harness that the evaluation `tasks` asks for,'
+    ' with commas between.',
+    resume=True,
+  ),
+  'eval.include_path': Key(
+    '', 'A folder with further tasks.', path=True, resume=True
+  ),
   'eval.split': Key('validation', 'The split to evaluate on.', resume=True),
   'eval.batches': Key(
     0,

@@ -71,12 +71,15 @@ class Format(NamedTuple):
     needed: Any of these is enough to be read, the first if none is there.
     parts: Returns the parts of a row that has what is needed.
     template: What the text follows; another template is other data.
+    prompt: Returns the text of messages, each with `role` and `content`, up to
+      where the model goes on: within the last one, if that is the assistant's.
   """
 
   fields: tuple[str, ...]
   needed: tuple[tuple[str, ...], ...]
   parts: Callable[[Mapping[str, Any]], list[Part]]
   template: str
+  prompt: Callable[[Sequence[Mapping[str, str]]], str]
 
   def check(self, names: Iterable[str]) -> None:
     """Refuses a row or a table without the fields that are needed."""
@@ -184,6 +187,25 @@ def _chat(row: Mapping[str, Any]) -> list[Part]:
   return parts
 
 
+def _alpaca_prompt(messages: Sequence[Mapping[str, str]]) -> str:
+  """Returns all messages but a begun response as one instruction."""
+  *asked, last = messages
+  begun = last['content'] if last['role'] == 'assistant' else ''
+  told = asked if last['role'] == 'assistant' else messages
+  instruction = _BETWEEN.join(message['content'] for message in told)
+  return _WITHOUT_INPUT.format(instruction=instruction) + begun
+
+
+def _chat_prompt(messages: Sequence[Mapping[str, str]]) -> str:
+  texts = [
+    _HEADING.format(_ROLES[message['role']]) + message['content']
+    for message in messages
+  ]
+  if messages[-1]['role'] != 'assistant':
+    texts.append(_HEADING.format('Assistant'))
+  return _BETWEEN.join(texts)
+
+
 def _message(message: object, field: str, where: str) -> tuple[str, str]:
   """Returns the heading and the text of a message."""
   author, content = _MESSAGES[field]
@@ -223,11 +245,13 @@ FORMATS = {
     (('instruction', 'output'),),
     _alpaca,
     _WITH_INPUT + _WITHOUT_INPUT,
+    _alpaca_prompt,
   ),
   'chat': Format(
     tuple(_MESSAGES),
     tuple((name,) for name in _MESSAGES),
     _chat,
     _BETWEEN + _HEADING,
+    _chat_prompt,
   ),
 }

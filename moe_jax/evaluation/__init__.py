@@ -91,4 +91,4 @@ def make(setup: Setup, wanted: Iterable[Asked]) -> list[Opened]:
 
 
 # Below, as it registers itself with what is above.
-from moe_jax.evaluation import perplexity  # noqa: E402, F401
+from moe_jax.evaluation import perplexity, task_scores  # noqa: E402, F401

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.errors import UserError
-from moe_jax.programs.eval import define_flags as define_eval_flags
+from moe_jax.programs.eval import define_checkpoint_flags
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """Defines the flags of evaluation, and how much is read."""
-  define_eval_flags(values)
+  define_checkpoint_flags(values)
   flags.DEFINE_integer(
     'tokens',
     1_000_000,

@@ -4,6 +4,12 @@
 
 The config is the run's own; --config.KEY=VALUE changes what may be changed. In
 a clone, `python eval.py` is the same program.
+
+  moe_jax eval --workdir=runs/quickstart --tasks=hellaswag,lambada_openai
+
+asks lm-evaluation-harness instead: tasks, groups and tags of it, files of YAML,
+or the suites rmoe_paper and cartesian_paper. Its table is printed, and its JSON
+is left in DIR/evaluation/tasks-STEP.json.
 """
 
 from typing import Any
@@ -11,10 +17,39 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from moe_jax import cli
+from moe_jax import cli, files
+from moe_jax.errors import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
+  """Defines what of a checkpoint to evaluate: a split of its data, or tasks."""
+  define_checkpoint_flags(values)
+  for name, about in (
+    ('tasks', 'tasks of lm-evaluation-harness, with commas between'),
+    ('include_path', 'a folder with tasks of yours, in files of YAML'),
+  ):
+    flags.DEFINE_string(name, None, about, flag_values=values)
+  flags.DEFINE_integer(
+    'num_fewshot',
+    None,
+    'the examples before each question; those of the task if left out',
+    lower_bound=0,
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    'limit',
+    None,
+    'the most documents of a task, or below 1 a share of them, for a trial',
+    flag_values=values,
+  )
+  for name, about in (
+    ('log_samples', 'write every document and answer, too'),
+    ('apply_chat_template', 'put questions as instructions were in training'),
+  ):
+    flags.DEFINE_boolean(name, False, about, flag_values=values)
+
+
+def define_checkpoint_flags(values: flags.FlagValues) -> None:
   """Defines the flags of training, and which checkpoint and data to take."""
   cli.define_process_flags(values)
   flags.DEFINE_integer(
@@ -36,15 +71,56 @@ def run(
   workdir: str,
   step: int | None,
   split: str | None,
+  tasks: str | None,
+  include_path: str | None,
+  num_fewshot: int | None,
+  limit: float | None,
+  log_samples: bool,
+  apply_chat_template: bool,
   **place: Any,
 ) -> None:
-  """Evaluates the checkpoint of `step` in `workdir` on `split`."""
+  """Evaluates the checkpoint of `step` in `workdir` on `split`, or on tasks.
+
+  Raises:
+    UserError: Flags of both are given, or anything is wrong with one.
+  """
+  of_tasks: dict[str, Any] = {
+    'include_path': files.expand(include_path or ''),
+    'num_fewshot': num_fewshot,
+    'limit': limit,
+    'log_samples': log_samples,
+    'apply_chat_template': apply_chat_template,
+  }
+  _check(tasks, split, of_tasks)
   # jax must not be imported before the command line has set the allocator.
-  from moe_jax.evaluation import checkpoints
+  from moe_jax.evaluation import checkpoints, task_scores
   from moe_jax.parallel import launch
 
   with launch.joined(**place):
-    checkpoints.evaluate(config, workdir, step=step, split=split)
+    if tasks is None:
+      checkpoints.evaluate(config, workdir, step=step, split=split)
+      return
+    asked = task_scores.Asked(tasks, **of_tasks)
+    task_scores.evaluate(config, workdir, asked, step)
+
+
+def _check(
+  tasks: str | None, split: str | None, of_tasks: dict[str, Any]
+) -> None:
+  """Refuses flags that nothing would heed, and a limit that is none."""
+  if tasks is None:
+    for name, value in of_tasks.items():
+      if value not in (None, '', False):
+        raise UserError(f'--{name} is for tasks: name some, as --tasks=NAME')
+    return
+  if split is not None:
+    raise UserError(
+      f'--split = {split!r} is of the data of the run, and --tasks have splits'
+      ' of their own: leave one out'
+    )
+  limit = of_tasks['limit']
+  if limit is not None and not limit > 0:
+    raise UserError(f'--limit = {limit} must be above 0')
 
 
 def main() -> None:

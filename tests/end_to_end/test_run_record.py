@@ -255,6 +255,6 @@ def test_evaluations_of_the_library_say_what_is_missing(
   wrong = config.copy_and_resolve_references()
   wrong.eval.evaluations = name
   wrong.eval.every = 1
-  wrong.eval.split = 'nowhere'
+  wrong.eval.split = wrong.eval.tasks = 'nowhere'
   with pytest.raises(UserError, match='nowhere'):
     loop.prepare(wrong)

@@ -1,0 +1,318 @@
+"""Scores of lm-evaluation-harness: of a checkpoint, and while a model trains.
+
+The package `lm_eval` is imported when a task is asked for.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import io
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import disk, files, strict_json
+from moe_jax.data import instructions
+from moe_jax.errors import UserError
+from moe_jax.evaluation import Result
+from moe_jax.evaluation.checkpoints import result_path
+from moe_jax.parallel import multihost
+from moe_jax.registry import EVALUATIONS
+from moe_jax.training import run_tokenizer, state
+from moe_jax.training.checkpoint import Checkpointer
+from moe_jax.training.run_dir import RunDir
+from moe_jax.training.state import Setup
+
+if TYPE_CHECKING:
+  from moe_jax.evaluation.harness import CheckpointLM
+  from moe_jax.evaluation.tasks import Tasks
+
+# Resamples for the error of a metric that is no mean. lm-eval takes 100,000,
+# in processes that it forks, which one that runs jax must not do.
+_RESAMPLES = 1000
+
+
+class Asked(NamedTuple):
+  """What is asked of the harness.
+
+  Attributes:
+    tasks: Names with commas between; see `tasks.load`.
+    include_path: A folder with further tasks; '' for none.
+    num_fewshot: The examples before each question; None for the task's own.
+    limit: The most documents of a task, or a share of them below 1; None for
+      all.
+    log_samples: Whether every document and answer is written, too.
+    apply_chat_template: Whether questions are put as instructions were in
+      training.
+  """
+
+  tasks: str
+  include_path: str = ''
+  num_fewshot: int | None = None
+  limit: float | None = None
+  log_samples: bool = False
+  apply_chat_template: bool = False
+
+
+@EVALUATIONS.register('tasks')
+class TaskScores:
+  """Scores of `eval.tasks`, a result for each task, named as it is.
+
+  The metrics are lm-eval's, with the name of the filter behind where there is
+  one. Where `max_batches` are given, a task has as many documents as these have
+  rows.
+  """
+
+  def __init__(self, setup: Setup, split: str) -> None:
+    """Reads the data of the tasks, which have splits of their own.
+
+    Raises:
+      UserError: There are none, or one is not there.
+    """
+    del split
+    config = setup.config.eval
+    check_installed('tasks in eval.evaluations')
+    from moe_jax.evaluation import tasks
+    from moe_jax.evaluation.harness import CheckpointLM
+
+    self._asked = Asked(config.tasks)
+    self._tasks = tasks.load(
+      config.tasks, config.include_path, key='eval.tasks'
+    )
+    self._model = CheckpointLM(setup, None)
+
+  def __call__(self, params: Any, max_batches: int = 0) -> list[Result]:
+    """Returns the metrics of every task and group."""
+    self._model.params = params
+    limit = max_batches * self._model.batch_size or None
+    asked = self._asked._replace(limit=limit)
+    # Bars would cut into the progress of a run.
+    with contextlib.redirect_stderr(io.StringIO()):
+      found = run_tasks(self._model, self._tasks, asked, errors=False)
+    self._model.params = None  # which training has a use for
+    scores = found['results'] | found.get('groups', {})
+    return [Result(name, _metrics(row)) for name, row in scores.items()]
+
+
+def evaluate(
+  config: ConfigDict, workdir: str, asked: Asked, step: int | None = None
+) -> dict[str, Any]:
+  """Evaluates a checkpoint on tasks, on any mesh.
+
+  Prints lm-eval's table, and writes its JSON to DIR/evaluation/tasks-STEP.json;
+  one that is there is kept under the date that it has. With samples, these are
+  in samples-TASK-STEP.jsonl, a line for each document.
+
+  Args:
+    config: The config that the run was made with; keys of the mesh and of
+      evaluation may differ.
+    workdir: The directory of the run.
+    asked: What is asked of the harness.
+    step: The step of the checkpoint; None for the newest.
+
+  Returns:
+    lm-eval's results.
+
+  Raises:
+    UserError: Anything is wrong with config, workdir, step or tasks, or the
+      package is not there.
+  """
+  check_installed('--tasks')
+  from moe_jax.evaluation import tasks
+  from moe_jax.evaluation.harness import CheckpointLM
+
+  template = _template(config) if asked.apply_chat_template else None
+  # A task that is not there is told before a model is made.
+  found = multihost.first_process_first(
+    lambda: tasks.load(asked.tasks, asked.include_path, asked.num_fewshot)
+  )
+  multihost.first_process_first(lambda: _check_tokenizer(config, workdir))
+  setup = multihost.first_process_first(
+    lambda: state.from_config(config, workdir)
+  )
+  run = RunDir.existing(workdir, config)
+  with Checkpointer(run, setup.vocabulary) as checkpointer:
+    wanted = {'params': setup.abstract['params']}
+    restored = checkpointer.restore(wanted, step)
+  model = CheckpointLM(setup, restored.state['params'], template)
+  named = {'path': workdir, 'step': restored.step}
+  results = run_tasks(model, found, asked, named)
+  if multihost.is_main_process():
+    _write(results, workdir, restored.step, config.eval.disable_top)
+  return results
+
+
+def run_tasks(
+  model: 'CheckpointLM',
+  tasks: 'Tasks',
+  asked: Asked,
+  model_args: dict[str, Any] | None = None,
+  errors: bool = True,
+) -> dict[str, Any]:
+  """Returns what lm-eval writes of tasks, with samples if they are asked for.
+
+  Args:
+    model: The model.
+    tasks: The tasks, with their data.
+    asked: What is asked of the harness.
+    model_args: What the record calls the model.
+    errors: Whether standard errors are resampled that have no formula.
+  """
+  from lm_eval import simple_evaluate
+  from lm_eval.loggers import EvaluationTracker
+  from lm_eval.utils import hash_string
+
+  # What it reads there: nothing is forked, and every process, which is asked
+  # for all there is, gets results.
+  os.environ |= {'DISABLE_MULTIPROC': '1', 'LOCAL_RANK': '0'}
+  writes = multihost.is_main_process()
+  tracker = EvaluationTracker()
+  results = simple_evaluate(
+    model=model,
+    model_args=model_args or {},
+    tasks=tasks.found,
+    task_manager=tasks.manager,
+    num_fewshot=asked.num_fewshot,
+    limit=asked.limit,
+    log_samples=asked.log_samples,
+    apply_chat_template=asked.apply_chat_template,
+    # What ends an answer is a token, which no text has.
+    fewshot_as_multiturn=False,
+    bootstrap_iters=_RESAMPLES if errors and writes else 0,
+    batch_size=model.batch_size,
+    device=jax.devices()[0].device_kind,
+    evaluation_tracker=tracker,
+  )
+  tracker.general_config_tracker.log_end_time()
+  results['config']['model'] = 'moe_jax'
+  results |= dataclasses.asdict(tracker.general_config_tracker)
+  results |= {
+    'task_hashes': {
+      name: hash_string(''.join(map(_hash, samples)))
+      for name, samples in results.get('samples', {}).items()
+    },
+    'model_source': 'moe_jax',
+    'eot_token_id': model.eot_token_id,
+    'max_length': model.max_length,
+  }
+  return results
+
+
+def check_installed(what: str) -> None:
+  """Refuses what needs the package where it is not there.
+
+  Raises:
+    UserError: The message has the command that installs it.
+  """
+  if importlib.util.find_spec('lm_eval') is None:
+    raise UserError(
+      f"{what} needs the package lm_eval: pip install 'moe_jax[eval]'"
+    )
+
+
+def _template(config: ConfigDict) -> instructions.Format:
+  """Returns how instructions were put in training.
+
+  Raises:
+    UserError: There were none.
+  """
+  name = config.data.format
+  if name not in instructions.FORMATS:
+    known = ' or '.join(instructions.FORMATS)
+    raise UserError(
+      f'--apply_chat_template: data.format = {name!r}, so the model was trained'
+      f' without a template (which {known} have); leave the flag out'
+    )
+  return instructions.FORMATS[name]
+
+
+def _check_tokenizer(config: ConfigDict, workdir: str) -> None:
+  """Refuses a checkpoint whose tokenizer is not there.
+
+  Raises:
+    UserError: The one that is there has other ids.
+  """
+  tokenizer = run_tokenizer.build(config, workdir)
+  size = config.model.vocab_size or tokenizer.vocab_size
+  # A vocabulary that is padded to a round number never gets twice as large.
+  if not tokenizer.vocab_size <= size <= 2 * tokenizer.vocab_size:
+    raise UserError(
+      f'the checkpoint in {workdir} has no tokenizer of its own:'
+      f' data.tokenizer = {config.data.tokenizer!r} has'
+      f' {tokenizer.vocab_size} ids and the model {size};'
+      ' `moe_jax convert import --tokenizer=PATH` names one'
+    )
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+  """Returns the numbers of a task but their errors, and no filter 'none'."""
+  found = {}
+  for name, value in row.items():
+    metric, _, filtered = name.partition(',')
+    wanted = filtered and not metric.endswith('_stderr')
+    if wanted and isinstance(value, int | float):
+      behind = '' if filtered == 'none' else f'_{filtered}'
+      found[f'{metric}{behind}'] = float(value)
+  return found
+
+
+def _hash(sample: dict[str, Any]) -> str:
+  return ''.join(sample[f'{part}_hash'] for part in ('doc', 'prompt', 'target'))
+
+
+def _write(
+  results: dict[str, Any], workdir: str, step: int, disabled: int
+) -> None:
+  """Prints tables of results, and writes them and their samples."""
+  from lm_eval.utils import make_table
+
+  rest = {name: part for name, part in results.items() if name != 'samples'}
+  print(f'{workdir}, step {step}')
+  for column in ('results', 'groups'):
+    if rest.get(column):
+      print(make_table(rest, column))
+  variant = f'-without-top-{disabled}' if disabled else ''
+  path = result_path(workdir, 'tasks', step, variant)
+  with contextlib.suppress(FileNotFoundError):
+    made = datetime.datetime.fromtimestamp(os.path.getmtime(path))
+    kept = f'{path.removesuffix(".json")}_{made:%Y-%m-%dT%H-%M-%S}.json'
+    os.replace(path, kept)
+  _replace(path, _json(rest, indent=2))
+  for name, samples in results.get('samples', {}).items():
+    of_task = result_path(workdir, f'samples-{name}', step, variant)
+    lines = [_json(_sample(each)) for each in samples]
+    _replace(f'{of_task}l', '\n'.join(lines))
+  print(f'written to {path}')
+
+
+def _json(value: Any, **options: Any) -> str:
+  from lm_eval.utils import handle_non_serializable
+
+  return strict_json.dumps(value, default=handle_non_serializable, **options)
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+  """Returns a sample in the form that lm-eval writes."""
+  from lm_eval.utils import sanitize_list
+
+  arguments = {
+    f'gen_args_{i}': {f'arg_{j}': each for j, each in enumerate(one)}
+    for i, one in enumerate(sample['arguments'])
+  }
+  return sample | {
+    'arguments': arguments,
+    'resps': sanitize_list(sample['resps']),
+    'filtered_resps': sanitize_list(sample['filtered_resps']),
+    'target': str(sample['target']),
+  }
+
+
+def _replace(path: str, text: str) -> None:
+  def write() -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    files.replace(path, text + '\n')
+
+  disk.retried(path, write)
