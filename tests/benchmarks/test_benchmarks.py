@@ -19,6 +19,7 @@ from benchmarks import (
   exchanges,
   expert_parallel,
   live_routing,
+  lm_eval,
   router_cost,
   train_step,
 )
@@ -114,6 +115,23 @@ def test_live_routing_compares_rounds_that_log() -> None:
   assert 0 < row['write_seconds_without'] < row['seconds_without']
   assert row['router_gradients'] > 0 and row['steps_of_a_round'] == 2
   assert config.train.steps == 20  # untouched
+  json.dumps(row)
+
+
+@pytest.mark.slow
+def test_lm_eval_asks_beside_a_split(tmp_path: Path) -> None:
+  texts = tmp_path / 'texts'
+  texts.mkdir()
+  for number in range(40):  # of which some are the validation split
+    text = f'{number} bottles of beer on the wall\n' * 9
+    (texts / f'{number}.txt').write_text(text)
+  data = {'name': 'text_folder', 'path': texts, 'dir': tmp_path / 'made'}
+  config = tiny.config(
+    **{f'data.{key}': str(value) for key, value in data.items()}
+  )
+  row = lm_eval.measure(config, requests=9, rounds=1)
+  assert row['requests'] == 8 and 8 < row['tokens'] <= 8 * config.data.seq_len
+  assert row['ratio'] > 0 and row['tokens_split'] > 0
   json.dumps(row)
 
 
