@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 from moe_jax.errors import UserError, nearest, said
 
 _CLOZE = 'hellaswag lambada_openai piqa'.split()
-# What the papers measure downstream, and how many examples are before each
-# question, which is what is usual.
+# What the papers measure downstream. No released code says which variants of
+# the tasks, and how many examples stand before a question: that is ours.
 SUITES = {
   # RMoE, arXiv 2408.06793.
   'rmoe_paper': dict.fromkeys([*_CLOZE, 'arc_easy', 'sciq'], 0),
