@@ -67,7 +67,7 @@ def main(
 
 
 def main_of_runs(
-  run: Callable[..., None], define_flags: DefineFlags
+  run: Callable[..., None], define_flags: DefineFlags, one: bool = False
 ) -> NoReturn:
   """Parses the command line of a program that reads runs, and calls `run`.
 
@@ -75,11 +75,13 @@ def main_of_runs(
     run: What the program does. It is called with a dictionary from workdirs to
       the configs of their runs, then every flag by its name; see `main`.
     define_flags: Defines the flags of the program.
+    one: As in `parse_runs`.
   """
 
   def parse_and_run() -> None:
     _prepare()
-    configs, values = parse_runs(sys.argv, define_flags, _documented(run))
+    about = _documented(run)
+    configs, values = parse_runs(sys.argv, define_flags, about, one)
     run(configs, **values)
 
   exit_with(parse_and_run)
@@ -168,13 +170,16 @@ def read(
   overrides = _overrides(rest[1:], [f'--{name}' for name in known])
   values = known.flag_values_dict()
   values['workdir'] = files.expand(values['workdir'] or '')
-  if workdir and not values['workdir']:
-    raise UserError(f'--workdir is missing: {known["workdir"].help}')
+  if workdir:
+    _require_workdir(values['workdir'], known)
   return values, dict(overrides)
 
 
 def parse_runs(
-  argv: Sequence[str], define_flags: DefineFlags, about: str = ''
+  argv: Sequence[str],
+  define_flags: DefineFlags,
+  about: str = '',
+  one: bool = False,
 ) -> tuple[dict[str, ConfigDict], dict[str, Any]]:
   """Returns the configs of runs by their workdirs, and the flags by name.
 
@@ -183,18 +188,33 @@ def parse_runs(
       no flag.
     define_flags: Defines the flags of the program.
     about: What --help says before it lists the flags.
+    one: Whether --workdir may name the run instead, and --config its config.
 
   Raises:
     UserError: Any mistake on the command line, or a workdir holds no run.
     SystemExit: --help was given, and answered.
   """
-  known = flags.FlagValues()
-  known.set_gnu_getopt(True)
-  define_flags(known)
+  known = _flags(define_flags, workdir=True)
+  if not one:
+    del known.config, known.workdir
   _answer_help(argv, known, about)
   workdirs: list[str] = []
   rest = _parse(known, argv)[1:]
   overrides = _overrides(rest, [f'--{name}' for name in known], workdirs)
+  values = known.flag_values_dict()
+  if one:
+    named, workdir = values.pop('config'), values.pop('workdir')
+    if not workdirs:
+      directory = files.expand(workdir or '')
+      _require_workdir(directory, known)
+      config = _config(named, directory)
+      return {directory: _overridden(config, dict(overrides))}, values
+    if named or workdir:
+      raise UserError(
+        f'WORKDIR {workdirs[0]} is given beside'
+        f' --{"workdir" if workdir else "config"}: give several runs without'
+        ' either'
+      )
   if not workdirs:
     raise UserError('a WORKDIR is missing: the directory of a run, or several')
   configs = {}
@@ -206,7 +226,13 @@ def parse_runs(
         ' training run'
       )
     configs[workdir] = _overridden(loading.of_run(workdir), dict(overrides))
-  return configs, known.flag_values_dict()
+  return configs, values
+
+
+def _require_workdir(directory: str, known: flags.FlagValues) -> None:
+  """Refuses a command line without --workdir."""
+  if not directory:
+    raise UserError(f'--workdir is missing: {known["workdir"].help}')
 
 
 def _overridden(config: ConfigDict, overrides: dict[str, Value]) -> ConfigDict:

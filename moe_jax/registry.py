@@ -123,5 +123,7 @@ DATA_SOURCES: Registry[Any] = Registry(
   'data.name', 'python_stdlib python_docs text_folder files enwik8 wikitext103'
 )
 TOKENIZERS: Registry[Any] = Registry('data.tokenizer', 'bytes enwik8 words')
-EVALUATIONS: Registry[Any] = Registry('eval.evaluations', 'perplexity tasks')
+EVALUATIONS: Registry[Any] = Registry(
+  'eval.evaluations', 'perplexity robustness tasks'
+)
 TRACKERS: Registry[Any] = Registry('train.tracker', 'wandb trackio')

@@ -89,9 +89,9 @@ ROOMS = {
     'jax numpy lm_eval tqdm',
   ),
   'evaluation': Room(
-    f'{_CONFIG} registry disk data parallel.mesh parallel.multihost training'
-    ' evaluation.tasks evaluation.harness',
-    'jax ml_collections numpy lm_eval',
+    f'{_CONFIG} registry disk data parallel.mesh parallel.multihost routing'
+    ' model training evaluation.tasks evaluation.harness',
+    'jax flax ml_collections numpy lm_eval',
   ),
   # The one page that knows everyone.
   'training.loop': Room(
@@ -161,7 +161,7 @@ ROOMS = {
     'absl jax',
   ),
   'programs.eval': Room(
-    'cli errors files parallel.launch evaluation',
+    'cli config errors files parallel.launch evaluation',
     'absl ml_collections',
   ),
   'programs.token_colours': Room(),

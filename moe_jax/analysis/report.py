@@ -738,8 +738,7 @@ def _measures(variants: Sequence[Variant]) -> list[tuple[str, str]]:
 def _unrobust(variants: Sequence[Variant]) -> list[str]:
   """Returns the commands that measure the robustness that is not known."""
   return [
-    f'moe_jax eval --workdir={shlex.quote(run.path)}'
-    ' --config.eval.disable_top=1'
+    f'moe_jax eval {shlex.quote(run.path)} --disable_top=0,1'
     for variant in variants
     for run in variant.runs
     if not any(row.get('disabled_top') for row in run.evaluations)

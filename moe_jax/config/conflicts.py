@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from moe_jax.config import evaluations
 from moe_jax.config.derived import get, is_read
 from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
@@ -121,6 +122,12 @@ RULES = (
     "sequences are balanced layer by layer: set 'separate'",
   ),
   Rule(
+    lambda c: c.eval.disable_top > 0 and evaluations.asks_for_robustness(c),
+    ('eval.disable_top', 'eval.evaluations'),
+    'results of both would have one name: set eval.disable_top = 0 and name the'
+    ' numbers in eval.robustness',
+  ),
+  Rule(
     lambda c: c.optimizer.freeze == 'router_and_cell' and not _recurrent(c),
     ('optimizer.freeze', 'router.recurrent'),
     "there is no cell to freeze: set 'router'",
@@ -152,6 +159,12 @@ def check_dense(config: ConfigDict) -> None:
         f'{key} = {get(config, key)!r} is about routers, and'
         f' moe.num_experts = 0 is a dense model: set {key} = {value!r}'
       )
+  if evaluations.asks_for_robustness(config):
+    raise UserError(
+      f'eval.evaluations = {config.eval.evaluations!r} asks for robustness,'
+      ' which disables experts, and moe.num_experts = 0 is a dense model: leave'
+      ' it out'
+    )
 
 
 def check(config: ConfigDict, sub_layers: int) -> None:
@@ -172,6 +185,37 @@ def check(config: ConfigDict, sub_layers: int) -> None:
       raise UserError(f'{values} contradict each other: {rule.why}')
   _check_residual(config, sub_layers)
   _check_choice(config)
+  check_disabled(config, 'eval.disable_top', config.eval.disable_top)
+  for count in evaluations.disabled(config):
+    if evaluations.asks_for_robustness(config):
+      check_disabled(config, 'eval.robustness', count)
+
+
+def check_disabled(config: ConfigDict, said: str, count: int) -> None:
+  """Refuses to disable so many experts that a token has too few left.
+
+  Args:
+    config: The config of a model.
+    said: What asks for it, for the message.
+    count: How many experts every token is to do without.
+
+  Raises:
+    UserError: There are too few, and the message has the most.
+  """
+  if not config.moe.num_experts:
+    raise UserError(
+      f'{said} = {count} disables experts, and moe.num_experts = 0 is a dense'
+      ' model: there are none'
+    )
+  wanted, left = _choice(config)
+  if left - count < wanted:
+    top_k = config.router.selection == 'top_k'
+    of = 'moe.top_k' if top_k else 'router.selection'
+    raise UserError(
+      f'{said} = {count} leaves {max(left - count, 0)} of {left} experts to'
+      f' choose from, too few for {of} = {get(config, of)!r}; {left - wanted}'
+      ' is the most'
+    )
 
 
 def _check_residual(config: ConfigDict, sub_layers: int) -> None:
@@ -187,19 +231,18 @@ def _check_residual(config: ConfigDict, sub_layers: int) -> None:
 
 def _check_choice(config: ConfigDict) -> None:
   """Refuses settings that leave a token too few experts to choose from."""
-  moe, router, disabled = config.moe, config.router, config.eval.disable_top
-  wanted = moe.top_k if router.selection == 'top_k' else 1
-  left = moe.num_experts * router.top_groups // router.groups
+  moe, router = config.moe, config.router
+  wanted, left = _choice(config)
   if router.top_groups < router.groups and left < wanted:
     raise UserError(
       f'moe.top_k = {wanted} is above the {left} experts that'
       f' router.top_groups = {router.top_groups} of router.groups ='
       f' {router.groups} leave of moe.num_experts = {moe.num_experts}'
     )
-  if left - disabled < wanted:
-    of = 'moe.top_k' if router.selection == 'top_k' else 'router.selection'
-    raise UserError(
-      f'eval.disable_top = {disabled} leaves {max(left - disabled, 0)} of'
-      f' {left} experts to choose from, too few for {of} ='
-      f' {get(config, of)!r}; {left - wanted} is the most'
-    )
+
+
+def _choice(config: ConfigDict) -> tuple[int, int]:
+  """Returns how many experts a token chooses at least, and of how many."""
+  moe, router = config.moe, config.router
+  wanted = moe.top_k if router.selection == 'top_k' else 1
+  return wanted, moe.num_experts * router.top_groups // router.groups

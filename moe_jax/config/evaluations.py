@@ -17,6 +17,9 @@ _KEY = 'eval.evaluations'
 _OPTIONS = ('every', 'split', 'batches')  # keys of the section, too
 
 
+ROBUSTNESS = 'robustness'
+
+
 class Asked(NamedTuple):
   """An evaluation that a config asks for.
 
@@ -52,6 +55,42 @@ def asked(config: ConfigDict) -> list[Asked]:
       )
     known.add((each.name, each.split))
   return found
+
+
+def disabled(config: ConfigDict) -> tuple[int, ...]:
+  """Returns how many experts `robustness` disables, one after the other.
+
+  Raises:
+    UserError: `eval.robustness` does not say that.
+  """
+  return counts('eval.robustness', config.eval.robustness, least=1)
+
+
+def asks_for_robustness(config: ConfigDict) -> bool:
+  """Returns whether a config asks for the evaluation `robustness`."""
+  return any(each.name == ROBUSTNESS for each in asked(config))
+
+
+def counts(said: str, text: str, least: int) -> tuple[int, ...]:
+  """Returns the whole numbers of a text with commas between.
+
+  Args:
+    said: What has the text, for the message.
+    text: The text.
+    least: The least that a number may be.
+
+  Raises:
+    UserError: It is no such text, or names a number twice.
+  """
+  words = [word.strip() for word in text.split(',')]
+  numbers = [int(word) for word in words if word.isdecimal()]
+  distinct = len(set(numbers)) == len(words)
+  if not distinct or min(numbers) < least:
+    raise UserError(
+      f'{said} = {text!r} must be whole numbers, at least {least}, each once'
+      f' and with commas between, such as {least},{least + 1}'
+    )
+  return tuple(numbers)
 
 
 def during_training(config: ConfigDict) -> list[Asked]:

@@ -729,6 +729,12 @@ KEYS = {
     "How many of each token's best experts are disabled, in every layer.",
     resume=True,
   ),
+  'eval.robustness': Key(
+    '1',
+    'The same for the evaluation `robustness`, which disables in turn each'
+    ' number that is named here, with commas between: 1,2.',
+    resume=True,
+  ),
 }
 
 

@@ -37,12 +37,15 @@ class Result(NamedTuple):
       put behind its name; '' for the usual one.
     text: What people are to read, such as samples of what the model writes; ''
       for nothing.
+    parts: Metrics of parts of what `metrics` are of, by name: they are written
+      to the file of a checkpoint's evaluation alone. None where there are none.
   """
 
   split: str
   metrics: dict[str, float]
   variant: str = ''
   text: str = ''
+  parts: dict[str, dict[str, float]] | None = None
 
   @property
   def name(self) -> str:
@@ -91,4 +94,8 @@ def make(setup: Setup, wanted: Iterable[Asked]) -> list[Opened]:
 
 
 # Below, as it registers itself with what is above.
-from moe_jax.evaluation import perplexity, task_scores  # noqa: E402, F401
+from moe_jax.evaluation import (  # noqa: E402
+  perplexity,  # noqa: F401
+  robustness,  # noqa: F401
+  task_scores,  # noqa: F401
+)

@@ -3,17 +3,24 @@
 import math
 import os
 import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from moe_jax import disk, evaluation, files, strict_json
+from moe_jax.config.conflicts import check_disabled
 from moe_jax.config.evaluations import asked, of_split
-from moe_jax.evaluation import Result
+from moe_jax.evaluation import Evaluation, Result
+from moe_jax.evaluation.robustness import Robustness, table
 from moe_jax.parallel import multihost
 from moe_jax.training import state, terminal
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
+from moe_jax.training.state import Setup
 from moe_jax.training.watchdog import Watchdog
+
+_SECONDS = 5.0  # between two lines of progress
 
 
 def evaluate(
@@ -41,23 +48,12 @@ def evaluate(
   Raises:
     UserError: Anything is wrong with config, data, workdir or step.
   """
-  setup = multihost.first_process_first(
-    lambda: state.from_config(config, workdir)
-  )
-  run = RunDir.existing(workdir, config)
-  with (
-    Watchdog(config.train.watchdog, config.train.watchdog_exit),
-    Checkpointer(run, setup.vocabulary) as checkpointer,
-  ):
-    evaluations = multihost.first_process_first(
-      lambda: evaluation.make(setup, of_split(asked(config), split))
-    )
-    wanted = {'params': setup.abstract['params']}
-    restored = checkpointer.restore(wanted, step)
-    params, step = restored.state['params'], restored.step
-    results = [
-      result for each in evaluations for result in each.evaluate(params)
-    ]
+
+  def make(setup: Setup) -> list[Evaluation]:
+    opened = evaluation.make(setup, of_split(asked(config), split))
+    return [each.evaluate for each in opened]
+
+  results, step = _evaluated(config, workdir, step, make)
   rows: dict[str, dict[str, float]] = {
     result.name: {'step': step} | result.metrics for result in results
   }
@@ -71,6 +67,109 @@ def evaluate(
         print(result.text)
       print(f'written to {_write(result, workdir, step)}')
   return rows
+
+
+def robustness(
+  configs: Mapping[str, ConfigDict],
+  disable_top: Sequence[int],
+  step: int | None = None,
+  split: str | None = None,
+) -> dict[str, list[Result]]:
+  """Evaluates checkpoints without the best experts of every token.
+
+  Prints one table, and writes what `evaluate` writes with `eval.disable_top`,
+  with the metrics of every part of the model as `parts`.
+
+  Args:
+    configs: The config of every run by its directory, as in `evaluate`.
+    disable_top: Every number of experts to disable; see `Robustness`.
+    step: As in `evaluate`.
+    split: As in `evaluate`.
+
+  Returns:
+    The results of every run, by its directory and the step.
+
+  Raises:
+    UserError: As `evaluate`, or a model has too few experts.
+  """
+  for config in configs.values():
+    check_disabled(config, '--disable_top', max(disable_top))
+  found = {}
+  for number, (workdir, config) in enumerate(configs.items(), start=1):
+    of_split = split or config.eval.split
+    _say(f'checkpoint {number} of {len(configs)}: {workdir}, {of_split}')
+
+    def make(setup: Setup, of_split: str = of_split) -> list[Evaluation]:
+      return [Robustness(setup, of_split, disable_top, True, _progress())]
+
+    results, at = _evaluated(config, workdir, step, make)
+    found[f'{workdir} step {at}'] = results
+    for result in results:
+      if multihost.is_main_process():
+        print(f'written to {_write(result, workdir, at)}')
+  _say(
+    'loss (nats per token) and perplexity with the best experts of every token'
+    ' disabled\n' + terminal.summary_table(table(found, disable_top))
+  )
+  return found
+
+
+def _evaluated(
+  config: ConfigDict,
+  workdir: str,
+  step: int | None,
+  make: Callable[[Setup], list[Evaluation]],
+) -> tuple[list[Result], int]:
+  """Evaluates a checkpoint of a run.
+
+  Args:
+    config: As in `evaluate`.
+    workdir: As in `evaluate`.
+    step: As in `evaluate`.
+    make: Makes the evaluations of a setup.
+
+  Returns:
+    The results of all evaluations, and the step of the checkpoint.
+  """
+  setup = multihost.first_process_first(
+    lambda: state.from_config(config, workdir)
+  )
+  run = RunDir.existing(workdir, config)
+  with (
+    Watchdog(config.train.watchdog, config.train.watchdog_exit),
+    Checkpointer(run, setup.vocabulary) as checkpointer,
+  ):
+    evaluations = multihost.first_process_first(lambda: make(setup))
+    wanted = {'params': setup.abstract['params']}
+    restored = checkpointer.restore(wanted, step)
+    params = restored.state['params']
+    results = [
+      result for evaluate in evaluations for result in evaluate(params)
+    ]
+  return results, restored.step
+
+
+def _progress() -> Callable[[int, int], None]:
+  """Returns what tells every few seconds how many evaluations are done."""
+  began = last = time.monotonic()
+
+  def tell(done: int, total: int) -> None:
+    nonlocal last
+    now = time.monotonic()
+    if not done:
+      _say(f'{total} evaluations of the split')
+    elif now - last >= _SECONDS:
+      last = now
+      left = terminal.duration((now - began) / done * (total - done))
+      _say(f'{done} of {total} evaluations done, {left} left')
+
+  return tell
+
+
+def _say(text: str) -> None:
+  """Prints on one of all processes."""
+  if multihost.is_main_process():
+    print(text, flush=True)
 
 
 def result_path(workdir: str, split: str, step: int, variant: str = '') -> str:
@@ -90,6 +189,8 @@ def _write(result: Result, workdir: str, step: int) -> str:
   """Writes a result as JSON and returns its path."""
   path = result_path(workdir, result.split, step, result.variant)
   row = {'split': result.split, 'step': step} | result.written
+  if result.parts:
+    row['parts'] = result.parts
 
   def write() -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)

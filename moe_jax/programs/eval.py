@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint of a run.
+"""Evaluates a checkpoint of a run, or those of several.
 
   moe_jax eval --workdir=runs/quickstart
+  moe_jax eval runs/a runs/b --disable_top=0,1,2
 
 The config is the run's own; --config.KEY=VALUE changes what may be changed. In
 a clone, `python eval.py` is the same program.
@@ -18,12 +19,21 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import cli, files
+from moe_jax.config.evaluations import counts
 from moe_jax.errors import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """Defines what of a checkpoint to evaluate: a split of its data, or tasks."""
   define_checkpoint_flags(values)
+  flags.DEFINE_string(
+    'disable_top',
+    None,
+    "how many of each token's best experts to disable, such as 0,1,2: in all"
+    ' MoE layers and sub-layers and in each of them, instead of the usual'
+    ' evaluation',
+    flag_values=values,
+  )
   for name, about in (
     ('tasks', 'tasks of lm-evaluation-harness, with commas between'),
     ('include_path', 'a folder with tasks of yours, in files of YAML'),
@@ -67,10 +77,10 @@ def define_checkpoint_flags(values: flags.FlagValues) -> None:
 
 
 def run(
-  config: ConfigDict,
-  workdir: str,
+  configs: dict[str, ConfigDict],
   step: int | None,
   split: str | None,
+  disable_top: str | None,
   tasks: str | None,
   include_path: str | None,
   num_fewshot: int | None,
@@ -79,7 +89,7 @@ def run(
   apply_chat_template: bool,
   **place: Any,
 ) -> None:
-  """Evaluates the checkpoint of `step` in `workdir` on `split`, or on tasks.
+  """Evaluates the checkpoint of `step` in every workdir, on `split` or tasks.
 
   Raises:
     UserError: Flags of both are given, or anything is wrong with one.
@@ -91,21 +101,31 @@ def run(
     'log_samples': log_samples,
     'apply_chat_template': apply_chat_template,
   }
-  _check(tasks, split, of_tasks)
+  _check(tasks, split, disable_top, of_tasks)
+  disabled = None
+  if disable_top is not None:
+    disabled = counts('--disable_top', disable_top, least=0)
   # jax must not be imported before the command line has set the allocator.
   from moe_jax.evaluation import checkpoints, task_scores
   from moe_jax.parallel import launch
 
   with launch.joined(**place):
-    if tasks is None:
-      checkpoints.evaluate(config, workdir, step=step, split=split)
+    if disabled is not None:
+      checkpoints.robustness(configs, disabled, step=step, split=split)
       return
-    asked = task_scores.Asked(tasks, **of_tasks)
-    task_scores.evaluate(config, workdir, asked, step)
+    for workdir, config in configs.items():
+      if tasks is None:
+        checkpoints.evaluate(config, workdir, step=step, split=split)
+        continue
+      asked = task_scores.Asked(tasks, **of_tasks)
+      task_scores.evaluate(config, workdir, asked, step)
 
 
 def _check(
-  tasks: str | None, split: str | None, of_tasks: dict[str, Any]
+  tasks: str | None,
+  split: str | None,
+  disable_top: str | None,
+  of_tasks: dict[str, Any],
 ) -> None:
   """Refuses flags that nothing would heed, and a limit that is none."""
   if tasks is None:
@@ -118,6 +138,11 @@ def _check(
       f'--split = {split!r} is of the data of the run, and --tasks have splits'
       ' of their own: leave one out'
     )
+  if disable_top is not None:
+    raise UserError(
+      f'--disable_top = {disable_top!r} evaluates the data of the run; for'
+      ' --tasks without the best experts set --config.eval.disable_top=1'
+    )
   limit = of_tasks['limit']
   if limit is not None and not limit > 0:
     raise UserError(f'--limit = {limit} must be above 0')
@@ -125,4 +150,4 @@ def _check(
 
 def main() -> None:
   """Evaluates as the command line says, and exits."""
-  cli.main(run, define_flags)
+  cli.main_of_runs(run, define_flags, one=True)

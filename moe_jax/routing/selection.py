@@ -167,6 +167,10 @@ class SelectOptions(NamedTuple):
   masked: bool = False
 
 
+class Disabled(nnx.Variable):
+  """How many of the best experts a selection leaves out; see `Select`."""
+
+
 class Select(nnx.Module):
   """Chooses experts by their scores, and weighs the chosen ones.
 
@@ -186,6 +190,8 @@ class Select(nnx.Module):
       (DeepSeek-V3, section 2.1.2).
     disable_top: So many experts with the highest score are left out, token by
       token (CartesianMoE, table 4).
+    disabled: How many of these really are, int32 [], where that is to be said
+      at every call; None for all of them.
     choice_bias_N: The expert bias, added to the scores for the choice alone
       (auxiliary-loss-free balancing, arXiv 2408.15664); None without it.
   """
@@ -198,6 +204,7 @@ class Select(nnx.Module):
     self.groups = options.groups
     self.top_groups = options.top_groups
     self.disable_top = options.disable_top
+    self.disabled: Disabled | None = None
     bias_N = param(
       jnp.zeros(options.num_experts), part=ROUTER, update=BIAS_UPDATED
     )
@@ -261,7 +268,8 @@ class Select(nnx.Module):
     float32.
     """
     logits_TN, choice_TN = jax.lax.stop_gradient((logits_TN, scores_TN))
-    disabled_TN = _best(logits_TN, self.disable_top)
+    disabled = None if self.disabled is None else self.disabled[...]
+    disabled_TN = _best(logits_TN, self.disable_top, disabled)
     if self.choice_bias_N is not None:
       choice_TN += jax.lax.stop_gradient(self.choice_bias_N[...])
     elif self.groups == 1:
@@ -279,12 +287,22 @@ class Select(nnx.Module):
     )
 
 
-def _best(values_TN: jax.Array, count: int) -> jax.Array:
-  """Returns which are the `count` largest values of each row, bool."""
+def _best(
+  values_TN: jax.Array, most: int, count: jax.Array | None = None
+) -> jax.Array:
+  """Returns which are the `most` largest values of each row, bool.
+
+  Args:
+    values_TN: The values.
+    most: How many.
+    count: int32 [], so many of these alone.
+  """
   experts_N = jnp.arange(values_TN.shape[-1])
-  if not count:
+  if not most:
     return jnp.zeros(values_TN.shape, bool)
-  best_TK = TopK(count)(values_TN, values_TN).indices_TK
+  best_TK = TopK(most)(values_TN, values_TN).indices_TK
+  if count is not None:
+    best_TK = jnp.where(jnp.arange(most) < count, best_TK, len(experts_N))
   return (best_TK[..., None] == experts_N).any(1)
 
 

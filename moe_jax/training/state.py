@@ -151,8 +151,8 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   Raises:
     UserError: A mesh axis does not divide a dimension of a parameter.
   """
-  model = _abstract_model(config, vocab_size, mesh, disable_top=0)
-  evaluated = _abstract_model(config, vocab_size, mesh, config.eval.disable_top)
+  model = abstract_model(config, vocab_size, mesh, disable_top=0)
+  evaluated = abstract_model(config, vocab_size, mesh, config.eval.disable_top)
   declarations = parameter.declarations(model)
   without_state = Setup(
     nnx.graphdef(model),
@@ -175,9 +175,11 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
   return dataclasses.replace(without_state, abstract=abstract)
 
 
-def _abstract_model(
+def abstract_model(
   config: ConfigDict, vocab_size: int, mesh: Mesh, disable_top: int
 ) -> Decoder:
+  """Returns a model of shapes alone; `disable_top` as in `Decoder`."""
+
   def make() -> Decoder:
     return Decoder(
       config,

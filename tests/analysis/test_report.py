@@ -182,9 +182,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
   )
   parsed = page(bare)
   assert f'moe_jax analyze {bare}' in parsed.text
-  assert f'moe_jax eval --workdir={bare} --config.eval.disable_top=1' in (
-    parsed.text
-  )
+  assert f'moe_jax eval {bare} --disable_top=0,1' in (parsed.text)
   assert {'curves', 'load', 'entropy'} <= parsed.ids
   assert not {'explorer', 'vocabulary', *OF_ANALYSES} & parsed.ids
   assert not any(name.startswith('passage') for name in parsed.packed)

@@ -28,6 +28,7 @@ BROKEN = (
   {'loss.bias_rate': 0.001, 'router.score': 'random'},
   {'loss.bias_rate': 0.001, 'optimizer.freeze': 'router'},
   {'loss.balance_scope': 'sequence', 'loss.balance_layers': 'joined'},
+  {'eval.disable_top': 1, 'eval.evaluations': 'perplexity,robustness'},
   {'optimizer.freeze': 'router_and_cell'},
 )
 NUMBERS = {
@@ -46,6 +47,22 @@ NUMBERS = {
   'all disabled': (
     {'eval.disable_top': 8, 'router.selection': 'top_p'},
     ['0 of 8 experts', "router.selection = 'top_p'", '7 is the most'],
+  ),
+  'too many of several': (
+    {'eval.robustness': '1,7', 'eval.evaluations': 'robustness'},
+    ['eval.robustness = 7', '1 of 8 experts', 'moe.top_k = 2', '6 is the'],
+  ),
+  'no numbers': (
+    {'eval.robustness': '1,-2'},
+    ["eval.robustness = '1,-2'", 'at least 1', 'such as 1,2'],
+  ),
+  'a number twice': (
+    {'eval.robustness': '1,1'},
+    ["eval.robustness = '1,1'", 'each once'],
+  ),
+  'robustness of nothing': (
+    {'moe.num_experts': 0, 'eval.evaluations': 'robustness'},
+    ["eval.evaluations = 'robustness'", 'moe.num_experts = 0', 'leave'],
   ),
   'recurrence of nothing': (
     {'moe.num_experts': 0, 'router.recurrent': 'gru'},

@@ -99,11 +99,13 @@ def test_the_network_is_asked_once_and_not_for_long(
 def test_flags_that_nothing_would_heed() -> None:
   check = eval_program._check
   with pytest.raises(UserError, match='--num_fewshot is for tasks'):
-    check(None, None, {'num_fewshot': 5})
+    check(None, None, None, {'num_fewshot': 5})
   with pytest.raises(UserError, match="--split = 'test' is of the data"):
-    check('one', 'test', {})
+    check('one', 'test', None, {})
   with pytest.raises(UserError, match='--limit = -1 must be above 0'):
-    check('one', None, {'limit': -1})
+    check('one', None, None, {'limit': -1})
+  with pytest.raises(UserError, match='set --config.eval.disable_top=1'):
+    check('one', None, '0,1', {})
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class Sequence:
     config: ConfigDict,
     params: Any,
     constants: Routers | None = None,
-    disable_top: int = 0,
+    disable_top: int | tuple[int, ...] = 0,
   ) -> None:
     """Stands before the first layer.
 
@@ -50,11 +50,12 @@ class Sequence:
       config: of the model.
       params: the library's tree.
       constants: what detached values are read from: see `Routers`.
-      disable_top: every token's so many best experts are left out.
+      disable_top: every token's so many best experts are left out; a number
+        for every router, or one for all.
     """
     self.config = config
     self.params = params
-    self.select = Selection.of(config, disable_top)
+    self.disable_top = disable_top
     self.routed: list[tuple[Array, list[list[int]]]] = []
     self.routers = Routers(config.router, params.get('cell'), constants)
 
@@ -112,7 +113,11 @@ class Sequence:
   def moe(self, u_LD: Array, layer: Any) -> Array:
     logits_LN = self.routers(u_LD, layer['router'], self.ids_L)
     bias_N = choice_bias(layer)
-    tokens = [select(logits_N, self.select, bias_N) for logits_N in logits_LN]
+    disabled = self.disable_top
+    if not isinstance(disabled, int):
+      disabled = disabled[len(self.routed)]
+    how = Selection.of(self.config, disabled)
+    tokens = [select(logits_N, how, bias_N) for logits_N in logits_LN]
     y_LD = np.zeros_like(u_LD)
     for at, token in enumerate(tokens):
       for n, weight in zip(token.experts, token.weights, strict=True):
