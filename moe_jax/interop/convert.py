@@ -17,7 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
-from moe_jax import disk
+from moe_jax import disk, strict_json
 from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import refuse_pattern
@@ -130,8 +130,10 @@ def export(
     f'{checkpoint}: step {step} of {workdir}{_note(dtype)} in the format'
     f" '{format}'; {equal}\n  {tokenizer}"
   )
-  caveat = formats.FORMATS[format].caveat(config)
-  return f'{report}\n  {caveat}' if caveat else report
+  runs = formats.FORMATS[format].runs(config)
+  if format == 'rmoe' and not _obstacle(config, 'mixtral'):
+    runs += '; what --format=mixtral writes, they do'
+  return f'{report}\n  {runs}'
 
 
 def _export_tokenizer(folder: Path, read: checkpoint_lib.Checkpoint) -> str:
@@ -149,8 +151,12 @@ def _export_tokenizer(folder: Path, read: checkpoint_lib.Checkpoint) -> str:
   name = ''
   if tokenizer is not None:
     name = tokenizer_files.write(folder, tokenizer, config.data.seq_len)
-  if not name:
+  if tokenizer is None or not name:
     return f'no tokenizer is written: {told} is none that transformers has'
+  # Classes of models have ids of their own where config.json has none.
+  path = folder / 'config.json'
+  values = read_json(path) | tokenizer_files.special_ids(tokenizer)
+  path.write_text(strict_json.dumps(values, indent=2) + '\n', 'utf-8')
   return f'{name} is what AutoTokenizer reads: {told}'
 
 
@@ -302,9 +308,20 @@ def _first_format(config: ConfigDict) -> str:
   """
   reasons = []
   for name in ('rmoe', 'cartesian', 'llama'):
-    try:
-      formats.write(config, name)
+    obstacle = _obstacle(config, name)
+    if not obstacle:
       return name
-    except UserError as error:
-      reasons.append(f"'{name}': {error}")
-  raise UserError(f'no released format has this model; {"; ".join(reasons)}')
+    reasons.append(f"'{name}': {obstacle}")
+  raise UserError(
+    'no released format has this model, and nothing but moe_jax runs it;'
+    f' {"; ".join(reasons)}'
+  )
+
+
+def _obstacle(config: ConfigDict, format: str) -> str:
+  """Returns why a format cannot say what a model is; '' if it can."""
+  try:
+    formats.write(config, format)
+  except UserError as error:
+    return str(error)
+  return ''

@@ -14,6 +14,8 @@ from moe_jax.errors import UserError
 
 # It reads either file as it is; classes of models rebuild some of it.
 _CLASS = 'PreTrainedTokenizerFast'
+# The defaults of `moe_jax generate`.
+_SAMPLING = {'do_sample': True, 'temperature': 0.8, 'top_k': 0, 'top_p': 1.0}
 
 
 def read(folder: Path) -> subwords.SubwordTokenizer | None:
@@ -45,7 +47,8 @@ def write(folder: Path, tokenizer: Tokenizer, max_positions: int) -> str:
   """Writes the files of a tokenizer beside a released checkpoint.
 
   They are the tokenizer, `tokenizer_config.json` and `generation_config.json`,
-  by which text is generated from what begins a document to what ends it.
+  by which text is generated from what begins a document to what ends it, and
+  sampled as `moe_jax generate` does if nothing is said.
 
   Args:
     folder: The folder of the checkpoint.
@@ -71,6 +74,8 @@ def write(folder: Path, tokenizer: Tokenizer, max_positions: int) -> str:
     tokenizer_class=_CLASS,
     bos_token=eos,
     eos_token=eos,
+    pad_token=eos,
+    padding_side='left',  # so that what is generated follows every prompt
     add_bos_token=False,
     add_eos_token=False,
     clean_up_tokenization_spaces=False,
@@ -78,10 +83,21 @@ def write(folder: Path, tokenizer: Tokenizer, max_positions: int) -> str:
   )
   _write_json(
     folder / 'generation_config.json',
-    bos_token_id=tokenizer.eos_id,
-    eos_token_id=tokenizer.eos_id,
+    **special_ids(tokenizer),
+    **_SAMPLING,
+    max_length=max_positions,
   )
   return name
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+  """Returns the ids of special tokens by their names in transformers.
+
+  One stands between documents, and so begins and ends them. Padding is masked,
+  and may be any.
+  """
+  names = 'bos_token_id', 'eos_token_id', 'pad_token_id'
+  return dict.fromkeys(names, tokenizer.eos_id)
 
 
 def of_bytes() -> bytes:

@@ -215,3 +215,59 @@ def test_the_config_of_a_run_is_checked(
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match=message):
     checkpoint.read_run(tmp_path)
+
+
+# The run's router, --format, and who is said to run what is written.
+SERVED = {
+  'rmoe': (
+    {'router.recurrent': 'gru'},
+    None,
+    ["RMoE's released code runs it, its cell repaired; transformers and vLLM"],
+  ),
+  'cartesian': (
+    {'moe.factors': 2},
+    None,
+    ["CartesianMoE's repository runs it", 'a Llama without experts'],
+  ),
+  'linear': (
+    {},
+    None,
+    ['code runs it; tr', 'what --format=mixtral writes'],
+  ),
+  'mixtral': ({}, 'mixtral', ['transformers and vLLM run it, as a Mixtral']),
+}
+
+
+@pytest.mark.parametrize('name', SERVED)
+def test_an_export_is_ready_to_be_served(name: str, tmp_path: Path) -> None:
+  """The ids of config.json are the tokenizer's, and who runs it is said."""
+  changes, format, fragments = SERVED[name]
+  sizes = {'model.num_layers': 1, 'model.vocab_size': 257}
+  config = tiny.config(**sizes | changes)
+  params = checkpoint.initial_params(config)
+  checkpoint.write_run(tmp_path / 'run', config, params)
+  out = tmp_path / 'out'
+  said = convert.export(tmp_path / 'run', out, format, 'float32', 0, None)
+  for fragment in fragments:
+    assert fragment in said
+  written = {path.name for path in out.iterdir()}
+  assert written == {
+    'config.json',
+    'generation_config.json',
+    'model.safetensors',
+    'tokenizer.json',
+    'tokenizer_config.json',
+  }
+  values = json.loads((out / 'config.json').read_text())
+  assert values['torch_dtype'] == 'float32'
+  assert values['max_position_embeddings'] == config.data.seq_len
+  for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+    assert values[key] == 256
+
+
+def test_what_nobody_else_runs_is_said(tmp_path: Path) -> None:
+  config = tiny.config(**{'moe.factors': 2, 'router.recurrent': 'gru'})
+  params = checkpoint.initial_params(config)
+  checkpoint.write_run(tmp_path / 'run', config, params)
+  with pytest.raises(UserError, match='nothing but moe_jax runs it'):
+    convert.export(tmp_path / 'run', tmp_path / 'out', None, 'float32', 0, None)

@@ -140,9 +140,11 @@ def test_top3_beside_narrower_dense_layers_is_refused() -> None:
 def test_what_the_release_cannot_run_is_said() -> None:
   """Its layers without experts hand on a router's state they never set."""
   first = tiny.config(**(GRU | {'moe.first_dense': 1}))
-  assert 'the tensors only' in formats.FORMATS['rmoe'].caveat(first)
+  said = formats.FORMATS['rmoe'].runs(first)
+  assert 'nothing but moe_jax' in said and 'the tensors only' in said
   for name, model in (('rmoe', GRU), ('cartesian', TWO)):
-    assert not formats.FORMATS[name].caveat(tiny.config(**model))
+    said = formats.FORMATS[name].runs(tiny.config(**model))
+    assert 'nothing' not in said and 'runs it' in said
 
 
 def test_layers_that_differ_in_what_is_one_tensor_are_refused() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers as huggingface
+from absl import flags
 
 from moe_jax.data import subwords, tokenizers, vocabulary
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import tokenizer_files
+from moe_jax.programs import generate
 from tests.helpers import vocabularies
 
 
@@ -55,8 +57,22 @@ def test_a_tokenizer_json_is_written_as_it_is(tmp_path: Path) -> None:
   tokenizer = TOKENIZERS['bpe']()
   name = tokenizer_files.write(tmp_path, tokenizer, 64)
   assert (tmp_path / name).read_bytes() == vocabularies.content('bpe')
-  ends = json.loads((tmp_path / 'generation_config.json').read_text())
-  assert ends == {'bos_token_id': 0, 'eos_token_id': 0}
+  said = json.loads((tmp_path / 'generation_config.json').read_text())
+  ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), 0)
+  assert ids.items() <= said.items()
+  assert said['max_length'] == 64
+  said = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  assert said['padding_side'] == 'left' and said['pad_token'] == '<|endoftext|>'
+
+
+def test_sampling_is_that_of_the_program(tmp_path: Path) -> None:
+  tokenizer_files.write(tmp_path, tokenizers.ByteTokenizer(), 64)
+  said = json.loads((tmp_path / 'generation_config.json').read_text())
+  values = flags.FlagValues()
+  generate.define_flags(values)
+  for name in ('temperature', 'top_k', 'top_p'):
+    assert said[name] == values[name].default
+  assert said['do_sample'] == (values['temperature'].default > 0)
 
 
 def test_what_transformers_has_not_is_not_written(tmp_path: Path) -> None:
@@ -80,6 +96,8 @@ def test_auto_tokenizer_makes_our_ids(
     assert theirs.encode(text) == ids
     assert theirs.decode(ids) == tokenizer.decode(ids)
   assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eos_id
+  assert theirs.pad_token_id == tokenizer.eos_id
+  assert theirs.padding_side == 'left'
   assert len(theirs) == tokenizer.vocab_size
   assert theirs.model_max_length == 64
   config = transformers.GenerationConfig.from_pretrained(tmp_path)

@@ -144,8 +144,8 @@ class Format(NamedTuple):
     rules: A function from our config to where the tensors are; see `mapping`.
     unread: A function from our config to the shapes of tensors that its code
       keeps and never reads.
-    caveat: A function from our config to what an export of this model has to
-      say; '' for nothing.
+    runs: A function from our config to who runs an export of this model, in
+      words; docs/interop.md has the commands.
   """
 
   recognises: Callable[[dict[str, Any]], bool]
@@ -153,8 +153,8 @@ class Format(NamedTuple):
   read: Callable[[Keys], dict[str, dict[str, Any]]]
   write: Callable[[ConfigDict], dict[str, Any]]
   rules: Callable[[ConfigDict], Rules]
+  runs: Callable[[ConfigDict], str]
   unread: Callable[[ConfigDict], dict[str, tuple[int, ...]]] = lambda config: {}
-  caveat: Callable[[ConfigDict], str] = lambda config: ''
 
 
 def read(keys: Keys) -> dict[str, Any]:

@@ -238,4 +238,14 @@ _TWO_PART_SHARED = {
 }
 _HASH_TABLE = 'model.router_tokens.weight'
 
-FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, unread)
+
+def runs(config: ConfigDict) -> str:
+  """Returns who runs an export, in words."""
+  del config
+  return (
+    "the transformers in CartesianMoE's repository runs it; any other, and"
+    ' vLLM, would take it for a Llama without experts'
+  )
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, runs, unread)

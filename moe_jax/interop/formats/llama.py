@@ -38,4 +38,10 @@ def rules(config: ConfigDict) -> Rules:
   return {}
 
 
-FORMAT = base.Format(recognises, DEFAULTS, read, write, rules)
+def runs(config: ConfigDict) -> str:
+  """Returns who runs an export, in words."""
+  del config
+  return 'transformers and vLLM run it, as a Llama'
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, runs)

@@ -74,4 +74,10 @@ def rules(config: ConfigDict) -> Rules:
   return rmoe.rules(config)
 
 
-FORMAT = base.Format(recognises, DEFAULTS, read, write, rules)
+def runs(config: ConfigDict) -> str:
+  """Returns who runs an export, in words."""
+  del config
+  return 'transformers and vLLM run it, as a Mixtral'
+
+
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, runs)

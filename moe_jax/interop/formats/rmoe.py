@@ -110,13 +110,18 @@ def write(config: ConfigDict) -> dict[str, Any]:
   }
 
 
-def caveat(config: ConfigDict) -> str:
-  """Returns what the released code does, where it is not to run an export."""
-  if 'dense' not in config_lib.layer_kinds(config):
-    return ''
+def runs(config: ConfigDict) -> str:
+  """Returns who runs an export, in words."""
+  if 'dense' in config_lib.layer_kinds(config):
+    return (
+      'nothing but moe_jax runs it: moe_num_layers < num_hidden_layers, the'
+      ' tensors only, as the released code builds them; its forward pass fails'
+      ' in a layer without experts'
+    )
+  repaired = config.router.recurrent != 'none'
   return (
-    'moe_num_layers < num_hidden_layers: the tensors only, as the released'
-    ' code builds them; its forward pass fails in a layer without experts'
+    f"RMoE's released code runs it{', its cell repaired' if repaired else ''};"
+    ' transformers and vLLM alone do not'
   )
 
 
@@ -149,4 +154,4 @@ def rules(config: ConfigDict) -> Rules:
   }
 
 
-FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, caveat=caveat)
+FORMAT = base.Format(recognises, DEFAULTS, read, write, rules, runs)
