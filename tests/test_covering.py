@@ -167,7 +167,9 @@ def test_what_cannot_go_together_is_refused(clash: tuple) -> None:
         config_lib.validate(configure(plain | {a: x, b: y}), num_devices=8)
 
 
-@pytest.mark.parametrize('row', FEW, ids=spelled)
+@pytest.mark.parametrize(
+  'row', [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)], ids=spelled
+)
 def test_a_few_combinations(row: covering.Row) -> None:
   check_alone(row)
 

@@ -67,6 +67,7 @@ def test_the_next_token_is_the_references_likeliest(name: str) -> None:
   assert found == [[token] for token in logits.argmax(-1)]
 
 
+@pytest.mark.slow
 def test_what_follows_is_what_the_logits_say() -> None:
   model, _, _ = load(RELEASED / 'cartesian')
   prompts = [[3, 14, 15, 92], [6], [5, 3]]
@@ -82,6 +83,7 @@ def test_what_follows_is_what_the_logits_say() -> None:
   assert warm != found
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_at_any_step(tmp_path: Path) -> None:
   config = tiny.config(
     **{

@@ -92,6 +92,7 @@ def tokens_of_a_resumed_run(start: list[str], workdir: Path) -> int:
   return runs.read_json(found)['tokens']
 
 
+@pytest.mark.slow
 def test_trains_resumes_and_evaluates(file: Path, tmp_path: Path) -> None:
   workdir = tmp_path / 'run'
   flags = [f'--config.{key}={value}' for key, value in TINY.items()]

@@ -334,13 +334,8 @@ def test_an_own_attention_that_knows_no_segments_is_refused_for_packed_rows(
   jax.eval_shape(lambda: Decoder(config, 61, None, rngs=nnx.Rngs(params=0)))
 
 
-@pytest.mark.parametrize(
-  'axes',
-  [
-    pytest.param({}, marks=pytest.mark.slow),
-    {'data': 2, 'fsdp': 2, 'tensor': 2},
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('axes', [{}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
 def test_an_own_attention_keeps_the_contract_and_trains(
   axes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

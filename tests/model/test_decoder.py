@@ -189,7 +189,8 @@ def test_depth_does_not_grow_the_program() -> None:
   assert lines(24) <= 1.02 * lines(4)
 
 
-@pytest.mark.parametrize('name', fast_only(['rmoe'], tiny.MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', tiny.MODELS)
 def test_layer_by_layer_is_what_the_scan_computes(name: str) -> None:
   """With a dense layer before the periods and one in each, and dropout."""
   made = tiny.config(

@@ -53,7 +53,7 @@ def batch() -> dict[str, jax.Array]:
   }
 
 
-@pytest.mark.parametrize('tensor', [1, 2])
+@pytest.mark.parametrize('tensor', [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize('name', MODELS)
 def test_padding_changes_nothing_and_has_no_gradient(
   name: str, tensor: int

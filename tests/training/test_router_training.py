@@ -38,10 +38,11 @@ def moved(before: Any, after: Any) -> dict[str, bool]:
   return {jax.tree_util.keystr(path): change for path, change in leaves}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('freeze', 'still'),
   [
-    pytest.param('router', ("['router']",), marks=pytest.mark.slow),
+    ('router', ("['router']",)),
     ('router_and_cell', ("['router']", "['cell']")),
   ],
 )
