@@ -161,16 +161,20 @@ def run_tasks(
     model_args: What the record calls the model.
     errors: Whether standard errors are resampled that have no formula.
   """
-  from lm_eval import simple_evaluate
+  from lm_eval import evaluator
   from lm_eval.loggers import EvaluationTracker
+  from lm_eval.loggers.utils import get_commit_from_path
   from lm_eval.utils import hash_string
+
+  # Its own way of last resort: git says on stderr where there is no clone.
+  evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())
 
   # What it reads there: nothing is forked, and every process, which is asked
   # for all there is, gets results.
   os.environ |= {'DISABLE_MULTIPROC': '1', 'LOCAL_RANK': '0'}
   writes = multihost.is_main_process()
   tracker = EvaluationTracker()
-  results = simple_evaluate(
+  results = evaluator.simple_evaluate(
     model=model,
     model_args=model_args or {},
     tasks=tasks.found,
