@@ -133,8 +133,10 @@ def _described(each: dict[str, Any]) -> str:
     'sound': 'all as they were saved',
     'unverified': 'readable; it is older than digests',
   }
-  data = each['data']
-  of = f', {data["name"]}, {data["documents"]} documents' if data else ''
+  data = each['data'] or {}
+  of = f', {data["name"]}' if 'name' in data else ''
+  # Which checkpoints of older versions do not say.
+  of += f', {data["documents"]} documents' if 'documents' in data else ''
   left_out = sum(count for _, count in each['skipped'])
   skipped = f', {left_out} batches left out' if left_out else ''
   return (

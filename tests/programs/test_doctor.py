@@ -55,6 +55,8 @@ def test_a_sound_run(workdir: Path) -> None:
   assert found['next'] == 'goes on from step 6'
   assert found['metrics']['holes'] == [] and not found['lock']
   assert '6: 2 arrays, all as they were saved' in health.text(found)
+  saved[2]['data'] = {'name': 'mine'}
+  assert 'data position 6, mine\n' in health.text(found)
 
 
 @pytest.mark.parametrize(
