@@ -60,9 +60,10 @@ class Study(NamedTuple):
   def command(self, workdir: str) -> list[str]:
     """Returns the arguments of `moe_jax` that carry its comparison out."""
     variants = ','.join(self.variants)
+    equal = 'linear' if 'linear' in self.variants else self.variants[0]
     return [
       *('compare', *self.flags, f'--variants={variants}'),
-      *('--baseline=linear', '--match=parameters', f'--workdir={workdir}'),
+      *(f'--baseline={equal}', '--match=parameters', f'--workdir={workdir}'),
     ]
 
 
@@ -116,6 +117,11 @@ STUDIES = {
       *(_TINY[0], '--seeds=3'),
       '--sweep=optimizer.learning_rate:2e-3,4e-3,8e-3',
     ),
+  ),
+  'projector': Study(
+    'One projector for all layers in the quickstart, on source code',
+    ('rmoe', 'rmoe+s_proj'),
+    ('--config=quickstart', '--seeds=3'),
   ),
   'settings': Study(
     'Norms and the balance loss, one change at a time, on source code',
