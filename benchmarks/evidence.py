@@ -37,10 +37,10 @@ from moe_jax.training import state
 
 KEPT = Path(__file__).parent / 'results' / 'cpu-2-cores' / 'evidence'
 # What is kept of compare.json, and of each of its rows.
-_OF_COMPARISON = ('config', 'overrides', 'match', 'split', 'seeds')
+_OF_COMPARISON = ('config', 'overrides', 'match', 'split', 'seeds', 'sweep')
 _OF_ROW = (
   *('variant', 'about', 'changes', 'matched', 'parameters'),
-  *('active_parameters', 'flops_per_token', 'runs'),
+  *('active_parameters', 'flops_per_token', 'swept', 'runs'),
 )
 
 
@@ -178,7 +178,8 @@ def tables() -> list[str]:
     path = KEPT / f'{name}.json'
     if path.exists():
       kept = json.loads(path.read_text('utf-8'))
-      lines = [f'**{study.title}**', '', *_losses(kept), '', *_routing(kept)]
+      lines = [f'**{study.title}**', '', *_losses(kept), '', *_swept(kept)]
+      lines += _routing(kept)
       found.append('\n'.join(lines) + '\n')
   return found
 
@@ -368,6 +369,24 @@ def _losses(kept: Mapping[str, Any]) -> list[str]:
       f' | {p_value} | {len(row["runs"])} |'
     )
   return lines
+
+
+def _swept(kept: Mapping[str, Any]) -> list[str]:
+  """Returns the table of a sweep, with an empty line; none without one."""
+  if not kept.get('sweep'):
+    return []
+  values = list(kept['rows'][0]['swept']['results'])
+  lines = [
+    f'| bits per byte of seed {kept["seeds"][0]}, `{kept["sweep"]["key"]}` |'
+    f' {" | ".join(values)} | the best |',
+    '|---' * (len(values) + 2) + '|',
+  ]
+  for row in kept['rows']:
+    swept = row['swept']
+    cells = [f'{swept["results"][value]:.3f}' for value in values]
+    cells.append(str(swept['value']))
+    lines.append(f'| `{row["variant"]}` | {" | ".join(cells)} |')
+  return [*lines, '']
 
 
 def _routing(kept: Mapping[str, Any]) -> list[str]:

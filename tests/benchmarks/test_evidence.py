@@ -63,6 +63,17 @@ def test_differences_are_to_the_first_row(kept: dict[str, Any]) -> None:
   assert rmoe['interval'] == pytest.approx([low, high])
 
 
+def test_a_sweep_is_told(kept: dict[str, Any]) -> None:
+  kept['sweep'] = {'key': 'optimizer.learning_rate', 'values': [0.1, 0.2]}
+  for row, best in zip(kept['rows'], (0.1, 0.2), strict=True):
+    results = {'0.1': 2.3 - 0.1 * best, '0.2': 2.3 - best}
+    row['swept'] = {'value': best, 'results': results}
+  (evidence.KEPT / 'code.json').write_text(json.dumps(kept))
+  [table] = evidence.tables()
+  assert '`optimizer.learning_rate` | 0.1 | 0.2 | the best |' in table
+  assert '| `linear` | 2.290 | 2.200 | 0.1 |\n| `rmoe` |' in table
+
+
 def test_robustness_is_a_ratio_of_perplexities(kept: dict[str, Any]) -> None:
   usual = [math.exp(run['loss']) for run in kept['rows'][0]['runs']]
   ratio = (9 / usual[0] + 12 / usual[1] + 15 / usual[2]) / 3
