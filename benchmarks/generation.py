@@ -3,10 +3,11 @@
   python -m benchmarks.generation --json
 
 A step goes on with texts of 512 tokens by some more, the likeliest each time:
-from a cache of keys and values, as `moe_jax generate` does; without, where the
-whole text is read again for every token; and from the cache of the same model
-in transformers, by both of its implementations of experts, where PyTorch is
-installed. Every side is a process of its own, one step of each in turn (see
+from a cache of keys and values, as `moe_jax generate` does; the same with every
+layer's experts copied for its use, as on accelerators; without a cache, where
+the whole text is read again for every token; and from the cache of the same
+model in transformers, by both of its implementations of experts, where PyTorch
+is installed. Every side is a process of its own, one step of each in turn (see
 `benchmarks.duel`). Reading the text the first time is not counted.
 """
 
@@ -23,6 +24,7 @@ from moe_jax.errors import UserError, choose
 
 # Names of the sides.
 CACHED, UNCACHED = 'moe_jax', 'moe_jax, no cache'
+COPIED = 'moe_jax, experts copied'
 PEERS = ('grouped_mm', 'eager')
 
 
@@ -98,6 +100,7 @@ def _commands(sizes: Sizes, tokens: int) -> dict[str, list[str]]:
   ours = [*python, 'benchmarks.generation_jax', text]
   found = {
     CACHED: [*ours, str(tokens), 'cached'],
+    COPIED: [*ours, str(tokens), 'copied'],
     UNCACHED: [*ours, '1', 'uncached'],
   }
   if all(map(importlib.util.find_spec, ('torch', 'transformers'))):
@@ -117,7 +120,7 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
       ' time of a token',
       flush=True,
     )
-  if len(row['speedup']) == 2:
+  if len(row['speedup']) == 3:
     print('  transformers is not installed: pip install -e ".[interop]"')
 
 

@@ -1,6 +1,6 @@
 """Our sides of `benchmarks.generation`: workers of a duel.
 
-python -m benchmarks.generation_jax SIZES_AS_JSON TOKENS cached|uncached
+python -m benchmarks.generation_jax SIZES_AS_JSON TOKENS cached|copied|uncached
 """
 
 import sys
@@ -16,7 +16,7 @@ def main(sizes_json: str, tokens: str, how: str) -> None:
   from benchmarks import common, duel
 
   sizes, count = Sizes.from_json(sizes_json), int(tokens)
-  make = {'cached': _cached, 'uncached': _uncached}[how]
+  make = {'cached': _cached, 'copied': _copied, 'uncached': _uncached}[how]
   step = make(sizes, count)
   step()
   duel.serve(step, {'tokens': count} | common.place())
@@ -50,6 +50,13 @@ def _cached(sizes: Sizes, count: int) -> Callable[[], None]:
     jax.block_until_ready(following)
 
   return step
+
+
+def _copied(sizes: Sizes, count: int) -> Callable[[], None]:
+  from moe_jax.model import build
+
+  build.reads_in_place = lambda parts, mesh: False
+  return _cached(sizes, count)
 
 
 def _uncached(sizes: Sizes, count: int) -> Callable[[], None]:

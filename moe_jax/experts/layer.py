@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.experts.dispatch import Dispatch, Experts
 from moe_jax.experts.dropout import dropout
-from moe_jax.experts.mlp import ReLUMLP, SwiGLU
+from moe_jax.experts.mlp import ExpertsInPlace, ReLUMLP, SwiGLU
 from moe_jax.parameter import param
 from moe_jax.routing.balance import Load, load_of
 from moe_jax.routing.cells import PRECISION
@@ -106,9 +106,12 @@ class MoELayer(nnx.Module):
     routing = self.select(logits_TN).only(context.padding_mask_T[:, None])
     routing = checkpoint_name(routing, 'routing')  # for the remat policies
     seeded = self._with_seeds(routing, for_seeds.rng)
+    experts: Experts = self.experts
+    if context.period is not None:
+      experts = ExpertsInPlace(self.experts, context.period)
     with jax.named_scope('experts'):
       y_TD, dropped, overflowed = self.dispatch(
-        x_TD, seeded.among(self.experts.num_experts), self.experts
+        x_TD, seeded.among(experts.num_experts), experts
       )
     if self.bias_D is not None:
       y_TD += self.bias_D[...].astype(y_TD.dtype)

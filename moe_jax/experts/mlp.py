@@ -4,14 +4,17 @@ SwiGLU is the published models' choice. The enwik8 and WikiText-103 settings of
 RMoE (arXiv 2408.06793) have ReLU networks with biases in its place.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.experts.dispatch import Experts
 from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.grouped_matmul import GroupedMatmul, TunedMatmul
 from moe_jax.experts.remat import remat_method
@@ -340,3 +343,52 @@ class ReLUExperts(ExpertsBase):
     hidden = checkpoint_name(hidden, HIDDEN)
     hidden = self._drop(hidden, seeds, first_unit)
     return multiply(hidden, down_NFD) + spread(down_bias_ND)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsInPlace:
+  """The N experts of one period among those of P, whose weights stay there.
+
+  The P N experts of all periods are one grouped matmul of as many groups, all
+  but N of them empty. One that loads the weights of groups with rows alone so
+  needs no copy of a period's, which for few rows is most of the work.
+
+  Attributes:
+    stacked: The experts, every parameter with a leading axis [P].
+    period: Which period's are meant, int32.
+  """
+
+  stacked: Experts
+  period: jax.Array
+
+  @property
+  def num_experts(self) -> int:
+    """N."""
+    return jax.tree.leaves(nnx.split(self.stacked)[1])[0].shape[1]
+
+  def grouped(
+    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+  ) -> jax.Array:
+    """Computes sorted rows; see `moe_jax.experts.dispatch.Experts`."""
+    joined = self._with(lambda a: a.reshape(-1, *a.shape[2:]))
+    none = jnp.zeros(joined.num_experts, sizes_N.dtype)
+    first = self.period * self.num_experts
+    sizes = lax.dynamic_update_slice_in_dim(none, sizes_N, first, 0)
+    return joined.grouped(rows_MD, sizes, seeds_M)
+
+  def batched(
+    self, rows_NCD: jax.Array, seeds_NC: jax.Array | None
+  ) -> jax.Array:
+    """Computes C rows for every expert, from a copy of their weights."""
+    own = self._with(lambda a: a[self.period])
+    return own.batched(rows_NCD, seeds_NC)
+
+  def unshard(self, dtype: jnp.dtype) -> 'ExpertsInPlace':
+    """Returns the experts as they are: one device has them all."""
+    del dtype
+    return self
+
+  def _with(self, change: Callable[[jax.Array], jax.Array]) -> Experts:
+    """Returns the experts with every parameter changed."""
+    graphdef, params = nnx.split(self.stacked)
+    return nnx.merge(graphdef, jax.tree.map(change, params))

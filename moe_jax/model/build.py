@@ -12,7 +12,7 @@ from moe_jax import parameter
 from moe_jax.config import head_dim, vocab_rows
 from moe_jax.errors import choose
 from moe_jax.experts.dispatch import Dispatch
-from moe_jax.experts.grouped_matmul import GroupedMatmul
+from moe_jax.experts.grouped_matmul import TunedMatmul
 from moe_jax.experts.layer import (
   CoefficientMixing,
   DenseLayer,
@@ -91,7 +91,7 @@ class Parts(NamedTuple):
   dtype: jnp.dtype
   dispatch: Dispatch
   attend: Attend
-  multiply: GroupedMatmul
+  multiply: TunedMatmul
   disable_top: int
 
 
@@ -117,6 +117,16 @@ def make_parts(
     implementations.grouped_matmul(config, mesh),
     disable_top,
   )
+
+
+def reads_in_place(parts: Parts, mesh: jax.sharding.Mesh | None) -> bool:
+  """Returns whether experts may run on the parameters of all layers at once.
+
+  That is where their parameters are on one device, are not cast, and are
+  multiplied by what loads the weights of groups that have rows alone.
+  """
+  one = mesh is None or mesh.size == 1
+  return one and parts.dtype == jnp.float32 and parts.multiply.name == 'blocks'
 
 
 def make_embedding(

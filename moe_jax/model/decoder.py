@@ -22,9 +22,12 @@ from moe_jax.model.attention import (
 from moe_jax.model.block import Carry, Period
 from moe_jax.model.embedding import look_up
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.parameter import param
+from moe_jax.parameter import EXPERT, declaration, param
 from moe_jax.routing.cells import Cell
 from moe_jax.routing.router import Context, start
+
+# Rows of generation: with more, copies of weights are of no account.
+_FEW = 128
 
 # Cheap to keep, and recomputing it could route a rounded token elsewhere.
 _ROUTING = 'routing'
@@ -135,6 +138,7 @@ class Decoder(nnx.Module):
     self.remat, self.unroll = model.remat, model.unroll
     self.num_residual_logits = build.num_residual_logits(config)
     self.num_layers = len(kinds)
+    self.in_place = cached and build.reads_in_place(parts, mesh)
     self.vocab_size = vocab_size
     self.repeats = (len(kinds) - first) // period
     pattern = kinds[first : first + period]
@@ -345,21 +349,73 @@ class Decoder(nnx.Module):
       slots,
     )
     carry, outputs = run_period(
-      carry, *shared, self.prefix, of_prefix, for_prefix.rng
+      carry, *shared, self.prefix, of_prefix, for_prefix.rng, None
     )
-    if self.periods is not None:
+    one_by_one = slots is not None and len(carry.x_BLD) <= _FEW
+    if self.periods is not None and self.in_place and one_by_one:
+      carry, scanned = self._scan_in_place(
+        run_period, carry, shared, of_periods
+      )
+      outputs = tuple(map(_in_depth_order, outputs, scanned))
+    elif self.periods is not None:
       scan = nnx.scan(
         self._rematerialized(run_period),
-        in_axes=(nnx.Carry, *[None] * len(shared), 0, 0, 0),
+        in_axes=(nnx.Carry, *[None] * len(shared), 0, 0, 0, None),
         out_axes=(nnx.Carry, 0),
         unroll=self.unroll,
       )
       rngs = for_periods.rng
       if rngs is not None:
         rngs = jax.random.split(rngs, self.repeats)
-      carry, scanned = scan(carry, *shared, self.periods, of_periods, rngs)
+      carry, scanned = scan(
+        carry, *shared, self.periods, of_periods, rngs, None
+      )
       outputs = tuple(map(_in_depth_order, outputs, scanned))
     return carry, *outputs
+
+  def _scan_in_place(
+    self,
+    run_period: Callable[..., Any],
+    carry: Carry,
+    shared: tuple[Any, ...],
+    of_periods: AttentionState,
+  ) -> tuple[Carry, Any]:
+    """Scans the periods, but for the experts, which run where they are.
+
+    A scan gives its body slices, which XLA copies, and of the experts that
+    would be all of them for the few that few tokens choose.
+
+    Args:
+      run_period: What is scanned.
+      carry: What the prefix passes on.
+      shared: What every period is given.
+      of_periods: The states of attention.
+
+    Returns:
+      What the last period passes on, and the outputs of all.
+    """
+    graphdef, *states = nnx.split(self.periods, _of_experts, ...)
+    experts, others = states
+
+    def run(
+      carry: Carry,
+      shared: tuple[Any, ...],
+      experts: nnx.State,
+      others: nnx.State,
+      of_period: AttentionState,
+      number: jax.Array,
+    ) -> tuple[Carry, Any]:
+      period = nnx.merge(graphdef, experts, others)
+      return run_period(carry, *shared, period, of_period, None, number)
+
+    scan = nnx.scan(
+      run,
+      in_axes=(nnx.Carry, None, None, 0, 0, 0),
+      out_axes=(nnx.Carry, 0),
+      unroll=self.unroll,
+    )
+    numbers = jnp.arange(self.repeats)
+    return scan(carry, shared, experts, others, of_periods, numbers)
 
   def _period_step(
     self, step: jax.Array | None, keep: Callable[[Aux], Any]
@@ -377,6 +433,7 @@ class Decoder(nnx.Module):
       period: Period,
       attention_state: AttentionState,
       rng: jax.Array | None,
+      number: jax.Array | None,
     ) -> tuple[Carry, tuple[Any, AttentionState]]:
       context = BlockContext(
         cell,
@@ -387,6 +444,7 @@ class Decoder(nnx.Module):
         key_pe_AW,
         segments,
         slots,
+        period=number,
       )
       states = _unstack(attention_state, len(period.blocks))
       carry, auxes, states = period(carry, context, states)
@@ -421,6 +479,12 @@ class Decoder(nnx.Module):
     return jax.tree.map(
       lambda a: mesh_lib.shard_tokens(a, self.mesh, axis, behind), tree
     )
+
+
+def _of_experts(path: Any, variable: nnx.Variable) -> bool:
+  """Returns whether a parameter is of experts."""
+  del path
+  return EXPERT in declaration(variable).axes
 
 
 def _stack(trees: Sequence[Any]) -> Any:

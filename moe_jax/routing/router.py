@@ -26,6 +26,8 @@ class Context:
       counted.
     step: The training step, int32; None in evaluation.
     rng: The key of this layer's random numbers; None where nothing is drawn.
+    period: Which period of layers runs, int32, where experts have the
+      parameters of all periods, stacked; None where they have their own.
   """
 
   cell: Cell
@@ -33,6 +35,7 @@ class Context:
   padding_mask_BL: jax.Array
   step: jax.Array | None = None
   rng: jax.Array | None = None
+  period: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
   @property
   def padding_mask_T(self) -> jax.Array:

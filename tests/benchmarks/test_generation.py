@@ -34,7 +34,7 @@ def test_mistakes_are_one_line(
 def test_every_side_answers() -> None:
   args = argparse.Namespace(tokens=2, rounds=1, warmup=0, threads=1)
   row = generation.measure(TINY, args)
-  ours = {generation.CACHED, generation.UNCACHED}
+  ours = {generation.CACHED, generation.COPIED, generation.UNCACHED}
   assert ours <= set(row['tokens_per_second'])
   assert row['speedup'][generation.CACHED] == 1
   assert all(speed > 0 for speed in row['tokens_per_second'].values())

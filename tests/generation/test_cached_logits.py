@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as config_lib
 from moe_jax.generation.steps import Steps
+from moe_jax.model import build
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parameter import flatten
 from tests.helpers import examples, oracle, oracle_span, tiny
 from tests.helpers.marks import fast_only
 
@@ -164,3 +166,67 @@ def test_own_routers_equal_whole_sequences(name: str) -> None:
 
     exact = [whole(params, row[None])[0] for row in random_rows()]
     check(config, params, exact)
+
+
+# With layers before the pattern repeats, and experts with biases.
+IN_PLACE = {
+  'cartesian rmoe after a dense layer': {
+    'model.num_layers': 5,
+    'moe.first_dense': 1,
+    'moe.every': 2,
+    'moe.factors': 2,
+    'router.recurrent': 'gru',
+  },
+  'relu': SPAN,
+}
+
+
+@pytest.mark.parametrize('name', fast_only(['relu'], IN_PLACE))
+def test_experts_in_place_compute_what_copies_do(
+  name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = tiny.config(**IN_PLACE[name])
+  _, params = tiny.decoder(config)
+  in_place = Steps(config, tiny.VOCAB, ONE)
+  monkeypatch.setattr(build, 'reads_in_place', lambda parts, mesh: False)
+  copied = Steps(config, tiny.VOCAB, ONE)
+  num_slots = in_place.attend.num_slots(READ + MORE + 2)
+  lengths_B = np.array(LENGTHS, np.int32)
+  ids_BL = np.arange(len(LENGTHS) * READ, dtype=np.int32).reshape(-1, READ)
+  first = jax.jit(in_place.first_logits, static_argnums=3)
+  _, cache, _ = first(params, ids_BL, lengths_B, num_slots)
+  given = params, cache, lengths_B, lengths_B, lengths_B > 0, READ, 0
+  assert not scans_experts(in_place, *given) and scans_experts(copied, *given)
+  ours, theirs = (
+    jax.jit(steps.next_logits)(*given)[0] for steps in (in_place, copied)
+  )
+  np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
+
+
+def scans_experts(steps: Steps, params: Any, *given: Any) -> bool:
+  """Whether a step scans experts' weights, which hands out copies of them."""
+  traced = jax.make_jaxpr(steps.next_logits)(params, *given)
+  [scan] = [e for e in traced.eqns if e.primitive.name == 'scan']
+  first = scan.params['num_consts'] + scan.params['num_carry']
+  shapes = [each.aval.shape for each in scan.invars[first:]]
+  leaves = flatten(params['periods']).items()
+  return any(path[-1] == 'down_NFD' and x.shape in shapes for path, x in leaves)
+
+
+@pytest.mark.parametrize(
+  'changes, devices, expected',
+  [
+    ({}, 1, True),
+    ({}, 2, False),
+    ({'model.dtype': 'bfloat16'}, 1, False),
+    ({'moe.grouped_matmul': 'ragged_dot'}, 1, False),
+  ],
+)
+def test_where_experts_run_in_place(
+  changes: dict[str, Any], devices: int, expected: bool
+) -> None:
+  """Not where parameters are split, cast, or all multiplied."""
+  axes = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {'expert': devices}
+  mesh = mesh_lib.make_mesh(axes, jax.devices()[:devices])
+  parts = build.make_parts(tiny.config(**changes), tiny.VOCAB, mesh)
+  assert build.reads_in_place(parts, mesh) == expected
