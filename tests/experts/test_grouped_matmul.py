@@ -149,6 +149,8 @@ def test_triton_lowers_for_cuda(dtype: Any) -> None:
     text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert text.count('custom_call @__gpu$xla.gpu.triton') >= 3, text
   assert 'chlo.ragged_dot' not in text
+  # Or XLA transposes the parameters of all layers for the rows' gradient.
+  assert text.count('custom_call @LayoutConstraint') == 1
 
 
 def test_the_contract_is_run_by_all_that_can() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.devices import capability
@@ -126,6 +127,11 @@ def backward(
   kernel: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the gradients of the rows and of the weights; see `forward`."""
+  if kernel == 'triton':
+    # The kernel transposes the weights, and XLA would turn that into a layout
+    # of the parameters they come from: a transposed copy, in float32, of those
+    # of all layers together.
+    weights_NDF = with_layout_constraint(weights_NDF, Layout((0, 1, 2)))
   rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, weights_NDF, sizes_N)
   weights_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
   # tokamax's issue 887: of an empty group Triton's kernel multiplies the rows
