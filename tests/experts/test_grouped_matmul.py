@@ -167,5 +167,7 @@ def test_none_needs_no_package_on_any_platform() -> None:
     platform: traced.lower(lowering_platforms=(platform,)).as_text()
     for platform in ('cpu', 'cuda', 'tpu')
   }
-  assert 'ragged_dot' not in text['cpu'] and 'while' in text['cpu']
-  assert 'ragged_dot' in text['cuda'] and 'ragged_dot' in text['tpu']
+  # Not where XLA computes it densely.
+  for platform in ('cpu', 'cuda'):
+    assert 'ragged_dot' not in text[platform] and 'while' in text[platform]
+  assert 'ragged_dot' in text['tpu']

@@ -10,7 +10,7 @@ benchmarks.grouped_matmul`. A user's own is registered as those below are:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,11 +165,17 @@ def _grouped_matmul(
   operands = rows_MD, weights_NDF, sizes_N
   if implementation is not None:
     return GROUPED_MATMULS[implementation].forward(*operands)
-  # XLA computes `ragged_dot` densely on CPU, every row with every matrix.
+  return _by_platform('forward', *operands)
+
+
+def _by_platform(direction: str, *operands: jax.Array) -> Any:
+  # On CPU and CUDA XLA computes `ragged_dot` densely, every row with every
+  # matrix.
   return lax.platform_dependent(
     *operands,
-    cpu=GROUPED_MATMULS['blocks'].forward,
-    default=GROUPED_MATMULS['ragged_dot'].forward,
+    cpu=getattr(GROUPED_MATMULS['blocks'], direction),
+    cuda=getattr(GROUPED_MATMULS['padded'], direction),
+    default=getattr(GROUPED_MATMULS['ragged_dot'], direction),
   )
 
 
@@ -187,13 +193,7 @@ def _backward(
   if implementation is not None:
     backward = GROUPED_MATMULS[implementation].backward
     return *backward(*operands, grad_MF), None
-  grads = lax.platform_dependent(
-    *operands,
-    grad_MF,
-    cpu=GROUPED_MATMULS['blocks'].backward,
-    default=GROUPED_MATMULS['ragged_dot'].backward,
-  )
-  return *grads, None
+  return *_by_platform('backward', *operands, grad_MF), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
