@@ -91,6 +91,7 @@ def _prepare() -> None:
   """Sets up the process, before a config of the user's imports jax."""
   runtime.configure_malloc()
   runtime.silence_libtpu()
+  runtime.silence_cuda()
 
 
 def _documented(run: Callable[..., None]) -> str:

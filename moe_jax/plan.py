@@ -7,9 +7,10 @@ With --json it prints one JSON object instead of a table.
 
   moe_jax plan --config=... --compile --topology=v5e:16x16 --slices=2
 
-also compiles the training step, for TPUs that need not be here, and tells what
-their compiler says; without --topology, for the devices of this machine. --fit
-searches, by compiling, for the batch and the rematerialisation that fit.
+also compiles the training step, for TPUs or (--topology=h100:1x8, hosts x GPUs)
+NVIDIA's GPUs that need not be here, and tells what their compiler says; without
+--topology, for the devices of this machine. --fit searches, by compiling, for
+the batch and the rematerialisation that fit.
 `python -m moe_jax.plan` is the same program.
 """
 
@@ -35,7 +36,8 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'topology',
     None,
-    'plan for a slice of TPUs, such as v5e:16x16; it need not be here',
+    'plan for a slice of TPUs, such as v5e:16x16, or hosts of GPUs, such as'
+    ' h100:2x8; they need not be here',
     flag_values=values,
   )
   flags.DEFINE_integer(

@@ -1,4 +1,4 @@
-"""Sets the process up for jax: the memory of CPUs, and libtpu without a TPU.
+"""Sets the process up for jax: CPUs' memory, and compilers without devices.
 
 XLA on CPUs takes the temporaries of a step from malloc and frees them after
 it. By default glibc returns blocks of that size to the kernel at once, and the
@@ -10,12 +10,14 @@ threads share one arena. So what compiling took is given back once by hand
 
 JAX asks libtpu for devices wherever it is installed. Without a TPU it looks for
 the cloud's metadata, warns on stderr and takes a lock that lets one process of
-the machine in. None of that is needed to compile.
+the machine in. None of that is needed to compile. Its plugin for CUDA is loaded
+wherever it is installed too, and says at length what of CUDA is missing.
 """
 
 import contextlib
 import ctypes
 import glob
+import importlib.util
 import os
 
 SWITCH = 'MOE_JAX_TUNE_MALLOC'
@@ -31,8 +33,8 @@ _SETTINGS = {
 }
 # The two ways in which TPUs appear.
 TPUS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
-# NVIDIA, AMD, TPUs.
-_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', *TPUS)
+# NVIDIA, NVIDIA under Windows, AMD, TPUs.
+_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/dxg', '/dev/kfd', *TPUS)
 _QUIET = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_SKIP_MDS_QUERY': '1',
@@ -77,6 +79,16 @@ def silence_libtpu() -> None:
     return
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
+
+
+def silence_cuda() -> None:
+  """Has JAX choose the CPU where its plugin for CUDA is, and no accelerator.
+
+  The plugin still compiles. It is called before jax is imported.
+  """
+  plugins = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
+  if runs_on_cpu() and any(map(importlib.util.find_spec, plugins)):
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
 def runs_on_cpu() -> bool:

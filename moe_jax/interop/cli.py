@@ -76,6 +76,7 @@ def _run_upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
 def _run(arguments: dict[str, Any]) -> None:
   """Runs a command and prints its report."""
   runtime.silence_libtpu()
+  runtime.silence_cuda()
   # Training's packages and jax, which a mistake on the command line needs not.
   from moe_jax.interop import convert
 

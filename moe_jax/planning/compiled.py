@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import mixture
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import abstract_setup, hlo, replica_groups
+from moe_jax.planning import abstract_setup, hlo, replica_groups, topologies
 from moe_jax.planning.collectives import Collective, collectives, total_bytes
 from moe_jax.planning.memory import format_bytes
 from moe_jax.planning.topologies import Target
@@ -54,6 +54,13 @@ class DoesNotFitError(UserError):
     self.available = available
 
 
+# What no compiler knows without its device: of GPUs alone.
+_UNKNOWN_OF_GPUS = (
+  'the kernels of plain matmuls, which XLA chooses by timing them',
+  "cuDNN's workspace, which counts as 0 bytes",
+)
+# Parts of NVIDIA's compiler, as errors name them.
+_PARTS_OF_CUDA = r'(?i)\b(cudnn|ptxas|nvlink|libdevice)'
 _OF_SEGMENTS = 'segment_ids', 'positions'
 
 
@@ -111,10 +118,15 @@ def train_step(setup: Setup) -> tuple[jax.stages.Compiled, float]:
   """
   began = time.perf_counter()
   step = make_train_step(setup)
-  lowered = step.lower(setup.abstract, abstract_batch(setup))
   try:
+    lowered = step.lower(setup.abstract, abstract_batch(setup))
     compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
+  except RuntimeError as error:
+    # JAX asks cuDNN for its version when it traces; all else there is a defect.
+    if not isinstance(error, jax.errors.JaxRuntimeError) and not re.search(
+      _PARTS_OF_CUDA, str(error)
+    ):
+      raise
     if refused := too_large(str(error), _argument_bytes(setup)):
       raise refused from error
     raise UserError(failure(str(error))) from error
@@ -158,7 +170,9 @@ def report(
   Returns:
     `memory_bytes` as the function of that name returns them, `available_bytes`
     of a device, `spare_bytes` and `fits` (None where a device is silent);
-    `flops` as the compiler counts them, what a loop repeats once;
+    `flops` as the compiler counts them, what a loop repeats once, and
+    `matmul_flops` of `hlo`, each None where there is no count; `unknown`, what
+    a compiler cannot know without the device, in words;
     `collectives`, each with `axes` of the mesh and whether a loop of unknown
     length repeats it (`in_unknown_loop`), and the bytes that a device sends in
     a step (`sent_bytes`), where conditionals take the branch that sends least,
@@ -177,6 +191,7 @@ def report(
   least = collectives(text, choose=min)
   cycles = hlo.estimated_cycles(text)
   hertz = target.chip.hertz if target.chip else None
+  absent_gpu = target.chip and target.devices[0].platform == 'gpu'
   return {
     'device': target.devices[0].device_kind,
     'num_devices': setup.mesh.size,
@@ -185,6 +200,8 @@ def report(
     'spare_bytes': None if available is None else available - needs['total'],
     'fits': None if available is None else True,
     'flops': costs.get('flops'),
+    'matmul_flops': hlo.matmul_flops(text),
+    'unknown': list(_UNKNOWN_OF_GPUS) if absent_gpu else [],
     'estimated_cycles': cycles,
     'estimated_seconds': cycles / hertz if cycles and hertz else None,
     'sent_bytes': total_bytes(least),
@@ -236,6 +253,9 @@ def too_large(message: str, arguments: int) -> DoesNotFitError | None:
 def failure(message: str) -> str:
   """Returns a compiler's message as one line, with a remedy if one is known."""
   line = f'the compiler fails on the training step: {" ".join(message.split())}'
+  if part := re.search(_PARTS_OF_CUDA, message):
+    remedy = topologies.INSTALL_GPU_COMPILER
+    return f'{line[:300]}; if {part[1]} is missing: {remedy}'
   if 'memory space vmem' not in message:
     return line[:300]
   # libtpu 0.0.42 tiles some grouped matmuls larger than a v4 or v5p holds.

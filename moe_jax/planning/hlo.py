@@ -1,8 +1,8 @@
 """Reads the text of a compiled program (`compiled.as_text()`): XLA's HLO.
 
 It reads only what counting needs: instructions by computation, the bytes of a
-shape, which computation calls which, how often a loop runs, and for how long a
-TPU computes, as its compiler estimates it.
+shape, which computation calls which, how often a loop runs, for how long a TPU
+computes, as its compiler estimates it, and the matmuls of a GPU.
 """
 
 import itertools
@@ -171,6 +171,62 @@ def estimated_cycles(hlo_text: str) -> int | None:
     return sum(called)
 
   return of(program.entry) or None
+
+
+def matmul_flops(hlo_text: str) -> int | None:
+  """Returns the operations of a GPU's matmuls, as often as loops repeat them.
+
+  Counted are dots, tokamax's grouped matmuls with all rows of their buffers,
+  and cuDNN's attention, causal and so half of a square. Of a conditional the
+  branch with the fewest counts. None stands for a program without any, as those
+  of TPUs, which have convolutions.
+  """
+  program = parse(hlo_text)
+
+  def of(name: str) -> int:
+    computation = program.computations[name]
+    return sum(of_instruction(x, computation) for x in computation.values())
+
+  def of_instruction(
+    instruction: Instruction, computation: dict[str, Instruction]
+  ) -> int:
+    if repeated := loop(program, instruction):
+      return of(repeated[0]) * (repeated[1] or 1)
+    called = [of(name) for name in callees(instruction)]
+    if instruction.opcode == 'conditional':
+      return min(called)
+    return _matmul_flops(instruction, computation) + sum(called)
+
+  return of(program.entry) or None
+
+
+def _matmul_flops(
+  instruction: Instruction, computation: dict[str, Instruction]
+) -> int:
+  """Returns the operations of an instruction itself, two per product."""
+  is_dot = instruction.opcode == 'dot'
+  if not is_dot and instruction.opcode != 'custom-call':
+    return 0
+  attributes, out = instruction.attributes, _shape(instruction.type)
+  if '"__cudnn$fmha' in attributes:  # [B, H, L, A]
+    # Two products of a square forward; backward five, one of them again.
+    products = 5 if 'Backward"' in attributes else 2
+    return products * math.prod(out) * out[2]
+  first = _shape(computation[instruction.operands[0]].type)
+  if is_dot:
+    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', attributes)
+    axes = filter(None, contracted[1].split(',')) if contracted else ()
+    return 2 * math.prod(out) * math.prod(first[int(axis)] for axis in axes)
+  if '"__gpu$xla.gpu.triton"' in attributes and 'RaggedDot' in attributes:
+    # Rows [M, K] by weights to [M, F], or by rows [M, F] to [N, K, F].
+    return 2 * math.prod(first) * out[-1]
+  return 0
+
+
+def _shape(type_: str) -> list[int]:
+  """Returns the sizes of a type's first array."""
+  match = _ARRAY.search(type_)
+  return [int(size) for size in match[3].split(',') if size] if match else []
 
 
 def _named(attribute: str, attributes: str) -> str:

@@ -125,6 +125,8 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     rows['  sent'] += (
       f'; {format_bytes(most)} more if all conditionals turn out so'
     )
+  if report['unknown']:
+    rows['  unknown'] = '; '.join(report['unknown'])
   return rows | _collectives(report)
 
 
@@ -139,6 +141,8 @@ def _spare(report: dict[str, Any]) -> str:
 
 
 def _compute(report: dict[str, Any]) -> str:
+  if report['flops'] is None and report['matmul_flops'] is not None:
+    return f'{report["matmul_flops"]:,} FLOPs in matmuls per device'
   flops = report['flops']
   text = 'FLOPs unknown' if flops is None else f'{flops:,.0f} FLOPs per device'
   text += ', bodies of loops counted once'

@@ -1,4 +1,4 @@
-"""TPU slices by name, to compile for: none of them has to be here."""
+"""Devices by name, to compile for: TPU slices and hosts of GPUs, all absent."""
 
 import re
 from collections.abc import Sequence
@@ -9,17 +9,19 @@ from jax.experimental import topologies
 
 from moe_jax import runtime
 from moe_jax.errors import UserError, nearest
+from moe_jax.planning import gpus
 
 _GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-  """A kind of TPU.
+  """A kind of TPU or GPU.
 
   Attributes:
-    memory_bytes: The bytes of one JAX device that a program may use: what
-      libtpu 0.0.42 names when a program exceeds it.
-    hertz: The clock of its tensor cores; None where it is not published.
+    memory_bytes: The bytes of one JAX device that a program may use: of a TPU
+      what libtpu 0.0.42 names when a program exceeds it, of a GPU what JAX
+      takes of its memory.
+    hertz: The clock of a TPU's tensor cores; None where it is not published.
     example: The name of a slice; other names have as many sizes, or fewer.
   """
 
@@ -33,7 +35,7 @@ class Target(NamedTuple):
 
   Attributes:
     devices: The devices that are here, or those of a topology.
-    chip: The kind of TPU of a topology; None for the devices that are here.
+    chip: Their kind in a topology; None for the devices that are here.
   """
 
   devices: Sequence[jax.Device]
@@ -56,19 +58,30 @@ _ALIASES = {'v5litepod': 'v5e', 'v7x': 'tpu7x'}
 _FORM = re.compile(r'([a-z]\w*):(\d+(?:x\d+){1,2})')
 
 
+INSTALL_GPU_COMPILER = "pip install 'moe_jax[gpu-compiler]'"
+
+
 def target(name: str, slices: int = 1) -> Target:
   """Returns the devices of a topology, to be compiled for, not run on.
 
   Args:
-    name: A chip and the sizes of a slice in chips, as `v5e:16x16`.
+    name: A chip and the sizes of a slice in chips, as `v5e:16x16`; or a GPU,
+      the hosts and the GPUs of each, as `h100:2x8`.
     slices: How many slices of that size the data centre's network joins.
 
   Raises:
-    UserError: There is no such topology, or libtpu is not installed.
+    UserError: There is no such topology, or its compiler is not installed.
   """
   chip, sizes = _parse(name)
   if slices < 1:
     raise UserError(f'--slices = {slices} must be at least 1')
+  if chip in gpus.GPUS:
+    if slices > 1:
+      raise UserError(
+        f'--slices = {slices} is of TPUs; of GPUs --topology has the hosts, as'
+        f' {chip}:{slices}x8'
+      )
+    return _of_gpus(name, chip, sizes)
   options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
   if set(sizes.split('x')) == {'1'}:
     options['chips_per_host_bounds'] = (1, 1, 1)  # otherwise 2 x 2
@@ -84,6 +97,27 @@ def target(name: str, slices: int = 1) -> Target:
   return Target(description.devices, CHIPS[chip])
 
 
+def _of_gpus(name: str, gpu: str, sizes: str) -> Target:
+  """Returns hosts of GPUs, as `_parse` returns them."""
+  facts = gpus.GPUS[gpu]
+  try:
+    description = topologies.get_topology_desc(
+      gpu,
+      platform='cuda',
+      topology=f'1x{sizes}',  # one partition of hosts
+      target_config=gpus.target_config(facts),
+    )
+  except NotImplementedError as error:  # JAX has no plugin for CUDA
+    raise UserError(
+      f"--topology = {name!r} needs the compiler of NVIDIA's GPUs:"
+      f' {INSTALL_GPU_COMPILER}'
+    ) from error
+  except RuntimeError as error:
+    raise _refused(name, error) from error
+  memory = gpus.usable_bytes(facts)
+  return Target(description.devices, Chip(memory, None, f'{gpu}:1x8'))
+
+
 def here() -> Target:
   """Returns the devices of this machine and of those joined to it."""
   return Target(jax.devices(), None)
@@ -95,14 +129,21 @@ def _parse(name: str) -> tuple[str, str]:
   if not match:
     raise UserError(
       f'--topology = {name!r} is not of the form chip:sizes, as'
-      f' {", ".join(chip.example for chip in CHIPS.values())}'
+      f' {", ".join(chip.example for chip in CHIPS.values())}, or of GPUs'
+      ' h100:1x8, one host of eight'
     )
-  chip = _ALIASES.get(match[1], match[1])
-  if chip not in CHIPS:
+  chip, known = _ALIASES.get(match[1], match[1]), [*CHIPS, *gpus.GPUS]
+  if chip not in known:
     raise UserError(
       f'--topology = {name!r}: there is no chip {chip!r}'
-      f'{nearest(chip, CHIPS)}; there are {", ".join(CHIPS)}'
+      f'{nearest(chip, known)}; there are {", ".join(known)}'
     )
+  if chip in gpus.GPUS:
+    if match[2].count('x') > 1:
+      raise UserError(
+        f'--topology = {name!r}: of GPUs it is HOSTSxDEVICES, as {chip}:1x8'
+      )
+    return chip, match[2]
   example = CHIPS[chip].example
   if match[2].count('x') > example.count('x'):
     raise UserError(

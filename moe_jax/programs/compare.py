@@ -67,6 +67,7 @@ def run() -> None:
       the comparison.
   """
   runtime.silence_libtpu()
+  runtime.silence_cuda()
   options, overrides = cli.read(
     sys.argv, define_flags, workdir=True, about=__doc__ or ''
   )

@@ -64,6 +64,7 @@ def run() -> None:
     return
   # A run that trains may have the accelerators, and nothing here needs one.
   runtime.silence_libtpu()
+  runtime.silence_cuda()
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
@@ -84,6 +85,7 @@ def _replay() -> None:
   # Which allocator there is has to be known before jax is imported.
   runtime.configure_malloc()
   runtime.silence_libtpu()
+  runtime.silence_cuda()
   config, values = cli.parse(sys.argv, define_flags)
   workdir, step = values.pop('workdir'), values.pop('step')
   others = values.pop('json'), values.pop('data')

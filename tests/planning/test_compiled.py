@@ -1,6 +1,7 @@
 """What compilers say of the training step, for CPUs and for TPUs."""
 
 import contextlib
+import re
 from typing import Any
 
 import jax
@@ -59,6 +60,39 @@ def test_a_tpu_program() -> None:
   assert made['strategy']['dtype'] == 'bfloat16'
   text = plan.table(made | {'compiled': told})
   assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
+
+
+@pytest.mark.slow
+def test_a_gpu_program() -> None:
+  """Its kernels, and none of the ways in which it was wasteful."""
+  try:
+    target = topologies.target('h100:1x8')
+  except UserError as error:
+    pytest.skip(str(error))
+  config = tiny.config(
+    model__dtype='auto', model__vocab_size=256, mesh__data=4, mesh__expert=2
+  )
+  setup = abstract_setup.make(config, target.devices)
+  step, seconds = compiled.train_step(setup)
+  text = step.as_text()
+  assert '"__cudnn$fmhaSoftmaxBackward"' in text
+  assert '"__gpu$xla.gpu.triton"' in text and 'ragged-dot' not in text
+  # No layer's weights are transposed with those of all others, nor is anything
+  # computed twice.
+  layers = config.model.num_layers
+  assert not re.search(rf'wrapped_transpose\S* = f32\[{layers},', text)
+  assert '.remat' not in text
+
+  told = compiled.report(setup, step, target) | {'compile_seconds': seconds}
+  assert told['device'] == 'NVIDIA H100 80GB HBM3' and told['num_devices'] == 8
+  assert told['fits'] and told['spare_bytes'] > 50 << 30
+  axes = {axis for each in told['collectives'] for axis in each['axes']}
+  assert axes == {'data', 'expert'}
+  made = plan.make(config, 8, target.devices[0])
+  assert made['strategy']['attention'] == 'cudnn'
+  table = plan.table(made | {'compiled': told})
+  assert 'for 8 x NVIDIA H100' in table and 'FLOPs in matmuls' in table
+  assert "cuDNN's workspace" in table
 
 
 @pytest.mark.parametrize(
@@ -257,6 +291,14 @@ def test_other_failures_are_no_refusals() -> None:
 def test_a_kernel_over_its_limit_has_a_remedy(error: str) -> None:
   assert compiled.too_large(error, 0) is None
   assert 'train.batch_size' in compiled.failure(error)
+
+
+@pytest.mark.parametrize(
+  'error',
+  ['cuDNN not found.', "INTERNAL: Couldn't find ptxas in the given folders"],
+)
+def test_a_missing_part_of_cuda_has_a_remedy(error: str) -> None:
+  assert "pip install 'moe_jax[gpu-compiler]'" in compiled.failure(error)
 
 
 @pytest.mark.slow
