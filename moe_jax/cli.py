@@ -218,8 +218,13 @@ def parse_runs(
       )
   if not workdirs:
     raise UserError('a WORKDIR is missing: the directory of a run, or several')
-  configs = {}
+  configs: dict[str, ConfigDict] = {}
+  known_runs: set[str] = set()
   for workdir in map(files.expand, workdirs):
+    run = os.path.realpath(workdir)
+    if run in known_runs:  # named twice, as `a` and `a/`
+      continue
+    known_runs.add(run)
     if not loading.holds_run(workdir):
       raise UserError(
         f'workdir {workdir} holds no run: there is no'

@@ -58,6 +58,11 @@ class Result(NamedTuple):
     return {**self.metrics, **({'text': self.text} if self.text else {})}
 
 
+def without_top(count: int) -> str:
+  """Returns the variant without each token's `count` best experts; '' for 0."""
+  return f'-without-top-{count}' if count else ''
+
+
 class Evaluation(Protocol):
   """An evaluation whose data is open and whose step is compiled once."""
 

@@ -4,7 +4,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -19,6 +20,8 @@ from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.state import Setup
 from moe_jax.training.watchdog import Watchdog
+
+T = TypeVar('T')
 
 _SECONDS = 5.0  # between two lines of progress
 
@@ -53,7 +56,7 @@ def evaluate(
     opened = evaluation.make(setup, of_split(asked(config), split))
     return [each.evaluate for each in opened]
 
-  results, step = _evaluated(config, workdir, step, make)
+  results, step = evaluated(config, workdir, step, make)
   rows: dict[str, dict[str, float]] = {
     result.name: {'step': step} | result.metrics for result in results
   }
@@ -90,46 +93,53 @@ def robustness(
     The results of every run, by its directory and the step.
 
   Raises:
-    UserError: As `evaluate`, or a model has too few experts.
+    UserError: As `evaluate`, or a model has too few experts. The table of those
+      before it is printed.
   """
-  for config in configs.values():
-    check_disabled(config, '--disable_top', max(disable_top))
-  found = {}
-  for number, (workdir, config) in enumerate(configs.items(), start=1):
-    of_split = split or config.eval.split
-    _say(f'checkpoint {number} of {len(configs)}: {workdir}, {of_split}')
+  for workdir, config in configs.items():
+    check_disabled(config, f'{workdir}: --disable_top', max(disable_top))
+  found: dict[str, list[Result]] = {}
+  try:
+    for number, (workdir, config) in enumerate(configs.items(), start=1):
+      of_split = split or config.eval.split
+      _say(f'checkpoint {number} of {len(configs)}: {workdir}, {of_split}')
 
-    def make(setup: Setup, of_split: str = of_split) -> list[Evaluation]:
-      return [Robustness(setup, of_split, disable_top, True, _progress())]
+      def make(setup: Setup, of_split: str = of_split) -> list[Evaluation]:
+        return [Robustness(setup, of_split, disable_top, True, _progress())]
 
-    results, at = _evaluated(config, workdir, step, make)
-    found[f'{workdir} step {at}'] = results
-    for result in results:
-      if multihost.is_main_process():
-        print(f'written to {_write(result, workdir, at)}')
-  _say(
-    'loss (nats per token) and perplexity with the best experts of every token'
-    ' disabled\n' + terminal.summary_table(table(found, disable_top))
-  )
+      results, at = evaluated(config, workdir, step, make)
+      found[f'{workdir} step {at}'] = results
+      for result in results:
+        if multihost.is_main_process():
+          print(f'written to {_write(result, workdir, at)}')
+  finally:  # what is found is not lost with a run that is broken
+    if found:
+      _say(
+        'loss (nats per token) and perplexity with the best experts of every'
+        ' token disabled\n' + terminal.summary_table(table(found, disable_top))
+      )
   return found
 
 
-def _evaluated(
+def evaluated(
   config: ConfigDict,
   workdir: str,
   step: int | None,
-  make: Callable[[Setup], list[Evaluation]],
-) -> tuple[list[Result], int]:
-  """Evaluates a checkpoint of a run.
+  make: Callable[[Setup], Sequence[Callable[[Any], Iterable[T]]]],
+) -> tuple[list[T], int]:
+  """Evaluates a checkpoint of a run; all processes call this alike.
 
   Args:
     config: As in `evaluate`.
     workdir: As in `evaluate`.
     step: As in `evaluate`.
-    make: Makes the evaluations of a setup.
+    make: Makes the evaluations of a setup; each is called with the parameters.
 
   Returns:
-    The results of all evaluations, and the step of the checkpoint.
+    What all evaluations return, and the step of the checkpoint.
+
+  Raises:
+    UserError: As `evaluate`.
   """
   setup = multihost.first_process_first(
     lambda: state.from_config(config, workdir)

@@ -9,7 +9,7 @@ from moe_jax.data import mixtures
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.sequences import TokenSequences
 from moe_jax.errors import UserError
-from moe_jax.evaluation import Result
+from moe_jax.evaluation import Result, without_top
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
 from moe_jax.registry import EVALUATIONS
@@ -116,8 +116,7 @@ class Perplexity:
       'bits_per_byte': loss / math.log(2) / (num_bytes / targets),
       'tokens': sum(each.tokens for each in found),
     }
-    variant = f'-without-top-{disabled}' if disabled else ''
-    return Result(split, metrics, variant)
+    return Result(split, metrics, without_top(disabled))
 
   def _batches(self, sequences: TokenSequences) -> tuple[multihost.Rows, Any]:
     """Returns the rows of this process, and the batches of a source."""

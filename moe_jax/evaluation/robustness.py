@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import moe_layers, router_names
 from moe_jax.config.evaluations import disabled
-from moe_jax.evaluation import Result
+from moe_jax.evaluation import Result, without_top
 from moe_jax.evaluation.perplexity import Perplexity
 from moe_jax.model.routers import Place, places
 from moe_jax.parallel import mesh as mesh_lib
@@ -148,7 +148,7 @@ def _joined(top: int, of_part: dict[str, Result]) -> Result:
     return whole
   return whole._replace(
     metrics={'disabled_top': top} | whole.metrics,
-    variant=f'-without-top-{top}',
+    variant=without_top(top),
     parts={part: result.metrics for part, result in of_part.items()},
   )
 

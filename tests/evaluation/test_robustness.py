@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax import evaluation, runtime
+from moe_jax import cli, evaluation, runtime
 from moe_jax.config import evaluations
 from moe_jax.data import folders
-from moe_jax.evaluation import robustness
+from moe_jax.errors import UserError
+from moe_jax.evaluation import Result, checkpoints, robustness
 from moe_jax.interop import checkpoint
 from moe_jax.programs import eval as program
 from moe_jax.training import state
@@ -195,7 +196,7 @@ MISTAKES = {
   'twice': (['--disable_top=1,1'], ["'1,1'", 'each once']),
   'too many': (
     ['--disable_top=0,8'],
-    ['--disable_top = 8 leaves 0 of 8 experts', '7 is the most'],
+    ['/run', ': --disable_top = 8 leaves 0 of 8 experts', '7 is the most'],
   ),
   'two ways': (
     ['--disable_top=1', '--workdir=elsewhere'],
@@ -217,3 +218,33 @@ def test_mistakes_are_one_line(
   assert not out
   for fragment in fragments:
     assert fragment in line
+
+
+def test_a_run_that_is_named_twice_is_one(
+  made: dict[str, tuple[Path, ConfigDict, Any]],
+) -> None:
+  first, second = (str(workdir) for workdir, *_ in made.values())
+  named = ['moe_jax eval', first, second, f'{first}/', first]
+  configs, _ = cli.parse_runs(named, lambda values: None)
+  assert list(configs) == [first, second]
+
+
+def test_what_is_found_before_a_broken_run_is_printed(
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  metrics = {'loss': 1.25, 'perplexity': 3.4903}
+
+  def evaluated(config: ConfigDict, workdir: str, *_: Any) -> Any:
+    if workdir.endswith('b'):
+      raise UserError('the checkpoint is damaged')
+    return [Result('validation', metrics)], 7
+
+  monkeypatch.setattr(checkpoints, 'evaluated', evaluated)
+  configs = {str(tmp_path / name): tiny.config() for name in 'abc'}
+  with pytest.raises(UserError, match='is damaged'):
+    checkpoints.robustness(configs, [0])
+  [*_, line] = capsys.readouterr().out.strip().splitlines()
+  words = [str(tmp_path / 'a'), 'step', '7', 'validation', 'all']
+  assert line.split() == [*words, '1.2500', '3.4903']
