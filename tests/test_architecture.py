@@ -82,7 +82,7 @@ ROOMS = {
     'config data errors parallel.mesh parallel.multihost training', 'numpy'
   ),
   # An optional package, imported where tasks are asked for.
-  'evaluation.tasks': Room('errors', 'lm_eval datasets huggingface_hub'),
+  'evaluation.tasks': Room('errors files', 'lm_eval datasets huggingface_hub'),
   'evaluation.harness': Room(
     'config errors data generation parallel.multihost training'
     ' evaluation.likelihood',

@@ -18,6 +18,7 @@ _OPTIONS = ('every', 'split', 'batches')  # keys of the section, too
 
 
 ROBUSTNESS = 'robustness'
+TASKS = 'tasks'
 
 
 class Asked(NamedTuple):
@@ -130,5 +131,10 @@ def _asked(config: ConfigDict, entry: str) -> Asked:
     raise UserError(
       f'{_KEY} = {entry!r} must be a name, or one with options, as'
       f' {name.partition(":")[0]}{form}'
+    )
+  if name.strip() == TASKS and 'split' in given:
+    raise UserError(
+      f'{_KEY} = {entry!r} gives a split of the data of the run, and tasks have'
+      ' splits of their own: leave it out'
     )
   return Asked(name.strip(), **values)

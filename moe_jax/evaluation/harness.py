@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from moe_jax.config import eval_batch_size
 from moe_jax.data import instructions, sources
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, said
 from moe_jax.evaluation.likelihood import Request, Score, Scorer
 from moe_jax.generation.completing import Options, complete
 from moe_jax.generation.sampling import Sampling
 from moe_jax.generation.steps import Steps
 from moe_jax.generation.writing import ends_lines, prompt_ids
 from moe_jax.parallel import multihost
+from moe_jax.training import signals
 from moe_jax.training.state import Setup
+from moe_jax.training.watchdog import waits_for
 
 # Tokens that are written at the most where a task does not say; lm-eval's own.
 _WRITTEN = 256
@@ -197,6 +199,7 @@ class CheckpointLM(LM):
           self._tokenizer,
           [ids[-room:] for ids in prompts],
           options,
+          lambda *_: _wait(),
         )
         for number, completion in zip(numbers, completions, strict=True):
           found[number] = completion.text
@@ -247,6 +250,14 @@ class CheckpointLM(LM):
 
   def _options(self, request: Instance) -> Options:
     """Returns how a task wants its prompts to be gone on with."""
+    try:
+      return self._options_of(request)
+    except (TypeError, ValueError) as error:  # of a UserError, too
+      raise UserError(
+        f'generation_kwargs of the task {request.task_name!r}: {said(error)}'
+      ) from error
+
+  def _options_of(self, request: Instance) -> Options:
     # What is written has half of the model's positions, the prompt the rest.
     most = self.max_length // 2
     wanted = dict(normalize_gen_kwargs(request.args[1], min(_WRITTEN, most)))
@@ -265,10 +276,11 @@ class CheckpointLM(LM):
     stops = tuple(stop for stop in wanted.pop('until') if stop)
     if wanted:
       raise UserError(
-        f'the task {request.task_name!r} has {", ".join(wanted)} in its'
-        ' generation_kwargs; known are until, max_gen_toks, do_sample,'
-        ' temperature, top_k and top_p'
+        f'{", ".join(wanted)} is not known (known: until, max_gen_toks,'
+        ' do_sample, temperature, top_k, top_p)'
       )
+    if not all(isinstance(stop, str) for stop in stops):
+      raise UserError(f'until = {list(stops)} must be texts')
     return Options(
       min(max_tokens, most),
       sampling,
@@ -289,6 +301,12 @@ class CheckpointLM(LM):
   def _tell(self, message: str) -> None:
     if self._tells:
       tqdm.write(f'note: {message}', sys.stderr)  # beside a bar
+
+
+def _wait() -> None:
+  """Is called with every token that is written."""
+  waits_for('a token of a task')
+  signals.check()
 
 
 def _named(request: Instance) -> str:

@@ -6,9 +6,12 @@ The package `lm_eval` is imported when a task is asked for.
 import contextlib
 import dataclasses
 import datetime
+import glob
 import importlib.util
 import io
 import os
+import traceback
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,14 +19,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import disk, files, strict_json
 from moe_jax.data import instructions
-from moe_jax.errors import UserError
-from moe_jax.evaluation import Result
-from moe_jax.evaluation.checkpoints import result_path
+from moe_jax.errors import RetryableError, UserError, said
+from moe_jax.evaluation import Result, without_top
+from moe_jax.evaluation.checkpoints import evaluated, result_path
 from moe_jax.parallel import multihost
 from moe_jax.registry import EVALUATIONS
-from moe_jax.training import run_tokenizer, state
-from moe_jax.training.checkpoint import Checkpointer
-from moe_jax.training.run_dir import RunDir
+from moe_jax.training import run_tokenizer
 from moe_jax.training.state import Setup
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class TaskScores:
   """Scores of `eval.tasks`, a result for each task, named as it is.
 
   The metrics are lm-eval's, with the name of the filter behind where there is
-  one. Where `max_batches` are given, a task has as many documents as these have
-  rows.
+  one; with `eval.disable_top`, that as `disabled_top`. Where `max_batches` are
+  given, a task has as many documents as these have rows.
   """
 
   def __init__(self, setup: Setup, split: str) -> None:
@@ -79,6 +80,7 @@ class TaskScores:
     from moe_jax.evaluation.harness import CheckpointLM
 
     self._asked = Asked(config.tasks)
+    self._disabled = config.disable_top
     self._tasks = tasks.load(
       config.tasks, config.include_path, key='eval.tasks'
     )
@@ -94,7 +96,11 @@ class TaskScores:
       found = run_tasks(self._model, self._tasks, asked, errors=False)
     self._model.params = None  # which training has a use for
     scores = found['results'] | found.get('groups', {})
-    return [Result(name, _metrics(row)) for name, row in scores.items()]
+    disabled = {'disabled_top': self._disabled} if self._disabled else {}
+    return [
+      Result(name, disabled | _metrics(row), without_top(self._disabled))
+      for name, row in scores.items()
+    ]
 
 
 def evaluate(
@@ -102,9 +108,9 @@ def evaluate(
 ) -> dict[str, Any]:
   """Evaluates a checkpoint on tasks, on any mesh.
 
-  Prints lm-eval's table, and writes its JSON to DIR/evaluation/tasks-STEP.json;
-  one that is there is kept under the date that it has. With samples, these are
-  in samples-TASK-STEP.jsonl, a line for each document.
+  Prints lm-eval's table, and writes its JSON to DIR/evaluation/tasks-STEP.json.
+  With samples, these are in samples-TASK-STEP.jsonl, a line for each document.
+  What is there already is kept under its date.
 
   Args:
     config: The config that the run was made with; keys of the mesh and of
@@ -130,18 +136,20 @@ def evaluate(
     lambda: tasks.load(asked.tasks, asked.include_path, asked.num_fewshot)
   )
   multihost.first_process_first(lambda: _check_tokenizer(config, workdir))
-  setup = multihost.first_process_first(
-    lambda: state.from_config(config, workdir)
-  )
-  run = RunDir.existing(workdir, config)
-  with Checkpointer(run, setup.vocabulary) as checkpointer:
-    wanted = {'params': setup.abstract['params']}
-    restored = checkpointer.restore(wanted, step)
-  model = CheckpointLM(setup, restored.state['params'], template)
-  named = {'path': workdir, 'step': restored.step}
-  results = run_tasks(model, found, asked, named)
+
+  def make(setup: Setup) -> list[Callable[[Any], list[dict[str, Any]]]]:
+    model = CheckpointLM(setup, None, template)
+
+    def of(params: Any) -> list[dict[str, Any]]:
+      model.params = params
+      return [run_tasks(model, found, asked, {'path': workdir})]
+
+    return [of]
+
+  [results], step = evaluated(config, workdir, step, make)
+  results['config']['model_args']['step'] = step
   if multihost.is_main_process():
-    _write(results, workdir, restored.step, config.eval.disable_top)
+    _write(results, workdir, step, config.eval.disable_top)
   return results
 
 
@@ -160,6 +168,9 @@ def run_tasks(
     asked: What is asked of the harness.
     model_args: What the record calls the model.
     errors: Whether standard errors are resampled that have no formula.
+
+  Raises:
+    UserError: What a task defines, as a filter or a metric, cannot be computed.
   """
   from lm_eval import evaluator
   from lm_eval.loggers import EvaluationTracker
@@ -174,22 +185,23 @@ def run_tasks(
   os.environ |= {'DISABLE_MULTIPROC': '1', 'LOCAL_RANK': '0'}
   writes = multihost.is_main_process()
   tracker = EvaluationTracker()
-  results = evaluator.simple_evaluate(
-    model=model,
-    model_args=model_args or {},
-    tasks=tasks.found,
-    task_manager=tasks.manager,
-    num_fewshot=asked.num_fewshot,
-    limit=asked.limit,
-    log_samples=asked.log_samples,
-    apply_chat_template=asked.apply_chat_template,
-    # What ends an answer is a token, which no text has.
-    fewshot_as_multiturn=False,
-    bootstrap_iters=_RESAMPLES if errors and writes else 0,
-    batch_size=model.batch_size,
-    device=jax.devices()[0].device_kind,
-    evaluation_tracker=tracker,
-  )
+  with _task_errors():
+    results = evaluator.simple_evaluate(
+      model=model,
+      model_args=model_args or {},
+      tasks=tasks.found,
+      task_manager=tasks.manager,
+      num_fewshot=asked.num_fewshot,
+      limit=asked.limit,
+      log_samples=asked.log_samples,
+      apply_chat_template=asked.apply_chat_template,
+      # What ends an answer is a token, which no text has.
+      fewshot_as_multiturn=False,
+      bootstrap_iters=_RESAMPLES if errors and writes else 0,
+      batch_size=model.batch_size,
+      device=jax.devices()[0].device_kind,
+      evaluation_tracker=tracker,
+    )
   tracker.general_config_tracker.log_end_time()
   results['config']['model'] = 'moe_jax'
   results |= dataclasses.asdict(tracker.general_config_tracker)
@@ -203,6 +215,29 @@ def run_tasks(
     'max_length': model.max_length,
   }
   return results
+
+
+@contextlib.contextmanager
+def _task_errors() -> Iterator[None]:
+  """Tells in one line what a task defines wrongly, and the model is not in.
+
+  Raises:
+    UserError: A filter, metric or function of a task fails.
+  """
+  from moe_jax.evaluation import harness
+
+  try:
+    yield
+  except (UserError, RetryableError, MemoryError):
+    raise
+  except Exception as error:  # of any kind, from YAML or the task's code
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename == harness.__file__ for frame in frames):
+      raise
+    raise UserError(
+      'lm_eval cannot compute what a task defines, as its texts, filters or'
+      f' metrics: {type(error).__name__}: {said(error)[:300]}'
+    ) from error
 
 
 def check_installed(what: str) -> None:
@@ -278,18 +313,31 @@ def _write(
   for column in ('results', 'groups'):
     if rest.get(column):
       print(make_table(rest, column))
-  variant = f'-without-top-{disabled}' if disabled else ''
+  variant = without_top(disabled)
   path = result_path(workdir, 'tasks', step, variant)
-  with contextlib.suppress(FileNotFoundError):
-    made = datetime.datetime.fromtimestamp(os.path.getmtime(path))
-    kept = f'{path.removesuffix(".json")}_{made:%Y-%m-%dT%H-%M-%S}.json'
-    os.replace(path, kept)
+  _set_aside(path, f'samples-*-{step}{variant}.jsonl')
   _replace(path, _json(rest, indent=2))
   for name, samples in results.get('samples', {}).items():
     of_task = result_path(workdir, f'samples-{name}', step, variant)
     lines = [_json(_sample(each)) for each in samples]
     _replace(f'{of_task}l', '\n'.join(lines))
   print(f'written to {path}')
+
+
+def _set_aside(results: str, samples: str) -> None:
+  """Renames results that are there, and their samples, after their date.
+
+  Args:
+    results: The path of the results.
+    samples: A pattern of the names of the samples beside them.
+  """
+  if not os.path.exists(results):
+    return
+  made = datetime.datetime.fromtimestamp(os.path.getmtime(results))
+  folder = glob.escape(os.path.dirname(results))
+  for path in (results, *glob.glob(os.path.join(folder, samples))):
+    name, ending = os.path.splitext(path)
+    os.replace(path, f'{name}_{made:%Y-%m-%dT%H-%M-%S}{ending}')
 
 
 def _json(value: Any, **options: Any) -> str:

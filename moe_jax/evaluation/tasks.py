@@ -21,6 +21,7 @@ import lm_eval.tasks
 from huggingface_hub import constants as hub
 from lm_eval.tasks import TaskManager
 
+from moe_jax import files
 from moe_jax.errors import UserError, nearest, said
 
 _CLOZE = 'hellaswag lambada_openai piqa'.split()
@@ -87,13 +88,14 @@ def load(
   # It warns of defaults that a task takes, and shows a bar for each file.
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
   datasets.disable_progress_bars()
-  names = [name.strip() for name in asked.split(',') if name.strip()]
+  names = [_expanded(name.strip()) for name in asked.split(',') if name.strip()]
   if not names:
     raise UserError(
       f'{key} = {asked!r} names no task; write names with commas between'
     )
   if include_path and not os.path.isdir(include_path):
-    raise UserError(f'include_path = {include_path!r} is no folder')
+    flag = key.replace('tasks', 'include_path')
+    raise UserError(f'{flag} = {include_path!r} is no folder')
   shots: dict[str, int | None] = {}
   for name in names:
     for task, number in SUITES.get(name, {name: None}).items():
@@ -148,8 +150,22 @@ def _manager(names: list[str], include_path: str) -> TaskManager:
   return manager
 
 
+def _expanded(name: str) -> str:
+  """Returns a name, or the path of a file of YAML with ~ expanded.
+
+  Raises:
+    UserError: There is no such file.
+  """
+  if not _is_file(name):
+    return name
+  path = files.expand(name)
+  if not os.path.isfile(path):
+    raise UserError(f'there is no file {path}, which is to define a task')
+  return path
+
+
 def _is_file(name: str) -> bool:
-  return name.endswith(('.yaml', '.yml')) and os.path.isfile(name)
+  return name.endswith(('.yaml', '.yml'))
 
 
 def _defined(folder: Path) -> dict[str, set[Path]]:
@@ -221,6 +237,8 @@ def _load(manager: TaskManager, name: str) -> tuple[list[Any], list[Any]]:
     raise
   except Exception as error:  # of a library that has many, or the task's code
     told = f'{type(error).__name__}: {said(error)[:300]}'
+    if isinstance(error, StopIteration):  # of `datasets`, of a file
+      told = 'its data are empty'
     raise UserError(f'the task {name!r} cannot be loaded: {told}') from error
   tasks = list(loaded['tasks'].values())
   # The first group is the one that was asked for, and has the others.

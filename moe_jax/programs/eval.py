@@ -13,6 +13,7 @@ or the suites rmoe_paper and cartesian_paper. Its table is printed, and its JSON
 is left in DIR/evaluation/tasks-STEP.json.
 """
 
+import math
 from typing import Any
 
 from absl import flags
@@ -144,8 +145,8 @@ def _check(
       ' --tasks without the best experts set --config.eval.disable_top=1'
     )
   limit = of_tasks['limit']
-  if limit is not None and not limit > 0:
-    raise UserError(f'--limit = {limit} must be above 0')
+  if limit is not None and not 0 < limit < math.inf:
+    raise UserError(f'--limit = {limit} must be a number above 0')
 
 
 def main() -> None:

@@ -78,6 +78,7 @@ def test_a_split_that_is_named_is_that_of_all() -> None:
     ('mine:split=', ["split of mine = '' must be a name, not empty"]),
     ('mine:batches=1:batches=2', ['gives batches twice']),
     ('mine:1000', ["'mine:1000' must be a name", 'mine:every=...:split=...']),
+    ('tasks:split=test', ['tasks have splits of their own']),
     ('mine,mine:every=5', ['asks twice for mine', "split 'validation'"]),
   ],
 )

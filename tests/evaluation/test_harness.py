@@ -1,6 +1,7 @@
 """Scores by lm-evaluation-harness, against logits of the oracle, by hand."""
 
 import dataclasses
+import os
 import string
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from moe_jax.data import instructions
 from moe_jax.errors import UserError
 from moe_jax.evaluation import harness, task_scores, tasks
 from moe_jax.evaluation.task_scores import Asked, TaskScores, run_tasks
+from moe_jax.training import signals
 from moe_jax.training.state import Setup
 from tests.helpers import lm_tasks, oracle, tiny
 
@@ -261,7 +263,11 @@ def test_instructions_are_put_as_in_training() -> None:
   'fields, message',
   [
     ({'prompts': ['']}, r"document 0 of the task 'bad': the prompt is empty"),
-    ({'prompts': ['x'], 'beams': 2}, "the task 'bad' has beams in its"),
+    ({'prompts': ['x'], 'beams': 2}, "of the task 'bad': beams is not known"),
+    ({'prompts': ['x'], 'top_p': 7}, "of the task 'bad': top_p = 7 must be"),
+    ({'prompts': ['x'], 'max_gen_toks': 0}, "'bad': max_tokens = 0 must be"),
+    ({'prompts': ['x'], 'top_k': 'all'}, "generation_kwargs of the task 'bad'"),
+    ({'prompts': ['x'], 'until': [1]}, r"'bad': until = \[1\] must be texts"),
   ],
 )
 def test_what_cannot_be_gone_on_with(
@@ -281,6 +287,77 @@ def test_what_cannot_be_scored(choice: str, tmp_path: Path) -> None:
     "document 1 of the task 'bad': a continuation has"
     f' {len(choice)} tokens, and must have 1 to {LENGTH}',
   )
+
+
+def test_what_a_task_defines_wrongly_is_one_line(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """It is found out when all is written; faults of ours keep their places."""
+  filters = [{'name': 'mine', 'filter': [{'function': 'regex'}]}]
+  filters[0]['filter'][0]['regex_pattern'] = '(open'
+  lm_tasks.generation(tmp_path, 'bad', ['x'], filter_list=filters)
+  monkeypatch.setattr(
+    harness.CheckpointLM, 'generate_until', lambda _, asked, **__: ['x']
+  )
+  refuse(tmp_path, r'lm_eval cannot compute .* error: .*unterminated')
+  with pytest.raises(AttributeError), task_scores._task_errors():
+    harness._named(None)
+
+
+def test_scores_without_the_best_experts_have_a_name_of_their_own(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  scores = {'results': {'texts': {'bits_per_byte,none': 2.0}}}
+  monkeypatch.setattr(task_scores, 'run_tasks', lambda *_, **__: scores)
+  asked = {'eval.tasks': 'texts', 'eval.include_path': str(folder)}
+  for top, name in ((0, 'texts'), (1, 'texts-without-top-1')):
+    setup, params = on_mesh({}, **asked, **{'eval.disable_top': top})
+    [result] = TaskScores(setup, 'validation')(params)
+    assert result.name == name
+    assert result.metrics.get('disabled_top', 0) == top
+
+
+def test_earlier_results_keep_their_samples(tmp_path: Path) -> None:
+  for name in ('tasks-10.json', 'samples-a-10.jsonl', 'samples-b-10.jsonl'):
+    (tmp_path / name).write_text(name)
+  others = {'samples-a-110.jsonl', 'samples-a-10-without-top-1.jsonl'}
+  for name in others:
+    (tmp_path / name).touch()
+  os.utime(tmp_path / 'tasks-10.json', (0, 86400 * 365.25))
+  path = str(tmp_path / 'tasks-10.json')
+  for _ in range(2):  # the second time, nothing is there
+    task_scores._set_aside(path, 'samples-*-10.jsonl')
+  kept = {each.name for each in tmp_path.iterdir()} - others
+  date = next(iter(kept)).split('_')[1].split('.')[0]
+  assert date.startswith('1971-01-01T') and kept == {
+    f'tasks-10_{date}.json',
+    f'samples-a-10_{date}.jsonl',
+    f'samples-b-10_{date}.jsonl',
+  }
+
+
+def test_training_can_be_stopped_while_a_task_is_written(
+  folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Every token asks; and so the watchdog knows that it goes on."""
+  _, _, adapter = adapted({})
+  calls: list[str] = []
+
+  def complete(*arguments: Any) -> None:
+    show = arguments[5]
+    show(0, '', None)
+
+  def check() -> None:
+    calls.append('signals')
+    raise signals.Interrupted
+
+  monkeypatch.setattr(harness, 'complete', complete)
+  monkeypatch.setattr(harness, 'waits_for', calls.append)
+  monkeypatch.setattr(harness.signals, 'check', check)
+  loaded = tasks.load('prompts', str(folder))
+  with pytest.raises(signals.Interrupted):
+    run_tasks(adapter, loaded, Asked(''))
+  assert calls == ['a token of a task', 'signals']
 
 
 def refuse(folder: Path, message: str) -> None:

@@ -27,7 +27,9 @@ def test_the_tasks_of_the_suites_are_there() -> None:
     assert suite.keys() <= known.keys()
 
 
-def test_own_tasks_by_name_tag_group_and_file(tmp_path: Path) -> None:
+def test_own_tasks_by_name_tag_group_and_file(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   for name in ('one', 'two'):
     lm_tasks.multiple_choice(tmp_path, name, [ROW] * 3, tag=['both', 'mine'])
   (tmp_path / 'all.yaml').write_text('group: all\ntask: [one, two]\n')
@@ -39,6 +41,8 @@ def test_own_tasks_by_name_tag_group_and_file(tmp_path: Path) -> None:
   assert [task.task_name for task in group.get_all_tasks()] == ['one', 'two']
   # The file alone is enough.
   assert len(tasks.load(path).found) == 1
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert len(tasks.load('~/two.yaml').found) == 1
 
 
 def test_the_shots_of_a_suite(
@@ -65,6 +69,8 @@ BAD = {
   'one': '3 examples to show before a question, and 4 are asked for',
   'unsafe': 'runs the programs that a model writes',
   'all,one': 'found in both',
+  'empty': "'empty' cannot be loaded: its data are empty",
+  '/nowhere/one.yaml': 'there is no file /nowhere/one.yaml',
 }
 
 
@@ -76,6 +82,7 @@ def test_what_is_refused(asked: str, tmp_path: Path) -> None:
   lm_tasks.multiple_choice(tmp_path, 'no_file', [ROW], dataset_kwargs=files)
   (tmp_path / 'broken.yaml').write_text('task: broken\ntest: [1,\n')
   (tmp_path / 'all.yaml').write_text('group: all\ntask: [one]\n')
+  lm_tasks.multiple_choice(tmp_path, 'empty', [])
   with pytest.raises(UserError, match=BAD[asked]) as error:
     name = '' if asked == 'nobody' else asked
     tasks.load(name, str(tmp_path), 4 if asked == 'one' else None)
@@ -92,8 +99,10 @@ def test_the_network_is_asked_once_and_not_for_long(
   monkeypatch.setattr(tasks.hub, 'HF_HUB_OFFLINE', True)
   with pytest.raises(UserError, match='HF_HUB_OFFLINE is set'):
     tasks.load('rmoe_paper')
-  with pytest.raises(UserError, match='nowhere.* is no folder'):
+  with pytest.raises(UserError, match="--include_path = '/nowhere' is no fol"):
     tasks.load('rmoe_paper', '/nowhere')
+  with pytest.raises(UserError, match='eval.include_path = .* is no folder'):
+    tasks.load('rmoe_paper', '/nowhere', key='eval.tasks')
 
 
 def test_flags_that_nothing_would_heed() -> None:
@@ -102,8 +111,10 @@ def test_flags_that_nothing_would_heed() -> None:
     check(None, None, None, {'num_fewshot': 5})
   with pytest.raises(UserError, match="--split = 'test' is of the data"):
     check('one', 'test', None, {})
-  with pytest.raises(UserError, match='--limit = -1 must be above 0'):
+  with pytest.raises(UserError, match='--limit = -1 must be a number above 0'):
     check('one', None, None, {'limit': -1})
+  with pytest.raises(UserError, match='--limit = inf must be a number'):
+    check('one', None, None, {'limit': float('inf')})
   with pytest.raises(UserError, match='set --config.eval.disable_top=1'):
     check('one', None, '0,1', {})
 

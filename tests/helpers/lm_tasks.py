@@ -52,9 +52,14 @@ def rolling(folder: Path, name: str, texts: list[str]) -> None:
 
 
 def generation(
-  folder: Path, name: str, prompts: list[str], **wanted: Any
+  folder: Path,
+  name: str,
+  prompts: list[str],
+  filter_list: list[dict[str, Any]] | None = None,
+  **wanted: Any,
 ) -> None:
   """Of prompts to go on with, as `generation_kwargs` say."""
+  filters = {'filter_list': filter_list} if filter_list else {}
   write(
     folder,
     name,
@@ -62,4 +67,5 @@ def generation(
     output_type='generate_until',
     generation_kwargs=wanted,
     metric_list=[{'metric': 'exact_match'}],
+    **filters,
   )
