@@ -76,7 +76,8 @@ test-tree-mode: $(INSTALLED) ## the model tests in Flax's other mode
 test-interop: ## the tests that need the extra `interop`, which it installs
 	$(MAKE) install EXTRAS=interop
 	$(PYTEST) tests/interop/test_mixtral.py \
-	  tests/interop/test_tokenizer_files.py tests/benchmarks/test_peers.py
+	  tests/interop/test_tokenizer_files.py tests/benchmarks/test_peers.py \
+	  tests/benchmarks/test_generation.py
 
 # Reports are drawn by a browser, which is no Python package.
 test-browser: ## the tests of reports in Chromium, which it installs
