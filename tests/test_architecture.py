@@ -139,9 +139,12 @@ ROOMS = {
   'planning.hlo': Room(),
   'planning.replica_groups': Room(),
   'planning.collectives': Room('planning.hlo planning.replica_groups'),
+  'planning.gpus': Room('errors'),
+  'planning.roofline': Room('planning.hlo planning.gpus'),
   'planning': Room(
     f'{_CONFIG} runtime data parallel.mesh experts model training planning.hlo'
-    ' planning.collectives planning.replica_groups',
+    ' planning.collectives planning.replica_groups planning.gpus'
+    ' planning.roofline',
     'jax flax ml_collections',
   ),
   'analysis.compare': Room(f'{_CONFIG} model planning', 'ml_collections'),

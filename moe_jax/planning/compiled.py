@@ -16,11 +16,20 @@ from ml_collections import ConfigDict
 
 from moe_jax.config import mixture
 from moe_jax.errors import UserError
+from moe_jax.model import sizes
 from moe_jax.parallel import mesh as mesh_lib
-from moe_jax.planning import abstract_setup, hlo, replica_groups, topologies
+from moe_jax.planning import (
+  abstract_setup,
+  gpus,
+  hlo,
+  replica_groups,
+  roofline,
+  topologies,
+)
 from moe_jax.planning.collectives import Collective, collectives, total_bytes
 from moe_jax.planning.memory import format_bytes
 from moe_jax.planning.topologies import Target
+from moe_jax.training import device_peaks
 from moe_jax.training.state import Setup
 from moe_jax.training.step import make_train_step
 
@@ -177,7 +186,9 @@ def report(
     length repeats it (`in_unknown_loop`), and the bytes that a device sends in
     a step (`sent_bytes`), where conditionals take the branch that sends least,
     and those where they take the other (`sent_bytes_most`); `estimated_cycles`
-    of `hlo` and `estimated_seconds`, None where the compiler gives none.
+    of `hlo` and `estimated_seconds`, None where the compiler gives none; and of
+    a GPU that is known by name the `roofline` of that module, with `mfu_bound`,
+    the MFU if no kernel were better and nothing travelled, otherwise None.
 
   Raises:
     DoesNotFitError: The program needs more than a device has.
@@ -204,10 +215,26 @@ def report(
     'unknown': list(_UNKNOWN_OF_GPUS) if absent_gpu else [],
     'estimated_cycles': cycles,
     'estimated_seconds': cycles / hertz if cycles and hertz else None,
+    'roofline': _roofline(setup, text, target),
     'sent_bytes': total_bytes(least),
     'sent_bytes_most': total_bytes(collectives(text, choose=max)),
     'collectives': [_row(each, setup.mesh.shape) for each in least],
   }
+
+
+def _roofline(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
+  """Returns the roofline and its `mfu_bound`; None of what is not known."""
+  kind, config = target.devices[0].device_kind, setup.config
+  gpu = gpus.of_kind(kind)
+  if gpu is None:
+    return None
+  told = roofline.report(text, gpu)
+  counted = config, setup.abstract['params'], setup.declarations
+  tokens = config.train.batch_size * config.data.seq_len / setup.mesh.size
+  peak = device_peaks.peak(kind, 'bfloat16')
+  assert peak is not None, 'the peaks of all GPUs here are known'
+  flops = sizes.flops_per_token(*counted) * tokens
+  return told | {'mfu_bound': flops / peak / told['seconds']}
 
 
 def _row(each: Collective, mesh: Mapping[str, int]) -> dict[str, Any]:

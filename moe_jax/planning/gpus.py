@@ -72,6 +72,18 @@ class Gpu(NamedTuple):
   vector_64: int
   links: int
 
+  @property
+  def lanes(self) -> int:
+    """The float32 units of a multiprocessor."""
+    return 64 if self.capability == (8, 0) else 128
+
+  def flops_per_second(self, precision: str) -> float:
+    """Returns the peak of matmuls in a precision, as `hlo.Matmul` names it."""
+    if precision == 'float32':
+      return 2 * self.lanes * self.multiprocessors * self.hertz
+    sixteen = 2 * self.fused_16 * self.multiprocessors * self.hertz
+    return sixteen / 2 if precision == 'tf32' else sixteen
+
 
 GPUS = {
   'a100': Gpu(
@@ -133,6 +145,11 @@ GPUS = {
 }
 
 
+def of_kind(device_kind: str) -> Gpu | None:
+  """Returns the GPU that JAX gives this `device_kind`, None if not known."""
+  return next((gpu for gpu in GPUS.values() if gpu.kind == device_kind), None)
+
+
 def usable_bytes(gpu: Gpu) -> int:
   """Returns the bytes that JAX takes of a GPU's memory for its programs.
 
@@ -167,7 +184,7 @@ def target_config(gpu: Gpu) -> str:
     'shared_memory_per_block_optin': gpu.shared_bytes - _KIB,
     'threads_per_core_limit': 2048,
     'core_count': gpu.multiprocessors,
-    'fpus_per_core': 64 if gpu.capability == (8, 0) else 128,
+    'fpus_per_core': gpu.lanes,
     'block_dim_limit_x': (1 << 31) - 1,
     'block_dim_limit_y': (1 << 16) - 1,
     'block_dim_limit_z': (1 << 16) - 1,
@@ -212,10 +229,8 @@ class _Name(str):
 
 def _vector_rates(gpu: Gpu) -> dict[int, tuple[int, int]]:
   """Returns units and operations a cycle by element type; see `_rates`."""
-  lanes = 64 if gpu.capability == (8, 0) else 128
-  return dict.fromkeys(_VECTOR_TYPES, (lanes, 1)) | {
-    _FLOAT64: (gpu.vector_64, 1)
-  }
+  rates = dict.fromkeys(_VECTOR_TYPES, (gpu.lanes, 1))
+  return rates | {_FLOAT64: (gpu.vector_64, 1)}
 
 
 def _tensor_rates(gpu: Gpu) -> dict[int, tuple[int, int]]:

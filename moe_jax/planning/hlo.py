@@ -173,6 +173,19 @@ def estimated_cycles(hlo_text: str) -> int | None:
   return of(program.entry) or None
 
 
+class Matmul(NamedTuple):
+  """A matmul of a GPU.
+
+  Attributes:
+    flops: Its operations, two per product.
+    precision: Of its operands: '16' bits or fewer, 'tf32', or 'float32', which
+      tensor cores have not.
+  """
+
+  flops: int
+  precision: str
+
+
 def matmul_flops(hlo_text: str) -> int | None:
   """Returns the operations of a GPU's matmuls, as often as loops repeat them.
 
@@ -195,35 +208,64 @@ def matmul_flops(hlo_text: str) -> int | None:
     called = [of(name) for name in callees(instruction)]
     if instruction.opcode == 'conditional':
       return min(called)
-    return _matmul_flops(instruction, computation) + sum(called)
+    own = _matmul(instruction, computation)
+    return (own.flops if own else 0) + sum(called)
 
   return of(program.entry) or None
 
 
-def _matmul_flops(
+def matmuls(
+  program: Program,
+  instruction: Instruction,
+  computation: dict[str, Instruction],
+) -> list[Matmul]:
+  """Returns the matmuls of one kernel: of an instruction and what it fuses."""
+  own = _matmul(instruction, computation)
+  inside = [
+    each
+    for name in callees(instruction)
+    for within in program.computations[name].values()
+    for each in matmuls(program, within, program.computations[name])
+  ]
+  return [own, *inside] if own else inside
+
+
+def _matmul(
   instruction: Instruction, computation: dict[str, Instruction]
-) -> int:
-  """Returns the operations of an instruction itself, two per product."""
+) -> Matmul | None:
+  """Returns what an instruction itself multiplies, None if nothing."""
   is_dot = instruction.opcode == 'dot'
   if not is_dot and instruction.opcode != 'custom-call':
-    return 0
-  attributes, out = instruction.attributes, _shape(instruction.type)
+    return None
+  attributes, out = instruction.attributes, shape(instruction.type)
   if '"__cudnn$fmha' in attributes:  # [B, H, L, A]
     # Two products of a square forward; backward five, one of them again.
     products = 5 if 'Backward"' in attributes else 2
-    return products * math.prod(out) * out[2]
-  first = _shape(computation[instruction.operands[0]].type)
+    return Matmul(products * math.prod(out) * out[2], '16')
+  if not instruction.operands:
+    return None
+  type_ = computation[instruction.operands[0]].type
+  first, precision = shape(type_), 'tf32' if type_.startswith('f32') else '16'
   if is_dot:
     contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', attributes)
     axes = filter(None, contracted[1].split(',')) if contracted else ()
-    return 2 * math.prod(out) * math.prod(first[int(axis)] for axis in axes)
-  if '"__gpu$xla.gpu.triton"' in attributes and 'RaggedDot' in attributes:
+    if precision == 'tf32' and 'operand_precision={highest' in attributes:
+      precision = 'float32'
+    products = math.prod(out) * math.prod(first[int(axis)] for axis in axes)
+    return Matmul(2 * products, precision)
+  if is_grouped_matmul(instruction):
     # Rows [M, K] by weights to [M, F], or by rows [M, F] to [N, K, F].
-    return 2 * math.prod(first) * out[-1]
-  return 0
+    return Matmul(2 * math.prod(first) * out[-1], precision)
+  return None
 
 
-def _shape(type_: str) -> list[int]:
+def is_grouped_matmul(instruction: Instruction) -> bool:
+  """Returns whether an instruction is a kernel of tokamax's `ragged_dot`."""
+  attributes = instruction.attributes
+  return '"__gpu$xla.gpu.triton"' in attributes and 'RaggedDot' in attributes
+
+
+def shape(type_: str) -> list[int]:
   """Returns the sizes of a type's first array."""
   match = _ARRAY.search(type_)
   return [int(size) for size in match[3].split(',') if size] if match else []

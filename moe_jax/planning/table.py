@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_jax.planning.batch_search import Trial
 from moe_jax.planning.memory import format_bytes
+from moe_jax.planning.roofline import BANDWIDTH_SHARE, PEAK_SHARE
 from moe_jax.planning.temporaries import Temporaries
 
 # Rows of the table.
@@ -125,9 +126,32 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     rows['  sent'] += (
       f'; {format_bytes(most)} more if all conditionals turn out so'
     )
+  if report['roofline']:
+    rows |= _roofline(report['roofline'])
   if report['unknown']:
     rows['  unknown'] = '; '.join(report['unknown'])
   return rows | _collectives(report)
+
+
+def _roofline(report: dict[str, Any]) -> dict[str, str]:
+  """Returns the rows about what a GPU could take at best."""
+  return {
+    '  roofline': f'{1000 * report["seconds"]:.2f} ms, MFU at most'
+    f" {report['mfu_bound']:.1%}, at {BANDWIDTH_SHARE:.0%} of the memory's"
+    f' bandwidth and {PEAK_SHARE:.0%} of the peak, without collectives',
+    '  moved': f'{format_bytes(report["num_bytes"])} per device by'
+    f' {report["launches"]:,} kernels',
+    '  kernels': _milliseconds(report['kinds']),
+    '  parts': _milliseconds(report['parts']),
+  }
+
+
+def _milliseconds(sums: dict[str, dict[str, Any]]) -> str:
+  """Returns `fusion 19.87 ms (813), ...`, how often in parentheses."""
+  return ', '.join(
+    f'{name} {1000 * each["seconds"]:.2f} ms ({each["launches"]:,})'
+    for name, each in sums.items()
+  )
 
 
 def _spare(report: dict[str, Any]) -> str:

@@ -93,6 +93,14 @@ def test_a_gpu_program() -> None:
   table = plan.table(made | {'compiled': told})
   assert 'for 8 x NVIDIA H100' in table and 'FLOPs in matmuls' in table
   assert "cuDNN's workspace" in table
+  assert {'attention', 'grouped matmul', 'matmul'} <= {
+    *told['roofline']['kinds']
+  }
+  assert 0 < told['roofline']['mfu_bound'] < 1 and 'MFU at most' in table
+  # Little more than the model asks for; dense experts would be 3.4 times that.
+  asked = made['flops_per_token'] * made['tokens_per_step'] / 8
+  assert asked <= told['matmul_flops'] <= 1.5 * asked
+  assert told['roofline']['num_bytes'] <= 6 * told['memory_bytes']['total']
 
 
 @pytest.mark.parametrize(

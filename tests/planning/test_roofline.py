@@ -1,0 +1,105 @@
+"""The roofline of a GPU's program, against what is counted by hand."""
+
+import pytest
+
+from moe_jax.planning import gpus, roofline
+from tests.helpers.gpu_program import GPU_PROGRAM
+
+H100 = gpus.GPUS['h100']
+
+
+def milliseconds(text: str, **by: str) -> float:
+  listed = roofline.kernels(text, H100)
+  [name, value] = next(iter(by.items()))
+  chosen = [each for each in listed if getattr(each, name) == value]
+  return 1000 * roofline.total_seconds(chosen)
+
+
+def test_a_kernel_takes_its_bytes_or_its_operations() -> None:
+  listed = roofline.kernels(GPU_PROGRAM, H100)
+  [projection] = [each for each in listed if each.kind == 'matmul'][:1]
+  assert projection.count == 6
+  assert projection.num_bytes == 2 * (128 * 64 + 64 * 96 + 128 * 96)
+  assert projection.flops == 2 * 128 * 64 * 96
+  moved = projection.num_bytes / (0.8 * 3.35e12)  # the longer of the two
+  assert projection.seconds == pytest.approx(moved)
+  # Rows [128, 64] and [128, 80], eight matrices, and their sizes twice.
+  grouped = 2 * (128 * 64 + 128 * 80 + 8 * 64 * 80) + 2 * 4 * 8
+  bytes_ = [each.num_bytes for each in listed if each.kind == 'grouped matmul']
+  assert bytes_ == [grouped, grouped]
+
+
+def test_matmuls_in_float32_are_slow() -> None:
+  """They run beside the tensor cores: 67 TFLOP/s; and TF32 at 495."""
+  text = """HloModule jit_f
+
+ENTRY %main (p: f32[8192,8192]) -> f32[8192,8192] {
+  %p = f32[8192,8192]{1,0} parameter(0)
+  ROOT %d = f32[8192,8192]{1,0} dot(%p, %p), lhs_contracting_dims={1}, PRECISION metadata={op_name="jvp(f)/router/dot"}
+}
+"""  # noqa: E501
+  flops = 2 * 8192**3
+  true = text.replace('PRECISION', 'operand_precision={highest,highest},')
+  part = milliseconds(true, part='router')
+  assert part == pytest.approx(1000 * flops / (0.7 * 67e12), rel=0.01)
+  tf32 = milliseconds(text.replace('PRECISION', ''), part='router')
+  assert part / tf32 == pytest.approx(495 / 67, rel=0.1)
+
+
+SCAN = """HloModule jit_step
+
+%kept (a: bf16[6,1024,64], b: bf16[1024,64], i: s32[]) -> bf16[6,1024,64] {
+  %a = bf16[6,1024,64]{2,1,0} parameter(0)
+  %b = bf16[1024,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %r = bf16[1,1024,64]{2,1,0} bitcast(%b)
+  ROOT %u = bf16[6,1024,64]{2,1,0} dynamic-update-slice(%a, %r, %i, %z, %z)
+}
+
+%layer (w: f32[6,64,64], i: s32[]) -> bf16[64,64] {
+  %w = f32[6,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = f32[1,64,64]{2,1,0} dynamic-slice(%w, %i, %z, %z), dynamic_slice_sizes={1,64,64}
+  %c = f32[64,64]{1,0} bitcast(%s)
+  ROOT %v = bf16[64,64]{1,0} convert(%c)
+}
+
+ENTRY %main (a: bf16[6,1024,64], b: bf16[1024,64], w: f32[6,64,64], i: s32[]) -> bf16[64,64] {
+  %a = bf16[6,1024,64]{2,1,0} parameter(0)
+  %b = bf16[1024,64]{1,0} parameter(1)
+  %w = f32[6,64,64]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %f = bf16[6,1024,64]{2,1,0} fusion(%a, %b, %i), kind=kLoop, calls=%kept, metadata={op_name="jit(train_step)/jvp()/while/body/dynamic_update_slice"}
+  %g = bf16[64,64]{1,0} fusion(%w, %i), kind=kLoop, calls=%layer, metadata={op_name="jit(train_step)/jvp()/while/body/convert"}
+  %s = (bf16[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) all-gather-start(%g), dimensions={0}
+  ROOT %o = bf16[64,64]{1,0} fusion(%g), kind=kLoop, calls=%layer2, metadata={op_name="jit(train_step)/adam/mul"}
+}
+
+%layer2 (x: bf16[64,64]) -> bf16[64,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  ROOT %m = bf16[64,64]{1,0} multiply(%x, %x)
+}
+"""  # noqa: E501
+
+
+def test_slices_count_and_not_what_they_are_of() -> None:
+  parts = roofline.report(SCAN, H100)['parts']
+  moved = {name: each['num_bytes'] for name, each in parts.items()}
+  index = 4  # bytes
+  assert moved == {
+    'scan': 2 * 2 * 1024 * 64 + index,
+    'other': (4 + 2) * 64 * 64 + index,
+    'optimizer': 2 * 2 * 64 * 64,
+  }
+
+
+def test_sums_agree() -> None:
+  told = roofline.report(GPU_PROGRAM, H100)
+  for by in ('kinds', 'parts'):
+    for what in ('seconds', 'num_bytes', 'launches'):
+      total = sum(each[what] for each in told[by].values())
+      assert total == pytest.approx(told[what])
+  # Five in the loop (and a kernel of others), one in the usual branch.
+  assert told['launches'] == 6 * 6 + 1
