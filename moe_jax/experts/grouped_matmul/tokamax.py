@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 
 import jax
@@ -205,5 +206,13 @@ def _settings() -> Iterator[None]:
   if not flags.FLAGS.is_parsed():
     # Or tokamax parses the arguments of a program whose flags it cannot know.
     flags.FLAGS.mark_as_parsed()
-  with config.cross_compile(True):  # the device need not be here
-    yield
+  # At every call of every kernel tokamax warns, at length, of tiles that were
+  # never tuned; its heuristic takes over. absl's logger heeds no filters.
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    with config.cross_compile(True):  # the device need not be here
+      yield
+  finally:
+    logger.setLevel(level)
