@@ -84,7 +84,7 @@ def measure(config: ConfigDict, requests: int, rounds: int) -> dict[str, Any]:
     batches = max(tokens // size, 1)
 
     def ask() -> int:
-      task_scores.run_tasks(model, loaded, task_scores.Asked(_NAME))
+      task_scores.run_tasks(model, loaded, task_scores.TaskOptions(_NAME))
       return tokens
 
     def evaluate() -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _RESAMPLES = 1000
 
 
-class Asked(NamedTuple):
+class TaskOptions(NamedTuple):
   """What is asked of the harness.
 
   Attributes:
@@ -79,7 +79,7 @@ class TaskScores:
     from moe_jax.evaluation import tasks
     from moe_jax.evaluation.harness import CheckpointLM
 
-    self._asked = Asked(config.tasks)
+    self._options = TaskOptions(config.tasks)
     self._disabled = config.disable_top
     self._tasks = tasks.load(
       config.tasks, config.include_path, key='eval.tasks'
@@ -90,10 +90,10 @@ class TaskScores:
     """Returns the metrics of every task and group."""
     self._model.params = params
     limit = max_batches * self._model.batch_size or None
-    asked = self._asked._replace(limit=limit)
+    options = self._options._replace(limit=limit)
     # Bars would cut into the progress of a run.
     with contextlib.redirect_stderr(io.StringIO()):
-      found = run_tasks(self._model, self._tasks, asked, errors=False)
+      found = run_tasks(self._model, self._tasks, options, errors=False)
     self._model.params = None  # which training has a use for
     scores = found['results'] | found.get('groups', {})
     disabled = {'disabled_top': self._disabled} if self._disabled else {}
@@ -104,7 +104,10 @@ class TaskScores:
 
 
 def evaluate(
-  config: ConfigDict, workdir: str, asked: Asked, step: int | None = None
+  config: ConfigDict,
+  workdir: str,
+  options: TaskOptions,
+  step: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint on tasks, on any mesh.
 
@@ -116,7 +119,7 @@ def evaluate(
     config: The config that the run was made with; keys of the mesh and of
       evaluation may differ.
     workdir: The directory of the run.
-    asked: What is asked of the harness.
+    options: What is asked of the harness.
     step: The step of the checkpoint; None for the newest.
 
   Returns:
@@ -130,10 +133,10 @@ def evaluate(
   from moe_jax.evaluation import tasks
   from moe_jax.evaluation.harness import CheckpointLM
 
-  template = _template(config) if asked.apply_chat_template else None
+  template = _template(config) if options.apply_chat_template else None
   # A task that is not there is told before a model is made.
   found = multihost.first_process_first(
-    lambda: tasks.load(asked.tasks, asked.include_path, asked.num_fewshot)
+    lambda: tasks.load(options.tasks, options.include_path, options.num_fewshot)
   )
   multihost.first_process_first(lambda: _check_tokenizer(config, workdir))
 
@@ -142,7 +145,7 @@ def evaluate(
 
     def of(params: Any) -> list[dict[str, Any]]:
       model.params = params
-      return [run_tasks(model, found, asked, {'path': workdir})]
+      return [run_tasks(model, found, options, {'path': workdir})]
 
     return [of]
 
@@ -156,7 +159,7 @@ def evaluate(
 def run_tasks(
   model: 'CheckpointLM',
   tasks: 'Tasks',
-  asked: Asked,
+  options: TaskOptions,
   model_args: dict[str, Any] | None = None,
   errors: bool = True,
 ) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def run_tasks(
   Args:
     model: The model.
     tasks: The tasks, with their data.
-    asked: What is asked of the harness.
+    options: What is asked of the harness.
     model_args: What the record calls the model.
     errors: Whether standard errors are resampled that have no formula.
 
@@ -191,10 +194,10 @@ def run_tasks(
       model_args=model_args or {},
       tasks=tasks.found,
       task_manager=tasks.manager,
-      num_fewshot=asked.num_fewshot,
-      limit=asked.limit,
-      log_samples=asked.log_samples,
-      apply_chat_template=asked.apply_chat_template,
+      num_fewshot=options.num_fewshot,
+      limit=options.limit,
+      log_samples=options.log_samples,
+      apply_chat_template=options.apply_chat_template,
       # What ends an answer is a token, which no text has.
       fewshot_as_multiturn=False,
       bootstrap_iters=_RESAMPLES if errors and writes else 0,

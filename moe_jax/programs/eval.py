@@ -118,8 +118,8 @@ def run(
       if tasks is None:
         checkpoints.evaluate(config, workdir, step=step, split=split)
         continue
-      asked = task_scores.Asked(tasks, **of_tasks)
-      task_scores.evaluate(config, workdir, asked, step)
+      options = task_scores.TaskOptions(tasks, **of_tasks)
+      task_scores.evaluate(config, workdir, options, step)
 
 
 def _check(

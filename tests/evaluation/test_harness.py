@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from moe_jax.data import instructions
 from moe_jax.errors import UserError
 from moe_jax.evaluation import harness, task_scores, tasks
-from moe_jax.evaluation.task_scores import Asked, TaskScores, run_tasks
+from moe_jax.evaluation.task_scores import TaskOptions, TaskScores, run_tasks
 from moe_jax.training import signals
 from moe_jax.training.state import Setup
 from tests.helpers import lm_tasks, oracle, tiny
@@ -110,8 +110,8 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Model:
   """A model and what the harness finds of it."""
   config, params, adapter = adapted(request.param, **ROUTING)
   loaded = tasks.load('choices,texts,prompts', str(folder))
-  asked = Asked('', log_samples=True)
-  found = run_tasks(adapter, loaded, asked)
+  options = TaskOptions('', log_samples=True)
+  found = run_tasks(adapter, loaded, options)
   return Model(config, params, found)
 
 
@@ -356,7 +356,7 @@ def test_training_can_be_stopped_while_a_task_is_written(
   monkeypatch.setattr(harness.signals, 'check', check)
   loaded = tasks.load('prompts', str(folder))
   with pytest.raises(signals.Interrupted):
-    run_tasks(adapter, loaded, Asked(''))
+    run_tasks(adapter, loaded, TaskOptions(''))
   assert calls == ['a token of a task', 'signals']
 
 
@@ -365,4 +365,4 @@ def refuse(folder: Path, message: str) -> None:
   _, _, adapter = adapted({})
   loaded = tasks.load('bad', str(folder))
   with pytest.raises(UserError, match=message):
-    run_tasks(adapter, loaded, Asked(''))
+    run_tasks(adapter, loaded, TaskOptions(''))

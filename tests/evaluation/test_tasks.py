@@ -124,7 +124,9 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     task_scores.importlib.util, 'find_spec', lambda name: None
   )
   with pytest.raises(UserError, match=r"pip install 'moe_jax\[eval\]'"):
-    task_scores.evaluate(tiny.config(), '/nowhere', task_scores.Asked('one'))
+    task_scores.evaluate(
+      tiny.config(), '/nowhere', task_scores.TaskOptions('one')
+    )
 
 
 @pytest.mark.parametrize('size', [97, 515])
