@@ -188,9 +188,10 @@ KEYS = {
     resume=True,
   ),
   'model.unroll': Key(
-    1,
-    'The periods of layers unrolled in a step of the scan over them.',
-    low=1,
+    0,
+    'The periods of layers unrolled in a step of the scan over them; 0 is what'
+    ' suits the platform: all of up to 24 on GPUs, otherwise 1.',
+    low=0,
     high=10_000,
     resume=True,
   ),

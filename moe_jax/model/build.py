@@ -129,6 +129,14 @@ def reads_in_place(parts: Parts, mesh: jax.sharding.Mesh | None) -> bool:
   return one and parts.dtype == jnp.float32 and parts.multiply.name == 'blocks'
 
 
+def unrolled(
+  config: ConfigDict, mesh: jax.sharding.Mesh | None, repeats: int
+) -> int:
+  """Returns how many periods a step of the scan over them has."""
+  device = implementations.first_device(mesh)
+  return implementations.unrolled(config.model.unroll, device, repeats)
+
+
 def make_embedding(
   config: ConfigDict, vocab_size: int, rngs: nnx.Rngs
 ) -> nnx.Param:

@@ -135,12 +135,13 @@ class Decoder(nnx.Module):
     parts = build.make_parts(config, vocab_size, mesh, disable_top, cached)
     first, period = build.repetition(kinds, config.moe.every)
     self.mesh, self.dtype, self.attend = mesh, parts.dtype, parts.attend
-    self.remat, self.unroll = model.remat, model.unroll
+    self.remat = model.remat
     self.num_residual_logits = build.num_residual_logits(config)
     self.num_layers = len(kinds)
     self.in_place = cached and build.reads_in_place(parts, mesh)
     self.vocab_size = vocab_size
     self.repeats = (len(kinds) - first) // period
+    self.unroll = build.unrolled(config, mesh, self.repeats)
     pattern = kinds[first : first + period]
     self.periods = build.make_periods(parts, pattern, self.repeats, rngs)
     self.embed_VD = build.make_embedding(config, vocab_size, rngs)

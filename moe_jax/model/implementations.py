@@ -35,6 +35,10 @@ from moe_jax.parallel import mesh as mesh_lib
 
 _LOG = logging.getLogger(__name__)
 
+# Periods of layers up to which GPUs' programs are unrolled: so many take five
+# times as long to compile, which is minutes.
+_UNROLLED = 24
+
 
 def resolved(
   config: ConfigDict, mesh: Mapping[str, int], device: jax.Device
@@ -82,6 +86,23 @@ def compute_dtype(config: ConfigDict, device: jax.Device) -> jnp.dtype:
   if config.model.dtype != 'auto':
     return jnp.dtype(config.model.dtype)
   return jnp.dtype(jnp.float32 if device.platform == 'cpu' else jnp.bfloat16)
+
+
+def unrolled(asked: int, device: jax.Device, repeats: int) -> int:
+  """Returns how many periods of layers a step of the scan over them has.
+
+  A GPU's program moves what a scan hands from step to step and keeps for the
+  backward pass through its memory; unrolled it does not, and takes longer to
+  compile.
+
+  Args:
+    asked: `model.unroll`, 0 for what suits the platform.
+    device: One of the devices; it need not be here.
+    repeats: How many periods there are.
+  """
+  if asked:
+    return asked
+  return repeats if device.platform == 'gpu' and repeats <= _UNROLLED else 1
 
 
 def attention(

@@ -202,7 +202,7 @@ def report(
   least = collectives(text, choose=min)
   cycles = hlo.estimated_cycles(text)
   hertz = target.chip.hertz if target.chip else None
-  absent_gpu = target.chip and target.devices[0].platform == 'gpu'
+  on_gpu = target.devices[0].platform == 'gpu'
   return {
     'device': target.devices[0].device_kind,
     'num_devices': setup.mesh.size,
@@ -211,8 +211,8 @@ def report(
     'spare_bytes': None if available is None else available - needs['total'],
     'fits': None if available is None else True,
     'flops': costs.get('flops'),
-    'matmul_flops': hlo.matmul_flops(text),
-    'unknown': list(_UNKNOWN_OF_GPUS) if absent_gpu else [],
+    'matmul_flops': hlo.matmul_flops(text) if on_gpu else None,
+    'unknown': list(_UNKNOWN_OF_GPUS) if on_gpu and target.chip else [],
     'estimated_cycles': cycles,
     'estimated_seconds': cycles / hertz if cycles and hertz else None,
     'roofline': _roofline(setup, text, target),

@@ -46,6 +46,14 @@ def test_auto_is_what_suits_the_platform() -> None:
   assert chosen_matmul('auto', on('rocm')).name == 'ragged_dot'
 
 
+def test_gpus_unroll_what_is_not_too_deep() -> None:
+  unrolled = implementations.unrolled
+  assert unrolled(0, on('gpu'), 24) == 24
+  assert unrolled(0, on('gpu'), 25) == 1
+  assert unrolled(0, on('cpu'), 24) == unrolled(0, on('tpu'), 24) == 1
+  assert unrolled(3, on('gpu'), 24) == unrolled(3, on('cpu'), 24) == 3
+
+
 def test_without_tokamax_auto_falls_back_and_says_so(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

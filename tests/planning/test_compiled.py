@@ -51,7 +51,8 @@ def test_a_tpu_program() -> None:
   told = compiled.compile_and_report(config, target)
   assert told['device'] == 'TPU v5 lite' and told['num_devices'] == 4
   assert told['fits'] and told['spare_bytes'] > 15 << 30
-  assert told['flops'] > 0 and 0 < told['estimated_seconds'] < 1
+  assert told['flops'] > 0 and told['matmul_flops'] is None
+  assert 0 < told['estimated_seconds'] < 1
   axes = {axis for each in told['collectives'] for axis in each['axes']}
   assert axes == {'fsdp'}
 
@@ -70,7 +71,7 @@ def test_a_gpu_program() -> None:
   except UserError as error:
     pytest.skip(str(error))
   config = tiny.config(
-    model__dtype='auto', model__vocab_size=256, mesh__data=4, mesh__expert=2
+    model__dtype='auto', model__vocab_size=512, mesh__data=4, mesh__expert=2
   )
   setup = abstract_setup.make(config, target.devices)
   step, seconds = compiled.train_step(setup)
@@ -100,7 +101,7 @@ def test_a_gpu_program() -> None:
   # Little more than the model asks for; dense experts would be 3.4 times that.
   asked = made['flops_per_token'] * made['tokens_per_step'] / 8
   assert asked <= told['matmul_flops'] <= 1.5 * asked
-  assert told['roofline']['num_bytes'] <= 6 * told['memory_bytes']['total']
+  assert told['roofline']['num_bytes'] <= 7 * told['memory_bytes']['total']
 
 
 @pytest.mark.parametrize(
