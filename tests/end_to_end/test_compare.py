@@ -1,6 +1,7 @@
 """Comparisons as processes: killed, stopped, gone on with, and refused."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -164,7 +165,13 @@ def test_stopped_it_saves_and_the_same_command_goes_on(
 ) -> None:
   process = start(file, tmp_path, env, *FLAGS)
   wait_for_step(tmp_path, process)
+  # Or it ends while the other waits.
+  paused = processes.naming(str(tmp_path))
+  for pid in paused:
+    os.kill(pid, signal.SIGSTOP)
   status, _, err = finish(file, tmp_path, env, *FLAGS)
+  for pid in paused:
+    os.kill(pid, signal.SIGCONT)
   assert status == 75 and err.count('\n') == 2, err  # it waits first
   assert (
     f'error: workdir {tmp_path} is in use by process {process.pid} on' in err
