@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help='print how far the first logits of routers are apart',
   )
   flags = parser.parse_args(arguments)
-  runtime.silence_libtpu()
+  runtime.silence_plugins()
   try:
     if flags.tables:
       print('\n'.join(tables()))

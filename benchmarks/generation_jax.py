@@ -13,7 +13,7 @@ from moe_jax import runtime
 def main(sizes_json: str, tokens: str, how: str) -> None:
   """Goes on with random texts, so many tokens a step."""
   runtime.configure_malloc()  # before jax is imported
-  runtime.silence_libtpu()
+  runtime.silence_plugins()
   from benchmarks import common, duel
 
   sizes, count = Sizes.from_json(sizes_json), int(tokens)

@@ -15,7 +15,7 @@ from moe_jax import runtime
 def main(sizes_json: str) -> None:
   """Trains on random tokens, one step at a time."""
   tuned = runtime.configure_malloc()  # before jax is imported
-  runtime.silence_libtpu()
+  runtime.silence_plugins()
   import jax
 
   from benchmarks import common, duel

@@ -90,8 +90,7 @@ def main_of_runs(
 def _prepare() -> None:
   """Sets up the process, before a config of the user's imports jax."""
   runtime.configure_malloc()
-  runtime.silence_libtpu()
-  runtime.silence_cuda()
+  runtime.silence_plugins()
 
 
 def _documented(run: Callable[..., None]) -> str:

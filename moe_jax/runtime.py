@@ -70,6 +70,12 @@ def trim_malloc() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def silence_plugins() -> None:
+  """Keeps JAX's plugins quiet whose devices are not here; before jax."""
+  silence_libtpu()
+  silence_cuda()
+
+
 def silence_libtpu() -> None:
   """Sets libtpu's environment where there are no TPUs.
 

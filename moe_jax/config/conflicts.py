@@ -186,8 +186,9 @@ def check(config: ConfigDict, sub_layers: int) -> None:
   _check_residual(config, sub_layers)
   _check_choice(config)
   check_disabled(config, 'eval.disable_top', config.eval.disable_top)
-  for count in evaluations.disabled(config):
-    if evaluations.asks_for_robustness(config):
+  counts = evaluations.disabled(config)  # or they are refused, asked for or not
+  if evaluations.asks_for_robustness(config):
+    for count in counts:
       check_disabled(config, 'eval.robustness', count)
 
 

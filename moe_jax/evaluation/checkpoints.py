@@ -201,10 +201,15 @@ def _write(result: Result, workdir: str, step: int) -> str:
   row = {'split': result.split, 'step': step} | result.written
   if result.parts:
     row['parts'] = result.parts
-
-  def write() -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    files.replace(path, strict_json.dumps(row) + '\n')
-
-  disk.retried(path, write)
+  write(path, strict_json.dumps(row))
   return path
+
+
+def write(path: str, text: str) -> None:
+  """Writes what was found of a checkpoint, whole or not at all."""
+
+  def try_to() -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    files.replace(path, f'{text}\n')
+
+  disk.retried(path, try_to)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax import disk, files, strict_json
+from moe_jax import strict_json
 from moe_jax.data import instructions
 from moe_jax.errors import RetryableError, UserError, said
 from moe_jax.evaluation import Result, without_top
-from moe_jax.evaluation.checkpoints import evaluated, result_path
+from moe_jax.evaluation.checkpoints import evaluated, result_path, write
 from moe_jax.parallel import multihost
 from moe_jax.registry import EVALUATIONS
 from moe_jax.training import run_tokenizer
@@ -319,11 +319,11 @@ def _write(
   variant = without_top(disabled)
   path = result_path(workdir, 'tasks', step, variant)
   _set_aside(path, f'samples-*-{step}{variant}.jsonl')
-  _replace(path, _json(rest, indent=2))
+  write(path, _json(rest, indent=2))
   for name, samples in results.get('samples', {}).items():
     of_task = result_path(workdir, f'samples-{name}', step, variant)
     lines = [_json(_sample(each)) for each in samples]
-    _replace(f'{of_task}l', '\n'.join(lines))
+    write(f'{of_task}l', '\n'.join(lines))
   print(f'written to {path}')
 
 
@@ -363,11 +363,3 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     'filtered_resps': sanitize_list(sample['filtered_resps']),
     'target': str(sample['target']),
   }
-
-
-def _replace(path: str, text: str) -> None:
-  def write() -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    files.replace(path, text + '\n')
-
-  disk.retried(path, write)

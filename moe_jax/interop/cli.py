@@ -75,8 +75,7 @@ def _run_upcycle(config: ConfigDict, workdir: str, dense: str) -> None:
 
 def _run(arguments: dict[str, Any]) -> None:
   """Runs a command and prints its report."""
-  runtime.silence_libtpu()
-  runtime.silence_cuda()
+  runtime.silence_plugins()
   # Training's packages and jax, which a mistake on the command line needs not.
   from moe_jax.interop import convert
 

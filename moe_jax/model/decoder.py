@@ -352,13 +352,13 @@ class Decoder(nnx.Module):
     carry, outputs = run_period(
       carry, *shared, self.prefix, of_prefix, for_prefix.rng, None
     )
-    one_by_one = slots is not None and len(carry.x_BLD) <= _FEW
-    if self.periods is not None and self.in_place and one_by_one:
+    if self.periods is None:
+      return carry, *outputs
+    if self.in_place and slots is not None and len(carry.x_BLD) <= _FEW:
       carry, scanned = self._scan_in_place(
         run_period, carry, shared, of_periods
       )
-      outputs = tuple(map(_in_depth_order, outputs, scanned))
-    elif self.periods is not None:
+    else:
       scan = nnx.scan(
         self._rematerialized(run_period),
         in_axes=(nnx.Carry, *[None] * len(shared), 0, 0, 0, None),
@@ -371,8 +371,7 @@ class Decoder(nnx.Module):
       carry, scanned = scan(
         carry, *shared, self.periods, of_periods, rngs, None
       )
-      outputs = tuple(map(_in_depth_order, outputs, scanned))
-    return carry, *outputs
+    return carry, *map(_in_depth_order, outputs, scanned)
 
   def _scan_in_place(
     self,

@@ -85,6 +85,21 @@ class Gpu(NamedTuple):
     return sixteen / 2 if precision == 'tf32' else sixteen
 
 
+_H100 = Gpu(
+  'NVIDIA H100 80GB HBM3',
+  (9, 0),
+  multiprocessors=132,
+  hertz=1.98e9,
+  memory_bytes=int(79.10 * _GIB),
+  bytes_per_second=3.35e12,
+  l2_bytes=50 * _MIB,
+  shared_bytes=228 * _KIB,
+  fused_16=2048,
+  fused_64=128,
+  vector_64=64,
+  links=18,
+)
+
 GPUS = {
   'a100': Gpu(
     'NVIDIA A100-SXM4-80GB',
@@ -100,33 +115,12 @@ GPUS = {
     vector_64=32,
     links=12,
   ),
-  'h100': Gpu(
-    'NVIDIA H100 80GB HBM3',
-    (9, 0),
-    multiprocessors=132,
-    hertz=1.98e9,
-    memory_bytes=int(79.10 * _GIB),
-    bytes_per_second=3.35e12,
-    l2_bytes=50 * _MIB,
-    shared_bytes=228 * _KIB,
-    fused_16=2048,
-    fused_64=128,
-    vector_64=64,
-    links=18,
-  ),
-  'h200': Gpu(
-    'NVIDIA H200',
-    (9, 0),
-    multiprocessors=132,
-    hertz=1.98e9,
+  'h100': _H100,
+  # The same chip with more memory.
+  'h200': _H100._replace(
+    kind='NVIDIA H200',
     memory_bytes=int(139.80 * _GIB),
     bytes_per_second=4.8e12,
-    l2_bytes=50 * _MIB,
-    shared_bytes=228 * _KIB,
-    fused_16=2048,
-    fused_64=128,
-    vector_64=64,
-    links=18,
   ),
   'b200': Gpu(
     'NVIDIA B200',

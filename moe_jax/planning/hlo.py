@@ -8,6 +8,7 @@ computes, as its compiler estimates it, and the matmuls of a GPU.
 import itertools
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 # `%name = type opcode(operands), attributes`. Types hold parentheses too, but
@@ -155,22 +156,17 @@ def estimated_cycles(hlo_text: str) -> int | None:
   conditional the dearest branch counts. None stands for a program that carries
   no estimates, as those of other devices.
   """
-  program = parse(hlo_text)
 
-  def of(name: str) -> int:
-    return sum(map(of_instruction, program.computations[name].values()))
+  def own(
+    instruction: Instruction, computation: dict[str, Instruction]
+  ) -> int | None:
+    del computation
+    stated = _CYCLES.search(instruction.attributes)
+    if stated is None:
+      return None
+    return int(stated[1]) if int(stated[1]) < _UNKNOWN_CYCLES else 0
 
-  def of_instruction(instruction: Instruction) -> int:
-    if repeated := loop(program, instruction):
-      return of(repeated[0]) * (repeated[1] or 1)
-    if stated := _CYCLES.search(instruction.attributes):
-      return int(stated[1]) if int(stated[1]) < _UNKNOWN_CYCLES else 0
-    called = [of(name) for name in callees(instruction)]
-    if instruction.opcode == 'conditional':
-      return max(called)
-    return sum(called)
-
-  return of(program.entry) or None
+  return _total(hlo_text, own, max) or None
 
 
 class Matmul(NamedTuple):
@@ -194,6 +190,29 @@ def matmul_flops(hlo_text: str) -> int | None:
   branch with the fewest counts. None stands for a program without any, as those
   of TPUs, which have convolutions.
   """
+
+  def own(
+    instruction: Instruction, computation: dict[str, Instruction]
+  ) -> int | None:
+    matmul = _matmul(instruction, computation)
+    return matmul.flops if matmul else None
+
+  return _total(hlo_text, own, min) or None
+
+
+def _total(
+  hlo_text: str,
+  own: Callable[[Instruction, dict[str, Instruction]], int | None],
+  choose: Callable[[Iterable[int]], int],
+) -> int:
+  """Adds something up over a program, as often as its loops repeat it.
+
+  Args:
+    hlo_text: The program.
+    own: Returns what an instruction has, by its computation; None for what the
+      computations have that it calls.
+    choose: Chooses among the branches of a conditional.
+  """
   program = parse(hlo_text)
 
   def of(name: str) -> int:
@@ -205,13 +224,15 @@ def matmul_flops(hlo_text: str) -> int | None:
   ) -> int:
     if repeated := loop(program, instruction):
       return of(repeated[0]) * (repeated[1] or 1)
+    found = own(instruction, computation)
+    if found is not None:
+      return found
     called = [of(name) for name in callees(instruction)]
-    if instruction.opcode == 'conditional':
-      return min(called)
-    own = _matmul(instruction, computation)
-    return (own.flops if own else 0) + sum(called)
+    return (
+      choose(called) if instruction.opcode == 'conditional' else sum(called)
+    )
 
-  return of(program.entry) or None
+  return of(program.entry)
 
 
 def matmuls(

@@ -66,8 +66,7 @@ def run() -> None:
     SystemExit: 1 if a run failed; 128 + the number of the signal that stopped
       the comparison.
   """
-  runtime.silence_libtpu()
-  runtime.silence_cuda()
+  runtime.silence_plugins()
   options, overrides = cli.read(
     sys.argv, define_flags, workdir=True, about=__doc__ or ''
   )

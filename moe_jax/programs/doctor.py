@@ -63,8 +63,7 @@ def run() -> None:
     _data()
     return
   # A run that trains may have the accelerators, and nothing here needs one.
-  runtime.silence_libtpu()
-  runtime.silence_cuda()
+  runtime.silence_plugins()
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
@@ -84,8 +83,7 @@ def _replay() -> None:
   """Does the step again that the command line names, and prints what it did."""
   # Which allocator there is has to be known before jax is imported.
   runtime.configure_malloc()
-  runtime.silence_libtpu()
-  runtime.silence_cuda()
+  runtime.silence_plugins()
   config, values = cli.parse(sys.argv, define_flags)
   workdir, step = values.pop('workdir'), values.pop('step')
   others = values.pop('json'), values.pop('data')
