@@ -175,6 +175,13 @@ KEYS = {
   'model.init_std': Key(
     0.02, 'The standard deviation that weight matrices start with.', above=0
   ),
+  'model.residual_std': Key(
+    0.0,
+    'The standard deviation that the last weight matrices of attention, dense'
+    ' layers and experts start with, whose products are added to the residual'
+    ' stream; 0 is `model.init_std`, and GPT-2 has'
+    ' `init_std / sqrt(2 num_layers)`.',
+  ),
   'model.dtype': Key(
     'auto',
     'The type of the arithmetic; auto is float32 on CPUs, else bfloat16.',

@@ -48,16 +48,18 @@ class SwiGLU(nnx.Module):
     *,
     init_std: float,
     rngs: nnx.Rngs,
+    out_std: float | None = None,
     dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
+    out_init = init if out_std is None else nnx.initializers.normal(out_std)
     self.gate_up_D2F = param(
       init(rngs.params(), (hidden_size, 2, width), jnp.float32),
       (EMBED, None, MLP),
       decay=True,
     )
     self.down_FD = param(
-      init(rngs.params(), (width, hidden_size), jnp.float32),
+      out_init(rngs.params(), (width, hidden_size), jnp.float32),
       (MLP, EMBED),
       decay=True,
     )
@@ -134,18 +136,20 @@ class SwiGLUExperts(ExpertsBase):
     *,
     init_std: float,
     rngs: nnx.Rngs,
+    out_std: float | None = None,
     dropout: float = 0.0,
     multiply: GroupedMatmul = _BY_PLATFORM,
   ):
     super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
+    out_init = init if out_std is None else nnx.initializers.normal(out_std)
     self.gate_up_ND2F = param(
       init(rngs.params(), (num_experts, hidden_size, 2, width), jnp.float32),
       (EXPERT, EMBED, None, MLP),
       decay=True,
     )
     self.down_NFD = param(
-      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
+      out_init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
       (EXPERT, MLP, EMBED),
       decay=True,
     )
@@ -212,9 +216,11 @@ class ReLUMLP(nnx.Module):
     *,
     init_std: float,
     rngs: nnx.Rngs,
+    out_std: float | None = None,
     dropout: float = 0.0,
   ):
     init = nnx.initializers.normal(init_std)
+    out_init = init if out_std is None else nnx.initializers.normal(out_std)
     self.up_DF = param(
       init(rngs.params(), (hidden_size, width), jnp.float32),
       (EMBED, MLP),
@@ -222,7 +228,7 @@ class ReLUMLP(nnx.Module):
     )
     self.up_bias_F = param(jnp.zeros((width,), jnp.float32))
     self.down_FD = param(
-      init(rngs.params(), (width, hidden_size), jnp.float32),
+      out_init(rngs.params(), (width, hidden_size), jnp.float32),
       (MLP, EMBED),
       decay=True,
     )
@@ -260,11 +266,13 @@ class ReLUExperts(ExpertsBase):
     *,
     init_std: float,
     rngs: nnx.Rngs,
+    out_std: float | None = None,
     dropout: float = 0.0,
     multiply: GroupedMatmul = _BY_PLATFORM,
   ):
     super().__init__(width, dropout, multiply)
     init = nnx.initializers.normal(init_std)
+    out_init = init if out_std is None else nnx.initializers.normal(out_std)
     self.up_NDF = param(
       init(rngs.params(), (num_experts, hidden_size, width), jnp.float32),
       (EXPERT, EMBED, MLP),
@@ -275,7 +283,7 @@ class ReLUExperts(ExpertsBase):
       (EXPERT, MLP),
     )
     self.down_NFD = param(
-      init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
+      out_init(rngs.params(), (num_experts, width, hidden_size), jnp.float32),
       (EXPERT, MLP, EMBED),
       decay=True,
     )

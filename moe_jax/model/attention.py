@@ -124,7 +124,8 @@ class Attention(nnx.Module):
 
   Attributes:
     query_DHA, key_DGA, value_DGA, out_HAD: The projections; H is a multiple of
-      G.
+      G. They start with deviations of `init_std`, the last of `out_std`, which
+      is `init_std` if None.
     attend: Goes from queries, keys and values to what is seen.
   """
 
@@ -138,8 +139,9 @@ class Attention(nnx.Module):
     attend: Attend,
     init_std: float,
     rngs: nnx.Rngs,
+    out_std: float | None = None,
   ):
-    init = nnx.initializers.normal(init_std)
+    out_std = init_std if out_std is None else out_std
     sizes = {
       EMBED: hidden_size,
       HEADS: num_heads,
@@ -147,15 +149,17 @@ class Attention(nnx.Module):
       None: head_dim,
     }
 
-    def weight(*axes: str | None, remembered: bool = False) -> nnx.Param:
+    def weight(
+      *axes: str | None, std: float = init_std, remembered: bool = False
+    ) -> nnx.Param:
       shape = [sizes[axis] for axis in axes]
-      value = init(rngs.params(), shape, jnp.float32)
+      value = nnx.initializers.normal(std)(rngs.params(), shape, jnp.float32)
       return param(value, axes, decay=True, remembered=remembered)
 
     self.query_DHA = weight(EMBED, HEADS, None)
     self.key_DGA = weight(EMBED, KV_HEADS, None, remembered=True)
     self.value_DGA = weight(EMBED, KV_HEADS, None, remembered=True)
-    self.out_HAD = weight(HEADS, None, EMBED)
+    self.out_HAD = weight(HEADS, None, EMBED, std=out_std)
     self.attend = attend
 
   def extend(

@@ -229,6 +229,7 @@ def make_block(parts: Parts, kind: str, rngs: nnx.Rngs) -> Block:
     head_dim(config),
     attend=parts.attend,
     init_std=model.init_std,
+    out_std=model.residual_std or None,
     rngs=rngs,
   )
   make = {'moe': make_moe_layers, 'dense': _dense_sub_layers}[kind]
@@ -272,6 +273,7 @@ def _dense_sub_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
     model.hidden_size,
     model.ffn_width,
     init_std=model.init_std,
+    out_std=model.residual_std or None,
     rngs=rngs,
     dropout=model.dropout,
   )
@@ -289,6 +291,7 @@ def make_moe_layers(parts: Parts, rngs: nnx.Rngs) -> list[Layer]:
       model.hidden_size,
       moe.expert_width // moe.factors,
       init_std=model.init_std,
+      out_std=model.residual_std or None,
       rngs=rngs,
       dropout=model.dropout,
       multiply=parts.multiply,
@@ -325,6 +328,7 @@ def _shared(
     config.model.hidden_size,
     shared.width // config.moe.factors,
     init_std=config.model.init_std,
+    out_std=config.model.residual_std or None,
     rngs=rngs,
     dropout=config.model.dropout,
   )

@@ -14,7 +14,7 @@ from moe_jax.model.build import (
   make_router,
   repetition,
 )
-from moe_jax.model.decoder import REMAT_POLICIES
+from moe_jax.model.decoder import REMAT_POLICIES, Decoder
 from moe_jax.registry import EXCHANGES, GROUPED_MATMULS
 from moe_jax.routing.cells import CELLS
 from moe_jax.routing.gates import GATES
@@ -82,6 +82,28 @@ def test_what_routers_start_with(
   if projector is not None:
     drawn = router.features.project.projector_DR[...].std()
     assert drawn == pytest.approx(projector, rel=0.02)
+
+
+@pytest.mark.parametrize('activation', ['swiglu', 'relu'])
+@pytest.mark.parametrize(('key', 'expected'), [(0.0, 0.1), (0.02, 0.02)])
+def test_what_is_added_to_the_residual_stream_has_its_own_start(
+  activation: str, key: float, expected: float
+) -> None:
+  made = tiny.config(
+    **{'model.init_std': 0.1, 'model.residual_std': key},
+    **{'model.activation': activation, 'moe.first_dense': 1},
+    **{'moe.shared.width': 32, 'moe.shared.mixing': 'coefficient'},
+  )
+  model = Decoder(made, 61, None, rngs=nnx.Rngs(params=0))
+  found = {'out_HAD': 0, 'down_FD': 0, 'down_NFD': 0}
+  for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    if value.size > 300 and 'bias' not in path[-1]:
+      started = expected if path[-1] in found else 0.1
+      assert value[...].std() == pytest.approx(started, rel=0.12), path
+      if path[-1] in found:
+        found[path[-1]] += 1
+  # Attention of two layers; a dense layer and a shared expert; the experts.
+  assert [*found.values()] == [2, 2, 1]
 
 
 def test_first_logits_are_as_far_apart_with_a_memory_as_without() -> None:
