@@ -69,11 +69,16 @@ class Study(NamedTuple):
 
 _METHODS = ('linear', 'rmoe', 'cartesian', 'both')
 _TINY = Study._field_defaults['flags']
+# The last is `init_std / sqrt(2 num_layers)`, as GPT-2 has it.
+_NORMS = (
+  *('+model.norm_place=post', '+model.norm=layer'),
+  '+model.residual_std=0.0289',
+)
 STUDIES = {
   'small': Study(
     'The quickstart, on source code',
     _METHODS,
-    ('--config=quickstart', '--seeds=3'),
+    ('--config=quickstart', '--seeds=5'),
   ),
   'code': Study('A quarter of it, on source code', _METHODS),
   'prose': Study(
@@ -121,7 +126,25 @@ STUDIES = {
   'projector': Study(
     'One projector for all layers in the quickstart, on source code',
     ('rmoe', 'rmoe+s_proj'),
-    ('--config=quickstart', '--seeds=3'),
+    ('--config=quickstart', '--seeds=5'),
+  ),
+  'steps': Study(
+    'Four times the steps, on source code',
+    ('linear', 'rmoe', 'cartesian'),
+    (_TINY[0], '--config.train.steps=4000', '--seeds=3'),
+  ),
+  'norms': Study(
+    'Norms and the start of the residual stream, on source code',
+    tuple(
+      f'{router}{change}'
+      for router, changes in {
+        'linear': ('', *_NORMS),
+        'rmoe': ('', _NORMS[-1]),
+        'cartesian': ('', *_NORMS),
+      }.items()
+      for change in changes
+    ),
+    (_TINY[0], '--seeds=3'),
   ),
   'settings': Study(
     'Norms and the balance loss, one change at a time, on source code',
@@ -223,6 +246,10 @@ def _first_routing(config: ConfigDict) -> Routing:
 def keep(name: str, workdir: str) -> dict[str, Any]:
   """Keeps what the tables need of a finished comparison, and returns it.
 
+  Seeds of the study that were kept before, of rows of the same changes and
+  numbers of parameters, are joined: pairs are of one seed, so they may come
+  from different machines.
+
   Args:
     name: The study.
     workdir: The directory of its comparison; rows of other studies in it are
@@ -236,29 +263,49 @@ def keep(name: str, workdir: str) -> dict[str, Any]:
     raise UserError(f'{path} is missing: give the --workdir of the comparison')
   result = json.loads(path.read_text('utf-8'))
   kept = {key: result[key] for key in _OF_COMPARISON}
-  rows = {row['variant']: row for row in result['rows']}
-  variants = [name for name in STUDIES[name].variants if name in rows]
-  scores = {
-    variant: {
-      run['seed']: run['bits_per_byte'] for run in rows[variant]['runs']
-    }
-    for variant in variants
-  }
-  kept['rows'] = [
-    {key: rows[variant][key] for key in _OF_ROW}
-    | summarise(
-      scores[variant], None if variant == variants[0] else scores[variants[0]]
+  found = {row['variant']: row for row in result['rows']}
+  path = KEPT / f'{name}.json'
+  earlier = json.loads(path.read_text('utf-8')) if path.exists() else {}
+  before = {row['variant']: row for row in earlier.get('rows', ())}
+  rows = [
+    _joined(
+      {key: found[variant][key] for key in _OF_ROW}
+      | {
+        'without_best': _without_best(found[variant], workdir),
+        'routing': _analysed(found[variant], workdir),
+      },
+      before.get(variant),
     )
-    | {
-      'without_best': _without_best(rows[variant], workdir),
-      'routing': _analysed(rows[variant], workdir),
-    }
-    for variant in variants
+    for variant in STUDIES[name].variants
+    if variant in found
   ]
+  scores = [
+    {run['seed']: run['bits_per_byte'] for run in row['runs']} for row in rows
+  ]
+  kept['rows'] = [
+    row | summarise(own, scores[0] if i else None)
+    for i, (row, own) in enumerate(zip(rows, scores, strict=True))
+  ]
+  kept['seeds'] = sorted(set(kept['seeds']).union(*scores))
   KEPT.mkdir(parents=True, exist_ok=True)
-  text = strict_json.dumps(kept, indent=1) + '\n'
-  (KEPT / f'{name}.json').write_text(text, 'utf-8')
+  path.write_text(strict_json.dumps(kept, indent=1) + '\n', 'utf-8')
   return kept
+
+
+def _joined(
+  row: dict[str, Any], earlier: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """Returns a row with the seeds that were kept of it earlier."""
+  same = ('changes', 'parameters')
+  if earlier is None or any(row[key] != earlier[key] for key in same):
+    return row
+  own = {run['seed'] for run in row['runs']}
+  for key in ('runs', 'without_best'):
+    more = [run for run in earlier[key] if run['seed'] not in own]
+    row[key] = sorted([*row[key], *more], key=lambda run: run['seed'])
+  if row['runs'] and row['runs'][0]['seed'] not in own:
+    row['routing'] = earlier['routing']  # analyses are of the first seed
+  return row
 
 
 def _carry_out(name: str, workdir: str | None) -> None:

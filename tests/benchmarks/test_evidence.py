@@ -63,6 +63,34 @@ def test_differences_are_to_the_first_row(kept: dict[str, Any]) -> None:
   assert rmoe['interval'] == pytest.approx([low, high])
 
 
+def test_seeds_of_two_comparisons_are_one_table(
+  tmp_path: Path, kept: dict[str, Any]
+) -> None:
+  """What another machine trained with seeds 3 to 5 is joined to 0 to 2."""
+  path = tmp_path / 'runs' / evidence.FILE
+  result = json.loads(path.read_text())
+  result['seeds'] = [3, 4, 5]
+  for row in result['rows']:
+    for run in row['runs']:
+      run['seed'] += 3
+      run['bits_per_byte'] += 0.1 * run['seed']
+  path.write_text(json.dumps(result))
+  joined = evidence.keep('code', str(tmp_path / 'runs'))
+  assert joined['seeds'] == [*range(6)]
+  values = [
+    [run['bits_per_byte'] for row in both for run in row['runs']]
+    for both in zip(kept['rows'], result['rows'][:2], strict=True)
+  ]
+  rmoe = joined['rows'][1]
+  assert rmoe['p_value'] == pytest.approx(stats.ttest_rel(*values).pvalue)
+  assert joined['rows'][0]['routing'] == kept['rows'][0]['routing']
+  # Other models are another row.
+  result['rows'][1]['parameters'] += 1
+  path.write_text(json.dumps(result))
+  again = evidence.keep('code', str(tmp_path / 'runs'))
+  assert [len(row['runs']) for row in again['rows']] == [6, 3]
+
+
 def test_a_sweep_is_told(kept: dict[str, Any]) -> None:
   kept['sweep'] = {'key': 'optimizer.learning_rate', 'values': [0.1, 0.2]}
   for row, best in zip(kept['rows'], (0.1, 0.2), strict=True):
