@@ -16,13 +16,18 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(f'{message}; --help says more')
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-  """With the flags that all of them have: --json and --rounds."""
-  made = _Parser(
+def bare(description: str) -> argparse.ArgumentParser:
+  """Without flags."""
+  return _Parser(
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  """With the flags that measurements have: --json and --rounds."""
+  made = bare(description)
   made.add_argument('--json', action='store_true', help='a JSON line per case')
   made.add_argument('--rounds', type=int, default=9, help='that are measured')
   return made
@@ -56,7 +61,7 @@ def main(
   try:
     args = made.parse_args(arguments)
     runtime.configure_malloc()
-    if args.rounds < 1:
+    if 'rounds' in args and args.rounds < 1:
       raise UserError(f'--rounds = {args.rounds} must be at least 1')
     program(args)
   except UserError as error:
