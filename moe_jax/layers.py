@@ -260,9 +260,9 @@ def _config(
   fixed = {
     'model.hidden_size': hidden_size,
     'model.dtype': 'float32',
-    # Of attention, which is not made.
-    'model.num_heads': 1,
-    'model.num_kv_heads': 1,
+    # Of attention, which is not made; any mesh divides them.
+    'model.num_heads': devices,
+    'model.num_kv_heads': devices,
     'model.head_dim': 2,
     'train.batch_size': devices,
   }

@@ -58,6 +58,7 @@ ROOMS = {
     'config errors parameter parallel.slices parallel.devices',
     'jax ml_collections',
   ),
+  'parallel.context': Room('parallel.mesh', 'jax'),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
   'parallel.peers': Room('errors', 'jax numpy'),
   'parallel.launch': Room('errors parallel.peers', 'jax'),
@@ -67,7 +68,9 @@ ROOMS = {
     'tensorflow_datasets array_record pyarrow datasets grain numpy etils'
     ' ml_collections tokenizers sentencepiece',
   ),
-  'model': Room(f'{_MODEL} parallel.devices', 'jax flax ml_collections'),
+  'model': Room(
+    f'{_MODEL} parallel.devices parallel.context', 'jax flax ml_collections'
+  ),
   'interop': Room(
     f'{_CONFIG} model',
     'jax flax ml_collections ml_dtypes numpy safetensors',

@@ -68,7 +68,7 @@ def test_strategy_is_resolved() -> None:
   )
   assert plan.make(config, 8)['strategy'] == {
     'layers': {'prefix': ['moe'], 'period': ['dense', 'moe'], 'repeats': 2},
-    'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 1},
+    'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'context': 1, 'tensor': 1},
     'dispatch': 'dropless',
     'expert_parallelism': 'all_to_all',
     # 3 others; 16 tokens of 32 float32 and 2 assignments; rooms of 16 rows.

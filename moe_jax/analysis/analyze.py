@@ -420,7 +420,7 @@ class _Analysis:
     """Returns the first row's routing, and its loss token by token."""
     del left
     model, hidden = self._hidden(params, batch, attention_state)
-    x_BLD = hidden.x_BLD
+    x_BLD = hidden.x_BLD.reshape(*batch['token_ids'].shape, -1)
     routing = routing_lib.by_router(hidden.aux, batch['token_ids'].size)
     length = x_BLD.shape[1]
     first = jax.tree.map(lambda a: a[:, :length], routing)

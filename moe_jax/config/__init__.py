@@ -9,6 +9,7 @@ from moe_jax.config.checks import check_given, validate
 from moe_jax.config.derived import (
   BATCH_AXES,
   MESH_AXES,
+  TOKEN_AXES,
   decay_end,
   eval_batch_size,
   fill,
@@ -29,6 +30,7 @@ from moe_jax.config.schema import get_config
 __all__ = [
   'BATCH_AXES',
   'MESH_AXES',
+  'TOKEN_AXES',
   'check_given',
   'decay_end',
   'eval_batch_size',

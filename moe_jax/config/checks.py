@@ -212,6 +212,7 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
   _check_divides(config, 'model.num_kv_heads', tensor, 'mesh.tensor')
   if 'dense' in kinds:
     _check_divides(config, 'model.ffn_width', tensor, 'mesh.tensor')
+  _check_context(config, mesh)
   if 'moe' in kinds:
     _check_exchange(config, mesh)
     factors = config.moe.factors
@@ -222,6 +223,25 @@ def _check_split_sizes(config: ConfigDict, mesh: dict[str, int]) -> None:
         factors * tensor,
         f'moe.factors x mesh.tensor = {factors} x {tensor}',
       )
+
+
+def _check_context(config: ConfigDict, mesh: dict[str, int]) -> None:
+  """Refuses to split positions where that cannot be, or unevenly."""
+  context, tensor = mesh['context'], mesh['tensor']
+  if context == 1:
+    return
+  if config.model.positions == 'span':
+    raise UserError(
+      f"mesh.context = {context} splits positions, and model.positions = 'span'"
+      ' reaches back to those of the segment before; set mesh.context = 1'
+    )
+  _check_divides(config, 'data.seq_len', context, 'mesh.context')
+  _check_divides(
+    config,
+    'model.num_heads',  # which attention has split in place of positions
+    context * tensor,
+    f'mesh.context x mesh.tensor = {context} x {tensor}',
+  )
 
 
 def _check_exchange(config: ConfigDict, mesh: dict[str, int]) -> None:

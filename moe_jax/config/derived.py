@@ -10,9 +10,12 @@ from ml_collections import ConfigDict
 from moe_jax.config.schema import KEYS
 from moe_jax.errors import UserError
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
-# Outside the experts, tokens are split over these axes together.
+# From the one that sends least.
+MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
+# Sequences are split over these axes together, and outside the experts tokens
+# over those and the one that splits positions.
 BATCH_AXES = ('data', 'fsdp', 'expert')
+TOKEN_AXES = (*BATCH_AXES, 'context')
 
 
 def get(config: ConfigDict, key: str) -> Any:

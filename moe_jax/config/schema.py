@@ -71,10 +71,14 @@ KEYS = {
   'mesh.data': _axis(-1, 'The batch is split, parameters are repeated.'),
   'mesh.fsdp': _axis(1, 'The batch is split, and so are parameters.'),
   'mesh.expert': _axis(1, 'The batch is split, and so are experts.'),
+  'mesh.context': _axis(
+    1, 'The positions of sequences are split, parameters are repeated.'
+  ),
   'mesh.tensor': _axis(1, 'Heads and feed-forward widths are split.'),
   'mesh.dcn.data': _axis(-1, 'Slices along `mesh.data`.'),
   'mesh.dcn.fsdp': _axis(1, 'Slices along `mesh.fsdp`.'),
   'mesh.dcn.expert': _axis(1, 'Slices along `mesh.expert`.'),
+  'mesh.dcn.context': _axis(1, 'Slices along `mesh.context`.'),
   'mesh.dcn.tensor': _axis(1, 'Slices along `mesh.tensor`.'),
   'model.num_layers': Key(
     4, 'The number of layers.', low=1, high=10_000, function=True

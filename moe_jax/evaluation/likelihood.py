@@ -8,6 +8,7 @@ are split over the mesh as those of an evaluation are.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,7 @@ class Scorer:
     self.longest = setup.config.data.seq_len
     self._rows = eval_batch_size(setup.config)
     self._groups = math.prod(setup.mesh.shape[axis] for axis in BATCH_AXES)
+    self._shards = setup.mesh.shape[mesh_lib.CONTEXT]
     self._sharding = mesh_lib.batch_sharding(setup.mesh)
     setup, self._packs = _alone(setup)
     self._step = make_score_step(setup)
@@ -123,7 +125,9 @@ class Scorer:
     self, params: Any, requests: Sequence[Request], lengths: np.ndarray
   ) -> Iterator[tuple[Batch, Scores]]:
     """Starts one batch after the other; yields it and its scores."""
-    make = packed_batches if self._packs else batches
+    make = packed_batches
+    if not self._packs:
+      make = functools.partial(batches, shards=self._shards)
     for batch in make(lengths, self._rows, self.longest, self._groups):
       waits_for('a batch of requests')
       signals.check()
@@ -164,7 +168,7 @@ def packed_batches(
 
 
 def batches(
-  lengths: np.ndarray, rows: int, longest: int, groups: int
+  lengths: np.ndarray, rows: int, longest: int, groups: int, shards: int = 1
 ) -> list[Batch]:
   """Returns batches of requests with a row each, the longest first.
 
@@ -173,9 +177,11 @@ def batches(
     rows: B of the longest ones; of shorter ones it is more.
     longest: The length that no request exceeds.
     groups: What divides every B; and `rows`.
+    shards: What divides every L; and `longest`.
   """
   made, tokens = [], rows * longest
-  for numbers, length in _by_length(lengths, tokens, longest):
+  step = math.lcm(_LENGTH_STEP, shards)
+  for numbers, length in _by_length(lengths, tokens, longest, step):
     most = max(tokens // length // groups, 1) * groups
     count = math.ceil(len(numbers) / most)
     # As even as can be, so that hardly a row of the last one is empty.
@@ -188,7 +194,7 @@ def batches(
 
 
 def _by_length(
-  lengths: np.ndarray, tokens: int, longest: int
+  lengths: np.ndarray, tokens: int, longest: int, step: int
 ) -> list[tuple[np.ndarray, int]]:
   """Returns rows sorted into lengths, the longest first.
 
@@ -197,7 +203,7 @@ def _by_length(
   the shortest rows on, the best way for all up to some length being the best
   way for fewer and one length more.
   """
-  rounded = np.minimum(-(-lengths // _LENGTH_STEP) * _LENGTH_STEP, longest)
+  rounded = np.minimum(-(-lengths // step) * step, longest)
   known, counts = np.unique(rounded, return_counts=True)
   below = np.concatenate([[0], np.cumsum(counts)])
   costs, begins = [0.0], [0]

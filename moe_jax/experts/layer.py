@@ -126,6 +126,7 @@ class MoELayer(nnx.Module):
       dropped,
       self.select,
       overflowed,
+      context.seq_shards,
     )
     return y_TD, state, Aux(load, routing)
 

@@ -95,7 +95,7 @@ class Steps:
     self.vocab_size = vocab_size
     self.attend = cast(CachedAttend, model.attend)
     self.num_shards = int(
-      np.prod([mesh.shape[axis] for axis in mesh_lib.BATCH_AXES])
+      np.prod([mesh.shape[axis] for axis in mesh_lib.TOKEN_AXES])
     )
     self._replicated = mesh_lib.replicated(mesh)
     of_cache = mesh_lib.memory_sharding(mesh, self.attend.state_axes)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.model.layers import rotate
+from moe_jax.parallel import context as context_lib
 from moe_jax.parameter import EMBED, HEADS, KV_HEADS, param
 from moe_jax.registry import ATTENTIONS as ATTENTIONS
 from moe_jax.routing.router import Context
@@ -279,6 +280,7 @@ class RotaryAttend:
     causal: CausalAttention,
     dropout: float,
     dropping: Callable[..., jax.Array],
+    mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     """Puts the parts together.
 
@@ -289,11 +291,13 @@ class RotaryAttend:
       dropping: The attention with dropout: like `causal`, and with the rate,
         the key of the random numbers and the ids of segments, or None, as
         further arguments.
+      mesh: Where it runs; None for one device.
     """
     self.theta = theta
     self.causal = causal
     self.dropout = dropout
     self.dropping = dropping
+    self.mesh = mesh
 
   def key_pe(self, head_dim: int, rngs: nnx.Rngs) -> None:
     """Returns None, as rotations are not learned."""
@@ -322,13 +326,26 @@ class RotaryAttend:
   ) -> tuple[jax.Array, AttentionState]:
     """Returns the weighted values, [B, L, H, A], and the state as it is."""
     ids_BL, positions_BL = context.segments or (None, None)
-    query_BLHA = rotate(query_BLHA, self.theta, positions_BL)
-    key_BLGA = rotate(key_BLGA, self.theta, positions_BL)
-    rotated = query_BLHA, key_BLGA, value_BLGA
-    if self.dropout and context.rng is not None:
-      attended_BLHA = self.dropping(*rotated, self.dropout, context.rng, ids_BL)
-    elif ids_BL is None:
-      attended_BLHA = self.causal(*rotated)
-    else:
-      attended_BLHA = self.causal.within(*rotated, ids_BL)
-    return attended_BLHA, state
+
+    def attend(
+      query_BLHA: jax.Array, key_BLGA: jax.Array, value_BLGA: jax.Array
+    ) -> jax.Array:
+      query_BLHA = rotate(query_BLHA, self.theta, positions_BL)
+      key_BLGA = rotate(key_BLGA, self.theta, positions_BL)
+      rotated = query_BLHA, key_BLGA, value_BLGA
+      if self.dropout and context.rng is not None:
+        return self.dropping(*rotated, self.dropout, context.rng, ids_BL)
+      if ids_BL is None:
+        return self.causal(*rotated)
+      return self.causal.within(*rotated, ids_BL)
+
+    return self._whole(context, attend, query_BLHA, key_BLGA, value_BLGA), state
+
+  def _whole(
+    self,
+    context: BlockContext,
+    attend: Callable[..., jax.Array],
+    *arrays: jax.Array,
+  ) -> jax.Array:
+    """Calls an attention of whole sequences, in whatever shards they are."""
+    return context_lib.by_heads(attend, self.mesh, context.seq_shards, *arrays)

@@ -138,7 +138,8 @@ class CachedRotary(RotaryAttend):
     key_BLGA = rotate(key_BLGA, self.theta, positions_BL)
     new = Cache.of(key_BLGA, value_BLGA)
     if slots is None:
-      return self.causal(query_BLHA, key_BLGA, value_BLGA), new
+      arrays = query_BLHA, key_BLGA, value_BLGA
+      return self._whole(context, self.causal, *arrays), new
     past_BGhC = _logits(query_BLHA, state)
     seen_BC = slots.seen_BC
     assert seen_BC is not None, '`slots` above names them'

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
 from moe_jax.model.attention_blocks import same_segment
+from moe_jax.parallel import context
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.devices import capability
 
@@ -111,8 +112,7 @@ def sharded(
   """Returns the same, run on every device's own sequences and heads."""
   if mesh is None or mesh.size == 1:
     return attention
-  rows = P(mesh_lib.BATCH_AXES)
-  spec = P(mesh_lib.BATCH_AXES, None, mesh_lib.TENSOR, None)
+  rows, spec = P(mesh_lib.BATCH_AXES), context.WHOLE
 
   def attend(*arrays: jax.Array) -> jax.Array:
     # Unchecked, as the kernels do not say along which axes their results vary.

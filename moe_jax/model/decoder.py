@@ -21,6 +21,7 @@ from moe_jax.model.attention import (
 )
 from moe_jax.model.block import Carry, Period
 from moe_jax.model.embedding import look_up
+from moe_jax.parallel import context as context_lib
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parameter import EXPERT, declaration, param
 from moe_jax.routing.cells import Cell
@@ -53,7 +54,8 @@ class Hidden(NamedTuple):
   """What a decoder computes of a batch before its head.
 
   Attributes:
-    x_BLD: What the head reads, in the dtype of the arithmetic.
+    x_BLD: What the head reads, in the dtype of the arithmetic; [B n, L / n, D]
+      on a mesh whose axis `context` has n devices.
     aux: What was asked for of every MoE layer, each array with leading axes
       [MoE layers, S]; None for a model without MoE layers.
     attention_state: What attention remembers, each array [layers, B, ...], to
@@ -138,6 +140,8 @@ class Decoder(nnx.Module):
     self.remat = model.remat
     self.num_residual_logits = build.num_residual_logits(config)
     self.num_layers = len(kinds)
+    # Texts to go on with are of any length, so there the axis splits rows.
+    self.seq_shards = 1 if cached else context_lib.size(mesh)
     self.in_place = cached and build.reads_in_place(parts, mesh)
     self.vocab_size = vocab_size
     self.repeats = (len(kinds) - first) // period
@@ -174,7 +178,8 @@ class Decoder(nnx.Module):
       step=step,
       rng=rng,
     )
-    return Output(self.logits(x_BLD), aux, attention_state)
+    logits_BLV = self.logits(x_BLD.reshape(*token_ids_BL.shape, -1))
+    return Output(logits_BLV, aux, attention_state)
 
   def hidden(
     self,
@@ -205,9 +210,10 @@ class Decoder(nnx.Module):
     """
     if attention_state is None:
       attention_state = self.start(len(token_ids_BL))
+    context = self._context(token_ids_BL, padding_mask_BL, step, rng)
     carry, aux, attention_state = self._run_blocks(
-      self._embed(token_ids_BL),
-      Context(self.cell, token_ids_BL, padding_mask_BL, step, rng),
+      self._embed(context.token_ids_BL),
+      context,
       segments,
       slots,
       attention_state,
@@ -231,8 +237,8 @@ class Decoder(nnx.Module):
     It is what `hidden` computes, for those who look for where something begins;
     without a scan, so what compiles grows with the layers.
     """
-    context = Context(self.cell, token_ids_BL, padding_mask_BL, step, rng)
-    carry = self._embed(token_ids_BL)
+    context = self._context(token_ids_BL, padding_mask_BL, step, rng)
+    carry = self._embed(context.token_ids_BL)
     yield carry, None
     for period, of_blocks, of_period in self._each_period(
       context, segments, attention_state
@@ -266,6 +272,7 @@ class Decoder(nnx.Module):
         rng,
         key_pe_AW,
         segments,
+        seq_shards=self.seq_shards,
       )
 
     yield self.prefix, of_prefix, given(for_prefix.rng)
@@ -278,6 +285,23 @@ class Decoder(nnx.Module):
     for i in range(self.repeats):
       own = jax.tree.map(operator.itemgetter(i), (params, of_periods, rngs))
       yield nnx.merge(graphdef, own[0]), own[1], given(own[2])
+
+  def _context(
+    self,
+    token_ids_BL: jax.Array,
+    padding_mask_BL: jax.Array,
+    step: jax.Array | None,
+    rng: jax.Array | None,
+  ) -> Context:
+    """Returns what all layers are told, of sequences in shards."""
+    return Context(
+      self.cell,
+      context_lib.shard(token_ids_BL, self.seq_shards),
+      context_lib.shard(padding_mask_BL, self.seq_shards),
+      step,
+      rng,
+      seq_shards=self.seq_shards,
+    )
 
   def _embed(self, token_ids_BL: jax.Array) -> Carry:
     """Returns what the first layer is given."""
@@ -445,6 +469,7 @@ class Decoder(nnx.Module):
         segments,
         slots,
         period=number,
+        seq_shards=self.seq_shards,
       )
       states = _unstack(attention_state, len(period.blocks))
       carry, auxes, states = period(carry, context, states)

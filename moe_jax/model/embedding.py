@@ -32,7 +32,7 @@ def look_up(
       table_VD = lax.all_gather(table_VD, mesh_lib.FSDP, axis=1, tiled=True)
     return table_VD[token_ids_BL]
 
-  tokens = P(mesh_lib.BATCH_AXES)
+  tokens = P(mesh_lib.TOKEN_AXES)
   return jax.shard_map(
     local,
     mesh=mesh,

@@ -130,7 +130,7 @@ def attention(
   causal = ATTENTIONS[attention_name(model.attention, case)](case)
   rotary = CachedRotary if cached else RotaryAttend
   return rotary(
-    model.rope_theta, causal, model.dropout, attention_blocks.blocks
+    model.rope_theta, causal, model.dropout, attention_blocks.blocks, mesh
   )
 
 
@@ -286,7 +286,7 @@ def across(
   """Returns the dispatch on a mesh, by the exchange of that name."""
   moe = config.moe
   layout = Layout(
-    token_axes=mesh_lib.BATCH_AXES,
+    token_axes=mesh_lib.TOKEN_AXES,
     expert_axis=mesh_lib.MESH_AXIS[parameter.EXPERT],
     tensor_axis=mesh_lib.MESH_AXIS[parameter.MLP],
     fsdp_axis=mesh_lib.MESH_AXIS[parameter.EMBED],
@@ -349,7 +349,7 @@ def exchange_bytes(
   rows = config.train.batch_size // config.train.accumulation // shards
   used = config.router.selection == 'top_k'
   sizes = ExchangeSizes(
-    tokens=rows * config.data.seq_len,
+    tokens=rows * config.data.seq_len // mesh[mesh_lib.CONTEXT],
     top_k=moe.top_k if used else moe.num_experts,
     num_experts=moe.num_experts,
     devices=mesh[mesh_lib.EXPERT],

@@ -73,7 +73,8 @@ def cross_entropy(
 
   Args:
     mesh: Where the arrays are, split as `moe_jax.parallel.mesh` says.
-    x_BLD: What the head reads.
+    x_BLD: What the head reads, or [B n, L / n, D] where sequences are in n
+      shards.
     head: The parameters of the head.
     targets: The targets and their weights.
   """
@@ -113,11 +114,13 @@ def _computed(
   *,
   with_gradient: bool,
 ) -> tuple[Loss, _Gradients | None]:
+  shape_BL = targets.ids_BL.shape
+  targets = jax.tree.map(lambda a: a.reshape(x_BLD.shape[:2]), targets)
   chunk = chunk_of(mesh.devices.flat[0].platform)
   local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)
-  tokens = P(mesh_lib.BATCH_AXES)
+  tokens = P(mesh_lib.TOKEN_AXES)
   stored = mesh_lib.spec('head_DV', head.weight_DV.shape, (EMBED, VOCAB), mesh)
   split_vocabulary = stored[1] is not None
   # Specs in the places of arrays: trees of one shape.
@@ -126,7 +129,7 @@ def _computed(
   specs = _Gradients
   gradient_specs = specs(tokens, head_specs) if with_gradient else None
   specs = Loss
-  return jax.shard_map(
+  loss, gradients = jax.shard_map(
     functools.partial(
       _of_device, local, mesh_lib.TENSOR if split_vocabulary else None
     ),
@@ -135,6 +138,8 @@ def _computed(
     out_specs=(specs(P(), tokens, tokens), gradient_specs),
     check_vma=True,
   )(x_BLD, head, targets)
+  of_each = (a.reshape(shape_BL) for a in (loss.of_token_BL, loss.is_best_BL))
+  return Loss(loss.sum, *of_each), gradients
 
 
 def _of_device(
@@ -150,13 +155,13 @@ def _of_device(
     head.weight_DV.astype(x_BLD.dtype), mesh_lib.FSDP, tiled=True
   )
   loss, gradients = local(x_BLD, Head(weight_DV, head.bias_V), targets, axis)
-  loss = loss._replace(sum=lax.psum(loss.sum, mesh_lib.BATCH_AXES))
+  loss = loss._replace(sum=lax.psum(loss.sum, mesh_lib.TOKEN_AXES))
   if gradients is None:
     return loss, None
   weight_DV, bias_V = gradients.head
   weight_DV = lax.psum_scatter(weight_DV, mesh_lib.FSDP, tiled=True)
   weight_DV = lax.psum(weight_DV, mesh_lib.REPEATED_AXES)
-  bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.BATCH_AXES)
+  bias_V = None if bias_V is None else lax.psum(bias_V, mesh_lib.TOKEN_AXES)
   return loss, _Gradients(gradients.x, Head(weight_DV, bias_V))
 
 

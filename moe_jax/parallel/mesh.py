@@ -9,15 +9,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from moe_jax import parameter
-from moe_jax.config import BATCH_AXES, MESH_AXES, mesh_shape
+from moe_jax.config import BATCH_AXES, MESH_AXES, TOKEN_AXES, mesh_shape
 from moe_jax.errors import UserError
 from moe_jax.parallel import slices
 from moe_jax.parallel.devices import limited_routing
 from moe_jax.parameter import Axes
 
-DATA, FSDP, EXPERT, TENSOR = MESH_AXES
+DATA, FSDP, EXPERT, CONTEXT, TENSOR = MESH_AXES
 # The axes that split tokens and along which most parameters are repeated.
-REPEATED_AXES = tuple(axis for axis in BATCH_AXES if axis != FSDP)
+REPEATED_AXES = tuple(axis for axis in TOKEN_AXES if axis != FSDP)
 # The default differs by JAX's version.
 _TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
@@ -91,20 +91,23 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of arrays whose leading axis is B or T."""
+  """Returns the sharding of batches, whose leading axis is B.
+
+  Devices along `context` have whole sequences of it: it is small.
+  """
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def memory_sharding(
   mesh: Mesh | AbstractMesh, behind: tuple[str, ...] = ()
 ) -> NamedSharding:
-  """Returns the sharding of arrays [layers, B, ...], split as their batch.
+  """Returns the sharding of arrays [layers, B, ...], split as tokens are.
 
   Args:
     mesh: A mesh with the axes `MESH_AXES`.
     behind: The axes that split what comes behind B; the rest is not split.
   """
-  return NamedSharding(mesh, P(None, BATCH_AXES, *behind))
+  return NamedSharding(mesh, P(None, TOKEN_AXES, *behind))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -117,18 +120,20 @@ def shard_tokens(
   mesh: Mesh | None,
   axis: int = 0,
   behind: tuple[str, ...] = (),
+  axes: tuple[str, ...] = TOKEN_AXES,
 ) -> jax.Array:
-  """Constrains the axis of B or T to the token axes of the mesh, if any.
+  """Constrains the axis of B or T to axes of the mesh, if there is one.
 
   Args:
     x: The array.
     mesh: Where it is; None for one device.
     axis: The axis of B or T.
     behind: As in `memory_sharding`.
+    axes: Those that split it, `BATCH_AXES` where rows are whole sequences.
   """
   if mesh is None or mesh.size == 1:
     return x
-  spec = P(*(None,) * axis, BATCH_AXES, *behind)
+  spec = P(*(None,) * axis, axes, *behind)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -84,7 +84,7 @@ def find(
     raise UserError(
       'nothing fits, not even one sequence per device and micro-batch with'
       " model.remat = 'full'; take more devices, or split the model over more"
-      ' of them: mesh.fsdp, mesh.expert, mesh.tensor'
+      ' of them: mesh.fsdp, mesh.expert, mesh.context, mesh.tensor'
     )
   return {
     'overrides': {
@@ -208,7 +208,7 @@ def advice(
     )
   return (
     'by estimate no batch would; take more devices, or split the model over'
-    ' more of them: mesh.fsdp, mesh.expert, mesh.tensor'
+    ' more of them: mesh.fsdp, mesh.expert, mesh.context, mesh.tensor'
   )
 
 

@@ -77,11 +77,14 @@ def temporaries(
   whole -= layer_kinds(config).count('moe') * alone
   working = whole * len(period) // config.model.num_layers
   held += period.count('moe')
-  tokens = rows * config.data.seq_len
+  context = mesh[mesh_lib.CONTEXT]
+  # Of attention that axis splits the heads.
+  scores = _scores(_one_device(config, mesh[mesh_lib.TENSOR] * context), alike)
+  tokens = rows * config.data.seq_len // context
   together = min(tokens, loss.chunk_of(device.platform))
   return Temporaries(
-    activations=rows * (kept + working + _scores(one, alike)),
-    dispatch=rows * held * dispatch,
+    activations=rows * ((kept + working) // context + scores),
+    dispatch=rows * held * dispatch // context,
     logits=together * _logits_of_token(vocab_rows(config, vocab_size), mesh),
     # Of experts, which the expert axis splits, backward keeps no copies.
     weight_copies=copies // mesh[mesh_lib.FSDP],

@@ -53,6 +53,7 @@ def load_of(
   dropped: jax.Array,
   select: Select,
   overflowed: jax.Array | None = None,
+  seq_shards: int = 1,
 ) -> Load:
   """Returns the sums over one sub-layer's routing.
 
@@ -62,19 +63,22 @@ def load_of(
     dropped: The assignments whose expert had no room.
     select: What made the routing.
     overflowed: The assignments that took the overflow fallback, or None.
+    seq_shards: As in `moe_jax.routing.router.Context`.
   """
   num_experts, (batch, length) = routing.num_experts, padding_mask_BL.shape
   real_BL = padding_mask_BL.astype(jnp.float32)
-  real_B = real_BL.sum(-1)
+  real_B = _of_sequences(real_BL.sum(-1), seq_shards)
   indices_BLK = routing.indices_TK.reshape(batch, length, -1)
   chosen_BLKN = indices_BLK[..., None] == jnp.arange(num_experts)
   counts_BN = chosen_BLKN.sum((1, 2), dtype=jnp.float32)
+  counts_BN = _of_sequences(counts_BN, seq_shards)
   counts_BN = select.balanced_counts(counts_BN)
   probability_BN = jnp.einsum(
     'BLN,BL->BN',
     routing.probabilities_TN.reshape(batch, length, num_experts),
     real_BL,
   )
+  probability_BN = _of_sequences(probability_BN, seq_shards)
   entropy_T = jax.scipy.special.entr(routing.probabilities_TN).sum(-1)
   z_T = jax.nn.logsumexp(routing.logits_TN, axis=-1) ** 2
   real_T = real_BL.reshape(-1)
@@ -93,6 +97,13 @@ def load_of(
     sequence_balance=_balance(counts_BN, probability_BN, real_B).sum(),
     sequences=(real_B > 0).sum(dtype=jnp.float32),
   )
+
+
+def _of_sequences(sums: jax.Array, shards: int) -> jax.Array:
+  """Returns the sums over sequences, [B, ...], of those over their shards."""
+  if shards == 1:
+    return sums
+  return sums.reshape(-1, shards, *sums.shape[1:]).sum(1)
 
 
 def joined(load: Load) -> Load:

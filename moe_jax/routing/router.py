@@ -21,13 +21,15 @@ class Context:
 
   Attributes:
     cell: The recurrent cell that the routers of all layers share.
-    token_ids_BL: The vocabulary indices of the tokens, int32.
-    padding_mask_BL: Bool; False marks padding, which is never routed or
+    token_ids_BL: The vocabulary indices of the tokens, int32; where sequences
+      are in shards, each of these is a row.
+    padding_mask_BL: Bool, alike; False marks padding, which is never routed or
       counted.
     step: The training step, int32; None in evaluation.
     rng: The key of this layer's random numbers; None where nothing is drawn.
     period: Which period of layers runs, int32, where experts have the
       parameters of all periods, stacked; None where they have their own.
+    seq_shards: The rows that make up a sequence, one after the other.
   """
 
   cell: Cell
@@ -36,6 +38,7 @@ class Context:
   step: jax.Array | None = None
   rng: jax.Array | None = None
   period: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+  seq_shards: int = dataclasses.field(default=1, kw_only=True)
 
   @property
   def padding_mask_T(self) -> jax.Array:

@@ -22,7 +22,9 @@ def split(tree: Any, count: int, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
     shape = array.shape
     parts = array.reshape(*shape[:axis], -1, count, *shape[axis + 1 :])
     parts = jnp.moveaxis(parts, axis + 1, 0)
-    return mesh_lib.shard_tokens(parts, mesh, axis=axis + 1)
+    return mesh_lib.shard_tokens(
+      parts, mesh, axis=axis + 1, axes=mesh_lib.BATCH_AXES
+    )
 
   return jax.tree.map(cut, tree)
 
@@ -34,7 +36,9 @@ def join(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
     array = jnp.moveaxis(parts, 0, axis + 1)
     shape = array.shape
     array = array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
-    return mesh_lib.shard_tokens(array, mesh, axis=axis)
+    return mesh_lib.shard_tokens(
+      array, mesh, axis=axis, axes=mesh_lib.BATCH_AXES
+    )
 
   return jax.tree.map(joined, tree)
 

@@ -128,14 +128,15 @@ BAD = {
   'mesh product': (
     {'mesh__data': 2, 'mesh__expert': 3},
     [
-      'mesh.data x mesh.fsdp x mesh.expert x mesh.tensor = 2 x 1 x 3 x 1 = 6',
+      'mesh.data x mesh.fsdp x mesh.expert x mesh.context x mesh.tensor'
+      ' = 2 x 1 x 3 x 1 x 1 = 6',
       'number of devices is 8',
       '-1',
     ],
   ),
   'mesh does not divide': (
     {'mesh__expert': 3},
-    ['mesh.fsdp x mesh.expert x mesh.tensor = 1 x 3 x 1 = 3', 'devices, 8'],
+    ['mesh.context x mesh.tensor = 1 x 3 x 1 x 1 = 3', 'devices, 8'],
   ),
   'two free axes': (
     {'mesh__fsdp': -1},
@@ -175,6 +176,23 @@ BAD = {
     {'mesh__tensor': 8},
     ['model.num_heads = 4', 'mesh.tensor = 8'],
   ),
+  'positions on devices': (
+    {'mesh__context': 8, 'data__seq_len': 100},
+    ['data.seq_len = 100', 'mesh.context = 8', '96 or 104 would'],
+  ),
+  'heads in place of positions': (
+    {'mesh__context': 4, 'mesh__tensor': 2},
+    ['model.num_heads = 4', 'mesh.context x mesh.tensor = 4 x 2 = 8'],
+  ),
+  'positions and a span': (
+    {
+      'mesh__context': 2,
+      'model__positions': 'span',
+      'model__span': 8,
+      'data__order': 'contiguous',
+    },
+    ["model.positions = 'span'", 'set mesh.context = 1'],
+  ),
   'parameters on devices': (
     {
       'mesh__fsdp': 8,
@@ -204,7 +222,8 @@ def test_experts_are_not_checked_in_a_dense_model() -> None:
 def test_mesh_shape_gives_the_free_axis_what_is_left() -> None:
   config = make(mesh__expert=4, mesh__tensor=2)
   shape = config_lib.mesh_shape(config, num_devices=16)
-  assert shape == {'data': 2, 'fsdp': 1, 'expert': 4, 'tensor': 2}
+  sizes = {'data': 2, 'fsdp': 1, 'expert': 4, 'context': 1, 'tensor': 2}
+  assert shape == sizes
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_training_marks_evaluations_without_the_best_experts(
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
   params = runs.restore(config, workdir, STEPS)['params']
-  shapes = {1: {}, 8: {'data': 2, 'expert': 2, 'tensor': 2}}
+  shapes = {1: {}, 8: {'context': 2, 'expert': 2, 'tensor': 2}}
   losses = {}
   for count, shape in shapes.items():
     mesh = mesh_lib.make_mesh(

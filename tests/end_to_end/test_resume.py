@@ -132,7 +132,7 @@ def test_goes_on_on_another_mesh(
   config: ConfigDict, straight: Path, halfway: Path
 ) -> None:
   # The process that saved had one device, this one has eight.
-  mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 2}
+  mesh = {'mesh.data': 2, 'mesh.context': 2, 'mesh.expert': 2}
   flags = [f'--config.{axis}={size}' for axis, size in mesh.items()]
   assert runs.call('train.py', runs.arguments(config, halfway) + flags) == 0
   rows, expected = runs.timeless_rows(halfway), runs.timeless_rows(straight)

@@ -30,7 +30,7 @@ PAIRS = [
 # The pairs whose buffers may overflow.
 BOUNDED = [('dropless', 'all_to_all'), ('dropless', 'ragged')]
 CONTRACT_MESHES = (
-  'data 2, fsdp 2, expert 2',
+  'fsdp 2, expert 2, context 2',
   'data 2, expert 4',
   'fsdp 2, expert 2, tensor 2',
 )
@@ -42,9 +42,11 @@ def overflows(
   """Assignments without room, counted with numpy."""
   experts, k = axes['expert'], choice.shape[1]
   groups = math.prod(axes.get(axis, 1) for axis in ('data', 'fsdp'))
-  tokens = T // groups // experts
-  # [group, from, token, assignment]: the device it goes to.
-  device = (choice // (N // experts)).reshape(groups, experts, tokens, k)
+  parts = axes.get('context', 1)
+  tokens = T // groups // experts // parts
+  # [group, from, part, token, assignment]: the device it goes to.
+  device = (choice // (N // experts)).reshape(groups, experts, parts, tokens, k)
+  device = device.swapaxes(1, 2).reshape(-1, experts, tokens, k)
   rows = np.stack([(device == to).sum((2, 3)) for to in range(experts)], -1)
   if exchange == 'ragged':
     return np.maximum(rows.sum(1) - math.ceil(factor * tokens * k), 0).sum()
@@ -126,7 +128,7 @@ def test_an_own_exchange_keeps_the_contract_and_auto_weighs_it(
       num_bytes=lambda moe, sizes, row_bytes: 1.0,  # so that it is the cheapest
     )
   )
-  axes = MESHES['data 2, fsdp 2, expert 2']
+  axes = MESHES['fsdp 2, expert 2, context 2']
   config = tiny.config(**{f'mesh.{axis}': size for axis, size in axes.items()})
   config_lib.validate(config, 8)
   mesh = mesh_lib.from_config(config, jax.devices())
@@ -220,7 +222,7 @@ def along_fsdp(jaxpr: Any, in_loop: bool = False) -> Iterator[bool]:
 def test_no_loop_gathers_weights_or_scatters_their_gradients() -> None:
   # The exact way takes one device's tokens after the other's; a gather in each
   # turn would be slow, and libtpu fails on a sum of gradients in each.
-  dispatch = across(MESHES['data 2, fsdp 2, expert 2'], 'all_to_all')
+  dispatch = across(MESHES['fsdp 2, expert 2, context 2'], 'all_to_all')
   computed = dense_experts.jitted(dispatch, N)
   of = dense_experts.problem(dense_experts.varied, N, 2)
   found = list(along_fsdp(jax.make_jaxpr(lambda: computed(of))().jaxpr))

@@ -126,7 +126,7 @@ def test_rows_end_where_they_are_told_to(model: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'axes',
-  [{'data': 2, 'tensor': 2}, {'fsdp': 2, 'expert': 2}, {'expert': 8}],
+  [{'data': 2, 'tensor': 2}, {'fsdp': 2, 'context': 2}, {'expert': 8}],
   ids=str,
 )
 def test_equal_on_every_mesh(model: Model, axes: dict[str, int]) -> None:

@@ -12,7 +12,7 @@ N = 8
 MESHES = {
   'expert 8': {'expert': 8},
   'data 2, expert 4': {'data': 2, 'expert': 4},
-  'data 2, fsdp 2, expert 2': {'data': 2, 'fsdp': 2, 'expert': 2},
+  'fsdp 2, expert 2, context 2': {'fsdp': 2, 'expert': 2, 'context': 2},
   'fsdp 2, expert 2, tensor 2': {'fsdp': 2, 'expert': 2, 'tensor': 2},
   'expert 2, tensor 4': {'expert': 2, 'tensor': 4},
 }

@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.model import attention_blocks, attention_kernels, implementations
 from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
 from moe_jax.model.decoder import Decoder
+from moe_jax.parallel import context
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.step import make_train_step
 from tests.helpers import registries, steps, tiny
@@ -235,7 +236,8 @@ def test_splash_equals_the_oracle() -> None:
 
 def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
   """The wrapper of the libraries' kernels, around one that runs here."""
-  shape = {'data': 2, 'fsdp': 1, 'expert': 2, 'tensor': 2}
+  axes = {'data': 2, 'expert': 2, 'tensor': 2}
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:8])
   seen = []
 
@@ -248,6 +250,31 @@ def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
   check_within(sharded, shape)
   assert seen[0] == ((1, 9, 2, 8), (1, 9, 1, 8), None)
   assert seen[-1] == (*seen[0][:2], (1, 9))
+
+
+def test_positions_are_exchanged_for_heads() -> None:
+  """Around the wrapper of kernels, with copies of both heads of keys."""
+  axes = {'data': 2, 'context': 2, 'tensor': 2}
+  shape = dict.fromkeys(mesh_lib.MESH_AXES, 1) | axes
+  mesh = mesh_lib.make_mesh(shape, jax.devices()[:8])
+  seen = []
+
+  def kernel(q: Any, k: Any, v: Any, ids: Any) -> Any:
+    seen.append((q.shape, k.shape, ids.shape))
+    return attention_blocks.blocks(q, k, v, segment_ids_BL=ids)
+
+  def attention(q: Any, k: Any, v: Any, ids: Any) -> Any:
+    sharded = attention_kernels.sharded(kernel, mesh)
+    found = context.by_heads(
+      lambda *arrays: sharded(*arrays, ids),
+      mesh,
+      2,
+      *(a.reshape(8, 5, *a.shape[2:]) for a in (q, k, v)),
+    )
+    return found.reshape(q.shape)
+
+  check_within(attention, (4, 10, 8, 2, 8))
+  assert set(seen) == {((2, 10, 2, 8), (2, 10, 1, 8), (2, 10))}
 
 
 def case(

@@ -45,7 +45,11 @@ ELEMENTWISE = (
   r'(scale|shift)_.*|.*bias_.*|log_temperature|fixed_table_VN|key_pe_AW'
   r'|embedding_X|fixed_up_XF|fixed_weights_FXN'
 )
-MESH = {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}
+MESH = dict.fromkeys(mesh_lib.MESH_AXES, 1) | {
+  'fsdp': 2,
+  'expert': 2,
+  'tensor': 2,
+}
 FILES = {'quickstart': quickstart, 'rmoe': rmoe, 'cartesian_moe': cartesian_moe}
 SHIPPED = [
   (file, names)
@@ -147,7 +151,7 @@ def test_other_models_too(name: str) -> None:
 
 def test_an_axis_that_does_not_divide_is_named() -> None:
   mesh = mesh_lib.abstract_mesh(
-    {'data': 1, 'fsdp': 1, 'expert': 3, 'tensor': 1}
+    dict.fromkeys(mesh_lib.MESH_AXES, 1) | {'expert': 3}
   )
   setup = abstract_setup.on_one_device(tiny.config())
   shapes = setup.abstract['params']

@@ -16,7 +16,7 @@ from moe_jax.parallel import mesh as mesh_lib
   [
     {'fsdp': 8},
     {'expert': 8},
-    {'data': 2, 'fsdp': 2, 'expert': 2},
+    {'data': 2, 'fsdp': 2, 'context': 2},
     {'fsdp': 2, 'expert': 2, 'tensor': 2},
   ],
 )

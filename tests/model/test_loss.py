@@ -15,7 +15,7 @@ from moe_jax.parallel import mesh as mesh_lib
 MESHES = {
   'one device': {},
   'tokens and vocabulary': {'data': 2, 'fsdp': 2, 'tensor': 2},
-  'experts': {'expert': 4, 'fsdp': 2},
+  'experts and positions': {'expert': 2, 'context': 2, 'fsdp': 2},
 }
 
 

@@ -73,10 +73,10 @@ def lines(mesh: np.ndarray, axis: int) -> list[list[Device]]:
 
 def test_only_the_named_axes_cross_slices() -> None:
   for keys, along in (
-    ({'data': 4, 'fsdp': 8, 'expert': 4}, [2, 1, 1, 1]),
-    ({'data': 2, 'fsdp': 16, 'expert': 4}, [2, 1, 1, 1]),
-    ({'data': 1, 'fsdp': 32, 'expert': 4, 'dcn_fsdp': 2}, [1, 2, 1, 1]),
-    ({'data': 4, 'expert': 32, 'dcn_expert': 2}, [1, 1, 2, 1]),
+    ({'data': 4, 'fsdp': 8, 'expert': 4}, [2, 1, 1, 1, 1]),
+    ({'data': 2, 'fsdp': 16, 'context': 4}, [2, 1, 1, 1, 1]),
+    ({'data': 1, 'fsdp': 32, 'expert': 4, 'dcn_fsdp': 2}, [1, 2, 1, 1, 1]),
+    ({'data': 4, 'expert': 32, 'dcn_expert': 2}, [1, 1, 2, 1, 1]),
   ):
     mesh = placed(tpus(2, 4, 4, 4), **keys)
     assert len(set(mesh.flat)) == mesh.size == 128
@@ -88,7 +88,7 @@ def test_only_the_named_axes_cross_slices() -> None:
 def test_two_axes_cross_four_slices() -> None:
   keys = {'data': 4, 'fsdp': 8, 'expert': 8, 'dcn_data': 2, 'dcn_fsdp': -1}
   mesh = placed(tpus(4, 4, 4, 4), **keys)
-  for axis, expected in enumerate([2, 2, 1, 1]):
+  for axis, expected in enumerate([2, 2, 1, 1, 1]):
     for line in lines(mesh, axis):
       assert len({device.slice_index for device in line}) == expected
 
@@ -96,7 +96,7 @@ def test_two_axes_cross_four_slices() -> None:
 def test_an_axis_follows_a_line_of_the_torus() -> None:
   """Neighbours in the mesh are neighbours on the wire, where sizes allow it."""
   mesh = placed(tpus(2, 4, 4, 4), data=2, fsdp=4, expert=4, tensor=4)
-  for axis in (1, 2, 3):
+  for axis in (1, 2, 4):
     for line in lines(mesh, axis):
       coords = np.array([device.coords for device in line])
       assert (coords != coords[0]).any(axis=0).sum() == 1
@@ -109,7 +109,7 @@ def test_hosts_are_slices(platform: str, known: bool) -> None:
   """Those that report it, and asked for, those of processes."""
   devices = hosts(platform, 2, 4, known)
   mesh = placed(devices, data=2, fsdp=4, dcn_data=1, dcn_fsdp=2)
-  for axis, expected in enumerate([1, 2, 1, 1]):
+  for axis, expected in enumerate([1, 2, 1, 1, 1]):
     for line in lines(mesh, axis):
       assert len({device.process_index for device in line}) == expected
 
@@ -130,12 +130,12 @@ def test_without_slices_the_first_axis_crosses_processes() -> None:
     (
       tpus(2, 2, 2, 2),
       {'data': 4, 'fsdp': 4, 'dcn_data': 4},
-      ['= 4 x 1 x 1 x 1 = 4, but the number of slices is 2'],
+      ['= 4 x 1 x 1 x 1 x 1 = 4, but the number of slices is 2'],
     ),
     (
       tpus(1, 2, 2, 2),
       {'dcn_fsdp': 2},
-      ['mesh.dcn.fsdp', '= 2 x 1 x 1 = 2', 'number of slices, 1'],
+      ['mesh.dcn.fsdp', '= 2 x 1 x 1 x 1 = 2', 'number of slices, 1'],
     ),
     (tpus(2, 2, 2, 2), {'dcn_data': 0}, ['mesh.dcn.data = 0', 'at least 1']),
     (
@@ -151,7 +151,7 @@ def test_without_slices_the_first_axis_crosses_processes() -> None:
     (
       [*hosts('cuda', 2, 4, known=True)[:7], Device(7, 0, 0, 'cuda', 'cuda')],
       {'data': 8},
-      ['4 x 1 x 1 x 1 in each slice of 2', '4'],
+      ['4 x 1 x 1 x 1 x 1 in each slice of 2', '4'],
     ),
   ],
 )

@@ -191,6 +191,10 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   for exchange in ('all_to_all', 'ragged'):
     bounded = of({'expert': 4}, moe__exchange=exchange)
     assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
+  # Positions are split as sequences are.
+  positions = of({'context': 4})
+  assert positions.activations * 4 == pytest.approx(one.activations, 1e-5)
+  assert positions.dispatch * 4 == one.dispatch
   full = of(model__remat='full')
   assert full.activations < one.activations * 0.53
   # All layers' dispatch and the working set's; without it the latter alone.
