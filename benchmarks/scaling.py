@@ -101,9 +101,9 @@ def measure(
     a program that `fits`, also `memory_bytes` by kind, `sent_bytes_per_token`
     and `_most` (where every conditional sends as much as it can) of all
     devices together, `collectives`: bytes per device by kind and axes,
-    `estimated_seconds` (of fusions alone, and where the clock is published),
-    `compile_seconds` and, of all threads, `compile_cpu_seconds`; of one that
-    does not, `needed_bytes`, at least.
+    `cycles` as `planning.compiled.report` returns them, `compile_seconds` and,
+    of all threads, `compile_cpu_seconds`; of one that does not, `needed_bytes`,
+    at least.
 
   Raises:
     UserError: anything wrong with the config or the topologies.
@@ -155,7 +155,7 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
   kept = (
     'memory_bytes',
     'available_bytes',
-    'estimated_seconds',
+    'cycles',
     'compile_seconds',
     'compile_cpu_seconds',
   )

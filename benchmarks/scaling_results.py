@@ -20,8 +20,9 @@ below and its picture, `scaling.png`:
 _ABOUT = """
 The batch grows with the chips. Memory is what the program needs; bytes are sent
 by all chips together, where every assignment finds room in the buffers of its
-exchange; fusions are the computation without kernels and copies, as the
-compiler expects it.
+exchange. The time is what the compiler expects of fusions, where nothing
+overflows, and what kernels take at the peak of the chip; collectives are not in
+it. The MFU would be that if a step took no longer.
 
 """
 _COLUMNS = (
@@ -32,7 +33,8 @@ _COLUMNS = (
   'GiB per chip',
   'sent per token, KiB',
   'compile, s of CPU',
-  'fusions, ms',
+  'time, ms',
+  'MFU at most, %',
 )
 
 
@@ -151,16 +153,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
   ]
   if not row['fits']:
     needed = f'does not fit: {row["needed_bytes"] / _GIB:.2f}'
-    return [*cells, needed, '', '', '']
+    return [*cells, needed, *[''] * 4]
   return [
     *cells,
     f'{row["memory_bytes"]["total"] / _GIB:.2f}',
     f'{row["sent_bytes_per_token"] / 1024:,.1f}',
-    _shown(row['compile_cpu_seconds']),
-    _shown(row['estimated_seconds'], 1000),
+    f'{row["compile_cpu_seconds"]:,.0f}',
+    *_time(row['cycles']),
   ]
 
 
-def _shown(value: float | None, times: float = 1) -> str:
-  """Empty for what is not known."""
-  return '' if value is None else f'{times * value:,.0f}'
+def _time(cycles: dict[str, Any] | None) -> list[str]:
+  """The milliseconds and the bound, empty where the clock is not published."""
+  if cycles is None or cycles['mfu_bound'] is None:
+    return ['', '']
+  seconds = cycles['fusion_seconds'] + cycles['kernel_seconds']
+  return [f'{1000 * seconds:,.0f}', f'{100 * cycles["mfu_bound"]:.1f}']

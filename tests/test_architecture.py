@@ -142,12 +142,13 @@ ROOMS = {
   'planning.hlo': Room(),
   'planning.replica_groups': Room(),
   'planning.collectives': Room('planning.hlo planning.replica_groups'),
+  'planning.tpu_cycles': Room('planning.hlo'),
   'planning.gpus': Room('errors'),
   'planning.roofline': Room('planning.hlo planning.gpus'),
   'planning': Room(
     f'{_CONFIG} runtime data parallel.mesh experts model training planning.hlo'
     ' planning.collectives planning.replica_groups planning.gpus'
-    ' planning.roofline',
+    ' planning.roofline planning.tpu_cycles',
     'jax flax ml_collections',
   ),
   'analysis.compare': Room(f'{_CONFIG} model planning', 'ml_collections'),

@@ -25,6 +25,7 @@ from moe_jax.planning import (
   replica_groups,
   roofline,
   topologies,
+  tpu_cycles,
 )
 from moe_jax.planning.collectives import Collective, collectives, total_bytes
 from moe_jax.planning.memory import format_bytes
@@ -185,10 +186,10 @@ def report(
     `collectives`, each with `axes` of the mesh and whether a loop of unknown
     length repeats it (`in_unknown_loop`), and the bytes that a device sends in
     a step (`sent_bytes`), where conditionals take the branch that sends least,
-    and those where they take the other (`sent_bytes_most`); `estimated_cycles`
-    of `hlo` and `estimated_seconds`, None where the compiler gives none; and of
-    a GPU that is known by name the `roofline` of that module, with `mfu_bound`,
-    the MFU if no kernel were better and nothing travelled, otherwise None.
+    and those where they take the other (`sent_bytes_most`); of a TPU the
+    `cycles` of `_cycles`; and of a GPU that is known by name the `roofline` of
+    that module, with `mfu_bound`, the MFU if no kernel were better and nothing
+    travelled. Each is None of other devices.
 
   Raises:
     DoesNotFitError: The program needs more than a device has.
@@ -200,8 +201,6 @@ def report(
     raise DoesNotFitError(needs['total'], available)
   costs = compiled.cost_analysis() or {}
   least = collectives(text, choose=min)
-  cycles = hlo.estimated_cycles(text)
-  hertz = target.chip.hertz if target.chip else None
   on_gpu = target.devices[0].platform == 'gpu'
   return {
     'device': target.devices[0].device_kind,
@@ -213,8 +212,7 @@ def report(
     'flops': costs.get('flops'),
     'matmul_flops': hlo.matmul_flops(text) if on_gpu else None,
     'unknown': list(_UNKNOWN_OF_GPUS) if on_gpu and target.chip else [],
-    'estimated_cycles': cycles,
-    'estimated_seconds': cycles / hertz if cycles and hertz else None,
+    'cycles': _cycles(setup, text, target),
     'roofline': _roofline(setup, text, target),
     'sent_bytes': total_bytes(least),
     'sent_bytes_most': total_bytes(collectives(text, choose=max)),
@@ -222,19 +220,55 @@ def report(
   }
 
 
+def _cycles(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
+  """Returns for how long a TPU computes, None of another device.
+
+  It has the cycles of `fusions` of `tpu_cycles.estimated_cycles`, with the
+  other branches `fusions_most`; `kernel_flops` of that module; and, None where
+  the clock is not published, `fusion_seconds`, `kernel_seconds` at the peak,
+  and `mfu_bound`, the MFU if nothing but these took time.
+  """
+  fusions = tpu_cycles.estimated_cycles(text)
+  if fusions is None:
+    return None
+  told = {
+    'fusions': fusions,
+    'fusions_most': tpu_cycles.estimated_cycles(text, max),
+    'kernel_flops': tpu_cycles.kernel_flops(text),
+    'fusion_seconds': None,
+    'kernel_seconds': None,
+    'mfu_bound': None,
+  }
+  hertz = target.chip.hertz if target.chip else None
+  peak = device_peaks.peak(target.devices[0].device_kind, 'bfloat16')
+  if hertz is None or peak is None:
+    return told
+  seconds = {
+    'fusion_seconds': fusions / hertz,
+    'kernel_seconds': told['kernel_flops'] / peak,
+  }
+  bound = _model_flops(setup) / peak / sum(seconds.values())
+  return told | seconds | {'mfu_bound': bound}
+
+
 def _roofline(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
   """Returns the roofline and its `mfu_bound`; None of what is not known."""
-  kind, config = target.devices[0].device_kind, setup.config
+  kind = target.devices[0].device_kind
   gpu = gpus.of_kind(kind)
   if gpu is None:
     return None
   told = roofline.report(text, gpu)
-  counted = config, setup.abstract['params'], setup.declarations
-  tokens = config.train.batch_size * config.data.seq_len / setup.mesh.size
   peak = device_peaks.peak(kind, 'bfloat16')
   assert peak is not None, 'the peaks of all GPUs here are known'
-  flops = sizes.flops_per_token(*counted) * tokens
-  return told | {'mfu_bound': flops / peak / told['seconds']}
+  return told | {'mfu_bound': _model_flops(setup) / peak / told['seconds']}
+
+
+def _model_flops(setup: Setup) -> float:
+  """Returns the operations that the model asks of a device in a step."""
+  config = setup.config
+  counted = config, setup.abstract['params'], setup.declarations
+  tokens = config.train.batch_size * config.data.seq_len / setup.mesh.size
+  return sizes.flops_per_token(*counted) * tokens
 
 
 def _row(each: Collective, mesh: Mapping[str, int]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reads the text of a compiled program (`compiled.as_text()`): XLA's HLO.
 
 It reads only what counting needs: instructions by computation, the bytes of a
-shape, which computation calls which, how often a loop runs, for how long a TPU
-computes, as its compiler estimates it, and the matmuls of a GPU.
+shape, which computation calls which, how often a loop runs, and the matmuls of
+a GPU.
 """
 
 import itertools
@@ -23,8 +23,6 @@ _CALLEES = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations'
   r'|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)'
 )
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_UNKNOWN_CYCLES = 1 << 60  # what is no less is a mark, not a number
 # Not reductions and sorts: what they apply is arithmetic on scalars.
 _CALLING = ('fusion', 'call', 'custom-call', 'async-start', 'conditional')
 
@@ -147,28 +145,6 @@ def fused(program: Program) -> set[str]:
   }
 
 
-def estimated_cycles(hlo_text: str) -> int | None:
-  """Returns the cycles of all fusions, as often as their loops repeat them.
-
-  Programs for TPUs carry an estimate of the cycles of every fusion. Kernels
-  (grouped matmuls, attention), collectives and copies have none, and what the
-  hardware does beside the tensor core is not in it: it is a lower bound. Of a
-  conditional the dearest branch counts. None stands for a program that carries
-  no estimates, as those of other devices.
-  """
-
-  def own(
-    instruction: Instruction, computation: dict[str, Instruction]
-  ) -> int | None:
-    del computation
-    stated = _CYCLES.search(instruction.attributes)
-    if stated is None:
-      return None
-    return int(stated[1]) if int(stated[1]) < _UNKNOWN_CYCLES else 0
-
-  return _total(hlo_text, own, max) or None
-
-
 class Matmul(NamedTuple):
   """A matmul of a GPU.
 
@@ -197,10 +173,10 @@ def matmul_flops(hlo_text: str) -> int | None:
     matmul = _matmul(instruction, computation)
     return matmul.flops if matmul else None
 
-  return _total(hlo_text, own, min) or None
+  return total(hlo_text, own, min) or None
 
 
-def _total(
+def total(
   hlo_text: str,
   own: Callable[[Instruction, dict[str, Instruction]], int | None],
   choose: Callable[[Iterable[int]], int],

@@ -126,11 +126,28 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     rows['  sent'] += (
       f'; {format_bytes(most)} more if all conditionals turn out so'
     )
+  if report['cycles']:
+    rows |= _cycles(report['cycles'])
   if report['roofline']:
     rows |= _roofline(report['roofline'])
   if report['unknown']:
     rows['  unknown'] = '; '.join(report['unknown'])
   return rows | _collectives(report)
+
+
+def _cycles(report: dict[str, Any]) -> dict[str, str]:
+  """Returns the row about how long a TPU computes."""
+  cycles = f'{report["fusions"]:,} cycles of fusions'
+  if more := report['fusions_most'] - report['fusions']:
+    cycles += f' ({more:,} more if all conditionals turn out so)'
+  if report['mfu_bound'] is None:
+    return {'  time': f'{cycles}; the clock is not published'}
+  fusions, kernels = report['fusion_seconds'], report['kernel_seconds']
+  return {
+    '  time': f'{1000 * (fusions + kernels):.1f} ms, MFU at most'
+    f' {report["mfu_bound"]:.1%}: {cycles} in {1000 * fusions:.1f} ms, and'
+    f' {1000 * kernels:.1f} ms of kernels at the peak, without collectives'
+  }
 
 
 def _roofline(report: dict[str, Any]) -> dict[str, str]:
@@ -169,13 +186,7 @@ def _compute(report: dict[str, Any]) -> str:
     return f'{report["matmul_flops"]:,} FLOPs in matmuls per device'
   flops = report['flops']
   text = 'FLOPs unknown' if flops is None else f'{flops:,.0f} FLOPs per device'
-  text += ', bodies of loops counted once'
-  if report['estimated_seconds']:
-    seconds = report['estimated_seconds']
-    text += f'; fusions estimated at {1000 * seconds:.1f} ms'
-  elif report['estimated_cycles']:
-    text += f'; fusions estimated at {report["estimated_cycles"]:,} cycles'
-  return text
+  return text + ', bodies of loops counted once'
 
 
 def _collectives(report: dict[str, Any]) -> dict[str, str]:

@@ -46,12 +46,14 @@ class Target(NamedTuple):
 # https://cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x
 # Clocks are the published bfloat16 peak over the operations of a cycle, where
 # the matrix units are published too (2 x 128 x 128 x their number):
-# https://jax-ml.github.io/scaling-book/tpus
+# https://jax-ml.github.io/scaling-book/tpus. A v6e has 4 of 256 x 256 by its
+# page; by later versions of it 2, but its compiler expects more of matmuls than
+# these could do.
 CHIPS = {
   'v4': Chip(int(30.75 * _GIB), 1.05e9, 'v4:4x4x4'),
   'v5e': Chip(int(15.75 * _GIB), 1.5e9, 'v5e:4x4'),
   'v5p': Chip(int(95.74 * _GIB), 1.75e9, 'v5p:4x4x4'),
-  'v6e': Chip(int(31.25 * _GIB), None, 'v6e:4x4'),
+  'v6e': Chip(int(31.25 * _GIB), 1.75e9, 'v6e:4x4'),
   'tpu7x': Chip(int(94.75 * _GIB), None, 'tpu7x:2x2x4'),
 }
 _ALIASES = {'v5litepod': 'v5e', 'v7x': 'tpu7x'}

@@ -45,7 +45,11 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
     'available_bytes': 16 << 30,
     'sent_bytes_per_token': 2048.0,
     'compile_cpu_seconds': 61.4,
-    'estimated_seconds': 0.0123,
+    'cycles': {
+      'fusion_seconds': 0.01,
+      'kernel_seconds': 0.0023,
+      'mfu_bound': 0.407,
+    },
   }
   return made | changes
 
@@ -54,14 +58,19 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
 def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   scaling_results.keep(row('a', 4, compile_cpu_seconds=1.0), tmp_path)
   scaling_results.keep(row('a', 16), tmp_path)
+  unknown = {'fusions': 10**6, 'mfu_bound': None}
+  scaling_results.keep(row('c', 4, cycles=unknown), tmp_path)
   scaling_results.keep(row('b', 4, fits=False, needed_bytes=20 << 30), tmp_path)
   scaling_results.keep(row('a', 4), tmp_path)  # in place of the first
   lines = (tmp_path / 'scaling.jsonl').read_text().splitlines()
-  assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4]
+  assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4, 4]
   table = (tmp_path / 'README.md').read_text()
-  assert '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 |' in table
+  assert (
+    '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 | 40.7 |' in table
+  )
   assert 'does not fit: 20.00' in table and '| 1 |' not in table
-  assert table.count('benchmarks.scaling --config=x.py') == 2  # a and b
+  assert '| 2.0 | 61 |  |  |' in table  # of a clock that nobody publishes
+  assert table.count('benchmarks.scaling --config=x.py') == 3  # a, b, c
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
 

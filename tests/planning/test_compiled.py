@@ -39,7 +39,7 @@ def test_data_parallelism_sends_every_gradient_once_around() -> None:
   # Parameters and two moments, donated; the batch is not.
   assert aliased == pytest.approx(12 * parameters, abs=100)
   assert told['fits'] is told['available_bytes'] is None
-  assert told['estimated_cycles'] is None
+  assert told['cycles'] is told['roofline'] is None
 
 
 @pytest.mark.slow
@@ -52,7 +52,10 @@ def test_a_tpu_program() -> None:
   assert told['device'] == 'TPU v5 lite' and told['num_devices'] == 4
   assert told['fits'] and told['spare_bytes'] > 15 << 30
   assert told['flops'] > 0 and told['matmul_flops'] is None
-  assert 0 < told['estimated_seconds'] < 1
+  cycles = told['cycles']
+  assert cycles['fusion_seconds'] == cycles['fusions'] / 1.5e9
+  assert cycles['fusions_most'] >= cycles['fusions'] > 0
+  assert 0 < cycles['mfu_bound'] < 1
   axes = {axis for each in told['collectives'] for axis in each['axes']}
   assert axes == {'fsdp'}
 
@@ -61,6 +64,7 @@ def test_a_tpu_program() -> None:
   assert made['strategy']['dtype'] == 'bfloat16'
   text = plan.table(made | {'compiled': told})
   assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
+  assert 'MFU at most' in text
 
 
 @pytest.mark.slow
