@@ -111,7 +111,7 @@ ATTENTIONS: Registry[Any] = Registry(
   'model.attention', 'xla blocks cudnn splash'
 )
 GROUPED_MATMULS: Registry[Any] = Registry(
-  'moe.grouped_matmul', 'blocks ragged_dot padded triton mosaic'
+  'moe.grouped_matmul', 'blocks ragged_dot padded megablox triton mosaic'
 )
 OPTIMIZERS: Registry[Any] = Registry(
   'optimizer.name', 'adamw adafactor lion muon'

@@ -19,8 +19,10 @@ from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel.devices import capability
 
 _LANES = 128  # of a TPU's vector registers, which fill its blocks
-# Of queries and keys that a TPU core works on at a time; those of MaxText.
-_BLOCK = 512
+# Of queries and keys that a TPU core brings in at a time, and of keys that it
+# multiplies at a time. MaxText's recipes bring in up to 2048, for which they
+# allow kernels more memory.
+_BLOCK, _COMPUTE = 1024, 512
 
 # Of queries, keys and values, and ids of segments where there are some.
 _Attention = Callable[..., jax.Array]
@@ -130,15 +132,27 @@ def sharded(
 
 
 def _block_sizes(length: int) -> splash_attention.BlockSizes:
-  """Returns the largest up to `_BLOCK` that divide the length."""
-  size = next(n for n in range(_BLOCK, 0, -_LANES) if length % n == 0)
+  """Returns the largest that divide the length.
+
+  In one kernel all gradients would save two products of a square. But of those
+  of queries it makes a part per block of keys, and to add them up costs more,
+  by the compiler's count, than these products.
+  """
+  block, compute = (
+    next(n for n in range(most, 0, -_LANES) if length % n == 0)
+    for most in (_BLOCK, _COMPUTE)
+  )
+  if block % compute:  # as a kernel takes a block in equal parts
+    compute = block
   return splash_attention.BlockSizes(
-    block_q=size,
-    block_kv=size,
-    block_q_dkv=size,
-    block_kv_dkv=size,
-    block_q_dq=size,
-    block_kv_dq=size,
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=compute,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=compute,
+    block_q_dq=block,
+    block_kv_dq=block,
   )
 
 

@@ -189,7 +189,11 @@ def grouped_matmul(
 
 def _preferred_matmuls(device: jax.Device) -> tuple[str, ...]:
   """Returns those of which `auto` takes the first, where none was measured."""
-  by_platform = {'cpu': ('blocks',), 'gpu': ('triton', 'padded')}
+  by_platform = {
+    'cpu': ('blocks',),
+    'gpu': ('triton', 'padded'),
+    'tpu': ('megablox', 'ragged_dot'),
+  }
   return by_platform.get(device.platform, ('ragged_dot',))
 
 

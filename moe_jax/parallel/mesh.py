@@ -76,14 +76,18 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 def compiler_options(mesh: Mesh) -> dict[str, str]:
   """Returns the options of XLA for this mesh, where libtpu's defaults are bad.
 
-  Rows are exchanged while something else is computed, where that compiles. And
-  where a core has 128 MiB of VMEM a kernel may take 32 of them instead of 16:
-  libtpu 0.0.42 tiles some grouped matmuls too large for its own limit.
+  Rows are exchanged while something else is computed, where that compiles. No
+  matmul is cut into one per device, to be computed while the parts of a weight
+  arrive: these are too small to compute well. And where a core has 128 MiB of
+  VMEM a kernel may take 32 of them instead of 16: libtpu 0.0.42 tiles some
+  grouped matmuls too large for its own limit.
   """
   device = next(iter(mesh.devices.flat))
   options = {}
   if device.device_kind in _ROOMY_KINDS:
     options['xla_tpu_scoped_vmem_limit_kib'] = '32768'
+  if device.platform == 'tpu':
+    options['xla_jf_spmd_threshold_for_windowed_einsum_mib'] = '1000000'
   if device.platform == 'tpu' and not limited_routing(device, mesh.size):
     options['xla_tpu_enable_async_all_to_all'] = 'true'
     options['xla_tpu_enable_async_ragged_all_to_all'] = 'true'

@@ -231,10 +231,11 @@ def _cycles(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
   fusions = tpu_cycles.estimated_cycles(text)
   if fusions is None:
     return None
+  kernel_flops = tpu_cycles.kernel_flops(text)
   told = {
     'fusions': fusions,
     'fusions_most': tpu_cycles.estimated_cycles(text, max),
-    'kernel_flops': tpu_cycles.kernel_flops(text),
+    'kernel_flops': kernel_flops,
     'fusion_seconds': None,
     'kernel_seconds': None,
     'mfu_bound': None,
@@ -245,7 +246,7 @@ def _cycles(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
     return told
   seconds = {
     'fusion_seconds': fusions / hertz,
-    'kernel_seconds': told['kernel_flops'] / peak,
+    'kernel_seconds': kernel_flops / peak,
   }
   bound = _model_flops(setup) / peak / sum(seconds.values())
   return told | seconds | {'mfu_bound': bound}

@@ -20,7 +20,7 @@ from moe_jax.model.implementations import available_matmuls, chosen_matmul
 from tests.helpers import registries
 from tests.helpers.dense_matmul import ROWS, SIZES, both_ways, of_gpus
 
-# The kernels of tokamax run on their devices alone.
+# The kernels of tokamax and JAX run on their devices alone.
 HERE = ['blocks', 'ragged_dot', 'padded']
 
 
@@ -158,7 +158,7 @@ def test_triton_lowers_for_cuda(
 
 def test_the_contract_is_run_by_all_that_can() -> None:
   assert available_matmuls(jax.devices()[0]) == HERE
-  assert set(GROUPED_MATMULS) == {*HERE, 'triton', 'mosaic'}
+  assert set(GROUPED_MATMULS) == {*HERE, 'megablox', 'triton', 'mosaic'}
 
 
 def test_none_needs_no_package_on_any_platform() -> None:

@@ -42,7 +42,7 @@ def test_auto_is_what_suits_the_platform() -> None:
   assert chosen_matmul('auto', on('gpu')).name == 'triton'
   assert chosen_matmul('auto', on('gpu', '7.5')).name == 'padded'
   assert chosen_matmul('auto', on('gpu', 'gfx942')).name == 'padded'  # AMD's
-  assert chosen_matmul('auto', on('tpu')).name == 'ragged_dot'
+  assert chosen_matmul('auto', on('tpu')).name == 'megablox'
   assert chosen_matmul('auto', on('rocm')).name == 'ragged_dot'
 
 
@@ -133,6 +133,8 @@ def test_available_lists_what_has_no_obstacle() -> None:
     'padded',
     'triton',
   ]
+  on_tpus = available_matmuls(on('tpu'))
+  assert on_tpus[-1] == 'megablox' and 'triton' not in on_tpus
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_available_lists_what_has_no_obstacle() -> None:
   [
     ({}, {}, on('cpu'), 'float32 blocks blocks none'),
     ({}, {'expert': 4}, on('gpu', '9.0'), 'bfloat16 cudnn triton all_to_all'),
-    ({}, {'expert': 8}, on('tpu'), 'bfloat16 splash ragged_dot ragged'),
+    ({}, {'expert': 8}, on('tpu'), 'bfloat16 splash megablox ragged'),
     (
       {
         'model.attention': 'xla',

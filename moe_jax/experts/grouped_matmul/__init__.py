@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from moe_jax.experts.grouped_matmul import blocks, padded, tokamax
+from moe_jax.experts.grouped_matmul import blocks, megablox, padded, tokamax
 from moe_jax.registry import GROUPED_MATMULS
 
 # (rows_MD, weights_NDF, sizes_N) -> [M, F]
@@ -135,6 +135,23 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
   return Implementation(forward, backward)
 
 
+def _by_megablox() -> Implementation:
+  """Returns `ragged_dot` with the weights' gradient of `megablox`."""
+  forward, backward, _ = _derived(_ragged_dot)
+
+  def own_backward(
+    rows_MD: jax.Array,
+    weights_NDF: jax.Array,
+    sizes_N: jax.Array,
+    grad_MF: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    # The gradient of weights that this derives is not used, so not computed.
+    rows_grad_MD, _ = backward(rows_MD, weights_NDF, sizes_N, grad_MF)
+    return rows_grad_MD, megablox.weights_gradient(rows_MD, sizes_N, grad_MF)
+
+  return Implementation(forward, own_backward, megablox.obstacle)
+
+
 def by_tokamax(kernel: str) -> Implementation:
   """Returns the implementation by a kernel of `tokamax.forward`."""
   return Implementation(
@@ -151,6 +168,7 @@ GROUPED_MATMULS.register('ragged_dot')(_derived(_ragged_dot))
 GROUPED_MATMULS.register('padded')(
   Implementation(padded.forward, padded.backward)
 )
+GROUPED_MATMULS.register('megablox')(_by_megablox())
 GROUPED_MATMULS.register('triton')(by_tokamax('triton'))
 GROUPED_MATMULS.register('mosaic')(by_tokamax('mosaic'))
 

@@ -170,17 +170,17 @@ def _run(
     )
 
   with _settings():
-    return _unchecked(dot)(rows, other, sizes_N)
+    return unchecked(dot)(rows, other, sizes_N)
 
 
-def _unchecked(
+def unchecked(
   kernel: Callable[..., jax.Array],
 ) -> Callable[..., jax.Array]:
-  """The same where a `shard_map` checks along which axes values vary.
+  """Returns the same where a `shard_map` checks along which axes values vary.
 
-  tokamax's kernels do not say it of their results, and so are refused. But a
-  `shard_map` within, over the axes that are manual already, adds nothing to
-  the program and need not check. What comes out of it varies as what went in.
+  Kernels written in Pallas do not say it of their results, and so are refused.
+  But a `shard_map` within, over the axes that are manual already, adds nothing
+  to the program and need not check. What comes out varies as what went in.
   """
 
   @functools.wraps(kernel)
