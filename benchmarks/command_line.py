@@ -61,6 +61,7 @@ def main(
   try:
     args = made.parse_args(arguments)
     runtime.configure_malloc()
+    runtime.configure_gpu()
     if 'rounds' in args and args.rounds < 1:
       raise UserError(f'--rounds = {args.rounds} must be at least 1')
     program(args)

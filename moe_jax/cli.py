@@ -90,6 +90,7 @@ def main_of_runs(
 def _prepare() -> None:
   """Sets up the process, before a config of the user's imports jax."""
   runtime.configure_malloc()
+  runtime.configure_gpu()
   runtime.silence_plugins()
 
 

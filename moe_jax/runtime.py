@@ -12,6 +12,11 @@ JAX asks libtpu for devices wherever it is installed. Without a TPU it looks for
 the cloud's metadata, warns on stderr and takes a lock that lets one process of
 the machine in. None of that is needed to compile. Its plugin for CUDA is loaded
 wherever it is installed too, and says at length what of CUDA is missing.
+
+Of NVIDIA's GPUs JAX takes three quarters of the memory, for who shares one with
+others. A training run does not, and gets more. And a program of a GPU takes
+minutes to compile, partly because kernels are chosen by timing them: both
+results are kept for the next start.
 """
 
 import contextlib
@@ -19,6 +24,10 @@ import ctypes
 import glob
 import importlib.util
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 SWITCH = 'MOE_JAX_TUNE_MALLOC'
 
@@ -33,8 +42,22 @@ _SETTINGS = {
 }
 # The two ways in which TPUs appear.
 TPUS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
-# NVIDIA, NVIDIA under Windows, AMD, TPUs.
-_ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/dxg', '/dev/kfd', *TPUS)
+# Those of NVIDIA, and of NVIDIA under Windows.
+_NVIDIA = ('/dev/nvidia[0-9]*', '/dev/dxg')
+_ACCELERATORS = (*_NVIDIA, '/dev/kfd', *TPUS)  # and of AMD
+# The share of a GPU's memory that programs get: the rest is for what CUDA, NCCL
+# and cuDNN take beside them.
+GPU_MEMORY_SHARE = '0.92'
+# Where JAX reads it; it refuses both together.
+_SHARE, _NEWER_SHARE = (
+  'XLA_PYTHON_CLIENT_MEM_FRACTION',
+  'XLA_CLIENT_MEM_FRACTION',
+)
+_CACHE, _CACHE_SWITCH = (
+  'JAX_COMPILATION_CACHE_DIR',
+  'JAX_ENABLE_COMPILATION_CACHE',
+)
+_LEAST_FREE = 4 << 30  # bytes of a disk on which compiled programs are kept
 _QUIET = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_SKIP_MDS_QUERY': '1',
@@ -95,6 +118,60 @@ def silence_cuda() -> None:
   plugins = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
   if runs_on_cpu() and any(map(importlib.util.find_spec, plugins)):
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+
+def configure_gpu() -> None:
+  """Sets JAX up for NVIDIA's GPUs, if there are any; before it is imported.
+
+  Variables of the environment that are set stay as they are.
+  """
+  if runs_on_cpu() or not any(glob.glob(pattern) for pattern in _NVIDIA):
+    return
+  os.environ.setdefault(gpu_memory_variable(), GPU_MEMORY_SHARE)
+  _keep_compiled()
+
+
+def gpu_memory_variable() -> str:
+  """Returns the variable in which JAX reads its share of a GPU's memory."""
+  return _NEWER_SHARE if os.environ.get(_NEWER_SHARE) else _SHARE
+
+
+def _keep_compiled() -> None:
+  """Has JAX keep compiled programs, and XLA the kernels it chose, in a folder.
+
+  It is `moe_jax/compiled` in the user's cache. Where it cannot be, or the disk
+  is nearly full, nothing is kept: XLA would fail to compile if it could not
+  write there.
+  """
+  switch = os.environ.get(_CACHE_SWITCH, '').lower()
+  if _CACHE in os.environ or switch in ('0', 'false', 'n', 'no', 'off'):
+    return
+  try:
+    folder = _cache_folder()
+    # What is in it will be run, so it is nobody else's.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+    if shutil.disk_usage(folder).free < _LEAST_FREE:
+      raise OSError(f'less than {_LEAST_FREE >> 30} GiB are free at {folder}')
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    print(
+      f'note: what is compiled is not kept ({error}); {_CACHE} names another'
+      f' folder for it, {_CACHE_SWITCH}=0 asks for none',
+      file=sys.stderr,
+    )
+    return
+  os.environ[_CACHE] = str(folder)
+
+
+def _cache_folder() -> Path:
+  home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  return Path(home) / 'moe_jax' / 'compiled'
+
+
+def keeps_compiled_here() -> bool:
+  """Returns whether what is compiled is kept in a folder nobody has named."""
+  return _CACHE in os.environ and os.environ[_CACHE] == str(_cache_folder())
 
 
 def runs_on_cpu() -> bool:

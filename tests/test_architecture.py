@@ -61,7 +61,7 @@ ROOMS = {
   'parallel.context': Room('parallel.mesh', 'jax'),
   'parallel.multihost': Room('errors', 'jax numpy orbax'),
   'parallel.peers': Room('errors', 'jax numpy'),
-  'parallel.launch': Room('errors parallel.peers', 'jax'),
+  'parallel.launch': Room('errors runtime parallel.peers', 'jax'),
   # No jax, so that reading data never touches a device.
   'data': Room(
     'config errors disk files registry strict_json',
@@ -143,7 +143,7 @@ ROOMS = {
   'planning.replica_groups': Room(),
   'planning.collectives': Room('planning.hlo planning.replica_groups'),
   'planning.tpu_cycles': Room('planning.hlo'),
-  'planning.gpus': Room('errors'),
+  'planning.gpus': Room('errors runtime'),
   'planning.roofline': Room('planning.hlo planning.gpus'),
   'planning': Room(
     f'{_CONFIG} runtime data parallel.mesh experts model training planning.hlo'

@@ -1,7 +1,9 @@
 """The command line: what is accepted, and each mistake in one line."""
 
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -382,6 +384,77 @@ def test_the_allocator_is_set_on_cpus_only(
   monkeypatch.setenv('JAX_PLATFORMS', platforms)
   monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: devices)
   assert runtime.runs_on_cpu() == tuned
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+  """A machine with a GPU, and the user's cache on it."""
+  for name in ('JAX_PLATFORMS', *GPU_VARIABLES):
+    # Set first, so that what a test's subject sets is taken back too.
+    monkeypatch.setenv(name, '')
+    monkeypatch.delenv(name)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setattr(runtime.glob, 'glob', lambda pattern: [pattern])
+  return tmp_path / 'moe_jax' / 'compiled'
+
+
+GPU_VARIABLES = (
+  'XLA_PYTHON_CLIENT_MEM_FRACTION',
+  'XLA_CLIENT_MEM_FRACTION',
+  'JAX_COMPILATION_CACHE_DIR',
+  'JAX_ENABLE_COMPILATION_CACHE',
+)
+
+
+def of_gpus() -> list[str | None]:
+  runtime.configure_gpu()
+  return [os.environ.get(name) for name in GPU_VARIABLES]
+
+
+def test_gpus_are_ours_alone_and_what_is_compiled_is_kept(
+  with_gpu: Path,
+) -> None:
+  assert of_gpus() == ['0.92', None, str(with_gpu), None]
+  assert stat.S_IMODE(with_gpu.stat().st_mode) == 0o700
+  assert not list(with_gpu.iterdir())
+
+
+def test_the_user_decides_over_gpus(
+  with_gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '0.5')
+  monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'False')
+  assert of_gpus() == [None, '0.5', None, 'False']  # both would be an error
+  monkeypatch.delenv('XLA_CLIENT_MEM_FRACTION')
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.3')
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
+  assert of_gpus() == ['0.3', None, 'mine', 'False']
+  assert not with_gpu.exists()
+
+
+def test_nothing_of_gpus_is_set_on_cpus(
+  with_gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert of_gpus() == [None] * 4 and not with_gpu.exists()
+
+
+@pytest.mark.parametrize('trouble', ['a file', 'a full disk'])
+def test_without_room_nothing_compiled_is_kept(
+  trouble: str,
+  with_gpu: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  if trouble == 'a file':
+    with_gpu.parent.touch()
+  else:
+    usage = shutil.disk_usage(with_gpu.parents[1])._replace(free=1 << 30)
+    monkeypatch.setattr(runtime.shutil, 'disk_usage', lambda path: usage)
+  assert of_gpus()[2] is None
+  said = capsys.readouterr().err
+  assert said.startswith('note: what is compiled is not kept (')
+  assert 'JAX_ENABLE_COMPILATION_CACHE=0' in said and said.count('\n') == 1
 
 
 def test_the_allocator_has_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:

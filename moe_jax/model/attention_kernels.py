@@ -4,6 +4,7 @@ None of them keeps a square of positions. They are programs for one device, so
 on several each computes its own sequences and heads in a `shard_map`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ _Attention = Callable[..., jax.Array]
 
 
 CUDNN, SPLASH = 'cudnn', 'splash'
+CUDNN_FAILS = 'cannot be called'  # how that obstacle begins
 
 
 def cudnn(
@@ -56,6 +58,20 @@ def cudnn(
     is_causal=True,
     implementation='cudnn',
   )
+
+
+@functools.cache
+def _cudnn_failure(dtype: jnp.dtype, head_dim: int) -> str | None:
+  """Returns the obstacle of a cuDNN that does not load here or is too old.
+
+  JAX asks cuDNN for its version when it traces a call.
+  """
+  shape = jax.ShapeDtypeStruct((1, _LANES, 1, head_dim), dtype)
+  try:
+    jax.eval_shape(cudnn, shape, shape, shape)
+  except (OSError, RuntimeError, ValueError) as error:
+    return f'{CUDNN_FAILS}: {" ".join(str(error).split())[:200]}'
+  return None
 
 
 def splash(
@@ -207,6 +223,8 @@ class CudnnAttention(_KernelAttention):
         f'takes head sizes that are multiples of 8 up to {largest}, not'
         f' {case.head_dim}'
       )
+    if case.device in jax.devices():  # of others nothing is known
+      return _cudnn_failure(case.dtype, case.head_dim)
     return None
 
 

@@ -5,6 +5,8 @@ between devices, `auto` means the first or cheapest that can run; one that is
 named and cannot run is refused with the reason, its obstacle.
 """
 
+import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -169,7 +171,17 @@ def attention_name(asked: str, case: Case) -> str:
   if case.packed:  # it would keep a square of positions, the mask
     preferred.remove(attention_kernels.CUDNN)
   best = next(name for name in preferred if not obstacle(name))
+  if asked == 'auto' and attention_kernels.CUDNN in preferred:
+    reason = obstacle(attention_kernels.CUDNN) or ''
+    if reason.startswith(attention_kernels.CUDNN_FAILS):
+      _warn(f'attention {best!r}: {attention_kernels.CUDNN!r} {reason}')
   return _asked_or_best('model.attention', asked, best, ATTENTIONS, obstacle)
+
+
+@functools.cache
+def _warn(line: str) -> None:
+  """Warns once: a model may be built several times."""
+  _LOG.warning(line)
 
 
 def grouped_matmul(

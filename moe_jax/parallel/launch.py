@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from moe_jax import runtime
 from moe_jax.errors import UserError
 from moe_jax.parallel import peers
 
@@ -81,6 +82,10 @@ def joined(coordinator: str | None = None, **place: Any) -> Iterator[None]:
     UserError: As `initialize` does.
   """
   initialize(coordinator, **place)
+  if jax.process_count() > 1 and runtime.keeps_compiled_here():
+    # XLA's processes each time some kernels, and wait for each other's times:
+    # forever, if one has found its program in a folder of its own host.
+    jax.config.update('jax_compilation_cache_dir', None)
   with peers.watched(_host(coordinator) if coordinator else None):
     yield
 

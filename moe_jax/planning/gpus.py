@@ -17,11 +17,9 @@ CUDA C++ Programming Guide, "Compute Capabilities".
 import os
 from typing import Any, NamedTuple
 
+from moe_jax import runtime
 from moe_jax.errors import UserError
 
-# The share of a GPU's memory that JAX takes where nobody says another.
-_FRACTION = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
-_DEFAULT_FRACTION = '0.75'
 # The oldest that JAX's wheels take; newer ones only choose more.
 _CUDA, _CUDNN = (13, 0, 0), (9, 12, 0)
 
@@ -145,19 +143,20 @@ def of_kind(device_kind: str) -> Gpu | None:
 
 
 def usable_bytes(gpu: Gpu) -> int:
-  """Returns the bytes that JAX takes of a GPU's memory for its programs.
+  """Returns the bytes that JAX takes of a GPU's memory for our programs.
 
-  That is three quarters, or the share that XLA_PYTHON_CLIENT_MEM_FRACTION says.
+  The share is that of `runtime.configure_gpu`.
 
   Raises:
     UserError: The variable does not hold a share.
   """
-  text = os.environ.get(_FRACTION) or _DEFAULT_FRACTION
+  variable = runtime.gpu_memory_variable()
+  text = os.environ.get(variable) or runtime.GPU_MEMORY_SHARE
   try:
     fraction = float(text)
   except ValueError as error:
     raise UserError(
-      f"{_FRACTION} = {text!r} is no number: it is the share of a GPU's memory"
+      f"{variable} = {text!r} is no number: it is the share of a GPU's memory"
       ' that JAX takes, such as 0.9'
     ) from error
   return int(fraction * gpu.memory_bytes)

@@ -91,7 +91,7 @@ def shares(jobs: int | None, most: int) -> list[Share]:
     return [Share()]
   jobs = jobs or min(len(gpus), most)
   each = -(-jobs // len(gpus))
-  memory = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / each:.3f}'}
+  memory = {runtime.gpu_memory_variable(): f'{0.9 / each:.3f}'}
   return [
     Share(
       env={'CUDA_VISIBLE_DEVICES': gpus[n % len(gpus)]}

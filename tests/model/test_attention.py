@@ -324,6 +324,29 @@ def test_what_cannot_run_is_refused(asked: str, of: Case, message: str) -> None:
     implementations.attention_name(asked, of)
 
 
+def test_without_cudnn_there_is_another_attention(
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  """One line says so; asked for by name, it is refused."""
+
+  def fails(*arrays: Any, **options: Any) -> Any:
+    raise RuntimeError('cuDNN not found.\nAt all.')
+
+  here = case('gpu', head_dim=72)  # of no other test: what is found is kept
+  monkeypatch.setattr(jax, 'devices', lambda: [here.device])
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fails)
+  for _ in range(2):
+    assert implementations.attention_name('auto', here) == 'blocks'
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert line == (
+    "attention 'blocks': 'cudnn' cannot be called: cuDNN not found. At all."
+  )
+  with pytest.raises(UserError, match="'cudnn' cannot be called: cuDNN not"):
+    implementations.attention_name('cudnn', here)
+  elsewhere = case('gpu', capability='10.0')
+  assert implementations.attention_name('auto', elsewhere) == 'cudnn'
+
+
 def test_a_model_is_not_built_with_what_cannot_run() -> None:
   config = tiny.config(**{'model.attention': 'splash'})
   with pytest.raises(UserError, match='model.attention'):

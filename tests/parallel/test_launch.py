@@ -1,5 +1,6 @@
 """How a process learns of the others: by flags, a launcher, or not at all."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -315,3 +316,26 @@ def test_certificates_that_jax_would_not_use_are_refused(
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
   launch.initialize()
+
+
+@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('folder', ['moe_jax/compiled', 'shared'])
+def test_several_processes_keep_what_is_compiled_only_where_a_user_says(
+  count: int,
+  folder: str,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Or one would not come to where the others wait for it."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / folder))
+  monkeypatch.setattr(launch, 'initialize', lambda *_, **__: None)
+  monkeypatch.setattr(jax, 'process_count', lambda: count)
+  monkeypatch.setattr(launch.peers, 'watched', contextlib.nullcontext)
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    with launch.joined():
+      kept = jax.config.jax_compilation_cache_dir is not None
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert kept == (count == 1 or folder == 'shared')

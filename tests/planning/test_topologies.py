@@ -129,6 +129,17 @@ def test_a_share_of_memory_that_is_none(
     gpus.usable_bytes(gpus.GPUS['h100'])
 
 
+def test_the_memory_of_a_gpu_is_what_programs_will_get(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  monkeypatch.delenv('XLA_CLIENT_MEM_FRACTION', raising=False)
+  h100 = gpus.GPUS['h100']
+  assert gpus.usable_bytes(h100) == int(0.92 * h100.memory_bytes)
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '0.5')
+  assert gpus.usable_bytes(h100) == h100.memory_bytes // 2
+
+
 @pytest.mark.parametrize(
   'plugin, accelerator, platforms',
   [(True, False, 'cpu'), (True, True, None), (False, False, None)],
