@@ -211,6 +211,10 @@ def total(
   return of(program.entry)
 
 
+# Pallas' kernels of GPUs, the second with a version behind its name.
+_TRITON, _MOSAIC = '"__gpu$xla.gpu.triton"', '"mosaic_gpu'
+
+
 def matmuls(
   program: Program,
   instruction: Instruction,
@@ -241,7 +245,9 @@ def _matmul(
     return Matmul(products * math.prod(out) * out[2], '16')
   if not instruction.operands:
     return None
-  type_ = computation[instruction.operands[0]].type
+  # Mosaic's kernels have sizes and offsets of groups first, others the rows.
+  rows = instruction.operands[-2 if _MOSAIC in attributes else 0]
+  type_ = computation[rows].type
   first, precision = shape(type_), 'tf32' if type_.startswith('f32') else '16'
   if is_dot:
     contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', attributes)
@@ -251,7 +257,8 @@ def _matmul(
     products = math.prod(out) * math.prod(first[int(axis)] for axis in axes)
     return Matmul(2 * products, precision)
   if is_grouped_matmul(instruction):
-    # Rows [M, K] by weights to [M, F], or by rows [M, F] to [N, K, F].
+    # Rows [M, K] by weights to [M, F], or by rows [M, F] to [N, K, F]; Mosaic's
+    # are transposed for that.
     return Matmul(2 * math.prod(first) * out[-1], precision)
   return None
 
@@ -259,7 +266,8 @@ def _matmul(
 def is_grouped_matmul(instruction: Instruction) -> bool:
   """Returns whether an instruction is a kernel of tokamax's `ragged_dot`."""
   attributes = instruction.attributes
-  return '"__gpu$xla.gpu.triton"' in attributes and 'RaggedDot' in attributes
+  by_kernel = _TRITON in attributes or _MOSAIC in attributes
+  return by_kernel and 'RaggedDot' in attributes
 
 
 def shape(type_: str) -> list[int]:
