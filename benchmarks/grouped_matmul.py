@@ -7,7 +7,9 @@
 
 `--sizes` are rows M, sizes D and F of the matrices, and their number N. The
 measure is a dense matmul of as many rows, forward and backward, in the same
-rounds, and the rate of a large square one.
+rounds, and the rate of a large square one. With `--tune` the tiles of every
+kernel are timed first, and the fastest are used and kept; on a GPU that takes
+minutes.
 
 A JSON line is a case: the median seconds of all `implementations` and of the
 `dense` one; their `ratios` to it (the median over rounds); `tflops` of useful
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
   from moe_jax.model import tuned
 
   if args.show_tuned:
-    common.show({'file': str(tuned.path())} | tuned.load(), args.json)
+    kept = tuned.as_json(tuned.load())
+    common.show({'file': str(tuned.path())} | kept, args.json)
     return
   device = jax.devices()[0]
   cpu = device.platform == 'cpu'
@@ -67,9 +70,10 @@ def run(args: argparse.Namespace) -> None:
   for sizes in cases:
     for kind in kinds:
       row = measure(**sizes, kind=kind, dtype=dtype, rounds=args.rounds,
-                    slow=args.all)  # fmt: skip
+                    slow=args.all, tune=args.tune)  # fmt: skip
       if args.tune:
-        tuned.store(device, {row['case']: row['implementations']})
+        found = tuned.Measured(row['implementations'], row.pop('tiles'))
+        tuned.store(device, {row['case']: found})
       common.show(row, args.json)
 
 
@@ -96,15 +100,18 @@ def measure(
   dtype: Any,
   rounds: int,
   slow: bool = False,
+  tune: bool = False,
 ) -> dict[str, Any]:
-  """One case; see the module."""
+  """One case; see the module. With `tune` it has the `tiles` of kernels too."""
   import jax
   import jax.numpy as jnp
   import numpy as np
 
   from benchmarks import common, timing
-  from moe_jax.experts.grouped_matmul import case, grouped_matmul
+  from moe_jax import strict_json
+  from moe_jax.experts.grouped_matmul import case, grouped_matmul, tokamax
   from moe_jax.model.implementations import available_matmuls
+  from moe_jax.registry import GROUPED_MATMULS
 
   chosen = timing.choices(kind, rows, 1, groups)
   sizes_N = jnp.bincount(chosen.reshape(-1), length=groups).astype(jnp.int32)
@@ -115,16 +122,17 @@ def measure(
     for key, shape in zip(keys, shapes, strict=True)
   )
 
+  operands = rows_MD, weights_NDF, sizes_N, grad_MF
+
   def both(name: str) -> timing.Program:
     def function(rows: Any, weights: Any, sizes: Any, grad: Any) -> Any:
-      out, vjp = jax.vjp(
-        lambda rows, weights: grouped_matmul(rows, weights, sizes, name),
-        rows,
-        weights,
-      )
+      def multiply(rows: Any, weights: Any) -> Any:
+        return grouped_matmul(rows, weights, sizes, name, target)
+
+      out, vjp = jax.vjp(multiply, rows, weights)
       return out, vjp(grad)
 
-    return timing.Program(function, (rows_MD, weights_NDF, sizes_N, grad_MF))
+    return timing.Program(function, operands)
 
   def dense(rows: Any, weight: Any, grad: Any) -> Any:
     out, vjp = jax.vjp(jnp.matmul, rows, weight)
@@ -136,9 +144,13 @@ def measure(
     for name in available_matmuls(device)
     if slow or device.platform != 'cpu' or name not in _SLOW_ON_CPU
   ]
-  operands = rows_MD, weights_NDF[0], grad_MF
+  tiles = {}
+  if tune:
+    kernels = {each for name in names for each in GROUPED_MATMULS[name].kernels}
+    tiles = {each: tokamax.tune(each, *operands) for each in sorted(kernels)}
+  target = tokamax.Target(tiles=strict_json.dumps(tiles))
   programs = {name: both(name) for name in names}
-  programs['dense'] = timing.Program(dense, operands)
+  programs['dense'] = timing.Program(dense, (rows_MD, weights_NDF[0], grad_MF))
   size, square = timing.square_matmul(dtype)
   programs['peak'] = square
   seconds = timing.in_turn(programs, rounds)
@@ -160,6 +172,7 @@ def measure(
     'share_of_peak': {name: flops / s / peak for name, s in medians.items()},
     'peak_size': size,
     'rounds': rounds,
+    **({'tiles': tiles} if tune else {}),
   } | common.place()
 
 

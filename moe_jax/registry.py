@@ -111,7 +111,8 @@ ATTENTIONS: Registry[Any] = Registry(
   'model.attention', 'xla blocks cudnn splash'
 )
 GROUPED_MATMULS: Registry[Any] = Registry(
-  'moe.grouped_matmul', 'blocks ragged_dot padded megablox triton mosaic'
+  'moe.grouped_matmul',
+  'blocks ragged_dot padded megablox triton mosaic mosaic+triton',
 )
 OPTIMIZERS: Registry[Any] = Registry(
   'optimizer.name', 'adamw adafactor lion muon'

@@ -69,7 +69,9 @@ ROOMS = {
     ' ml_collections tokenizers sentencepiece',
   ),
   'model': Room(
-    f'{_MODEL} parallel.devices parallel.context', 'jax flax ml_collections'
+    f'{_MODEL} parallel.devices parallel.context'
+    ' experts.grouped_matmul.tokamax',
+    'jax flax ml_collections',
   ),
   'interop': Room(
     f'{_CONFIG} model',

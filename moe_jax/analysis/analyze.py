@@ -87,6 +87,7 @@ def analyze(
       f'workdir {workdir} is of a dense model, which has no router to analyze;'
       ' give that of a Mixture of Experts'
     )
+  state.share_measurements()
   analysis = multihost.first_process_first(
     lambda: _Analysis(config, workdir, split or config.eval.split)
   )

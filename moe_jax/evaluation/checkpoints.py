@@ -141,9 +141,7 @@ def evaluated(
   Raises:
     UserError: As `evaluate`.
   """
-  setup = multihost.first_process_first(
-    lambda: state.from_config(config, workdir)
-  )
+  setup = state.from_config_together(config, workdir)
   run = RunDir.existing(workdir, config)
   with (
     Watchdog(config.train.watchdog, config.train.watchdog_exit),

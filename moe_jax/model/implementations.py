@@ -22,7 +22,11 @@ from moe_jax.experts.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts.exchange import EXCHANGES, exchanges_for
 from moe_jax.experts.exchange_cost import ExchangeSizes
 from moe_jax.experts.expert_parallel import ExpertParallel, Layout
-from moe_jax.experts.grouped_matmul import GROUPED_MATMULS, TunedMatmul
+from moe_jax.experts.grouped_matmul import (
+  GROUPED_MATMULS,
+  TunedMatmul,
+  tokamax,
+)
 from moe_jax.model import attention_blocks, attention_kernels, tuned
 from moe_jax.model.attention import (
   ATTENTIONS,
@@ -50,7 +54,8 @@ def resolved(
   It has `dtype` and `attention`, and for models with experts `exchange` ('none'
   where experts are not split), `grouped_matmul` and, where a measurement on
   such a device takes precedence, `grouped_matmul.measured`: the implementation
-  of each measured shape.
+  of each measured shape; and `grouped_matmul.tiled`: the shapes for which
+  kernels have tiles that were measured.
 
   Args:
     config: A validated config.
@@ -72,6 +77,10 @@ def resolved(
   if matmul.measured:
     shapes = [f'{shape}: {name}' for shape, name in matmul.measured]
     parts['grouped_matmul.measured'] = '; '.join(shapes)
+  if matmul.tiles:
+    parts['grouped_matmul.tiled'] = '; '.join(
+      shape for shape, _ in matmul.tiles
+    )
   split = mesh[mesh_lib.EXPERT] > 1
   exchange = exchange_name(config, mesh, dtype, device) if split else 'none'
   return parts | {'exchange': exchange}
@@ -226,13 +235,28 @@ def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
   key, preferred = 'moe.grouped_matmul', _preferred_matmuls(device)
   best = next(name for name in preferred if not obstacle(name))
   name = _asked_or_best(key, asked, best, GROUPED_MATMULS, obstacle)
+  possible = [name] if asked != 'auto' else available_matmuls(device)
+  matmul = TunedMatmul(
+    name,
+    device=None if device in jax.devices() else device,
+    tiles=_tiles(device, possible),
+  )
   if asked != 'auto':
-    return TunedMatmul(name)
+    return matmul
   if name != preferred[0]:
     why = obstacle(preferred[0])
     _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
-  measured = tuned.best(device, available_matmuls(device))
-  return TunedMatmul(name, tuple(sorted(measured.items())))
+  measured = tuned.best(device, possible)
+  return dataclasses.replace(matmul, measured=tuple(sorted(measured.items())))
+
+
+def _tiles(
+  device: jax.Device, possible: Iterable[str]
+) -> tuple[tuple[str, str], ...]:
+  """Returns the tiles of tokamax's kernels, where some of these call them."""
+  if not any(GROUPED_MATMULS[name].kernels for name in possible):
+    return ()
+  return tuple(sorted(tuned.tiles(device, tokamax.unreadable).items()))
 
 
 def available_matmuls(device: jax.Device) -> list[str]:

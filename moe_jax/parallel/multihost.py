@@ -127,6 +127,17 @@ def broadcast_from_first(number: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
+def broadcast_text(text: str) -> str:
+  """Returns the text that process 0 calls this with; all call it alike."""
+  data = text.encode()
+  size = broadcast_from_first(len(data))
+  own = np.zeros(size, np.uint8)
+  if is_main_process():
+    own[:] = np.frombuffer(data, np.uint8)
+  sent = np.asarray(multihost_utils.broadcast_one_to_all(own))
+  return sent.astype(np.uint8).tobytes().decode()
+
+
 def assert_equal(value: int, what: str) -> int:
   """Returns `value`, which has to be the same in all processes.
 

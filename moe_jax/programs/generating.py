@@ -64,9 +64,7 @@ class Program:
     )
     self._as_json = json
     self._layer = _layer(config, layer) if experts else None
-    setup = multihost.first_process_first(
-      lambda: state.from_config(config, workdir)
-    )
+    setup = state.from_config_together(config, workdir)
     assert setup.tokenizer is not None, 'the setup of a run has one'
     self._config, self._tokenizer = config, setup.tokenizer
     run = RunDir.existing(workdir, config)

@@ -82,13 +82,9 @@ def _prepare_together(config: ConfigDict, workdir: str) -> Prepared:
   then all of them encode it.
   """
 
-  def with_data() -> Setup:
-    setup = state_lib.from_config(config, workdir)
-    if not multihost.is_single_process():
-      mixtures.open_documents(config.data)
-    return setup
-
-  setup = multihost.first_process_first(with_data)
+  setup = state_lib.from_config_together(config, workdir)
+  if not multihost.is_single_process():
+    multihost.first_process_first(lambda: mixtures.open_documents(config.data))
   return multihost.fail_together(lambda: _opened(setup))
 
 

@@ -23,7 +23,6 @@ from moe_jax.data.mixtures import Mixture
 from moe_jax.errors import UserError
 from moe_jax.model.attention import segments_of
 from moe_jax.model.decoder import Decoder
-from moe_jax.parallel import multihost
 from moe_jax.training import init_from, terminal
 from moe_jax.training import state as state_lib
 from moe_jax.training.batches import Batches
@@ -161,9 +160,7 @@ def replay(config: ConfigDict, workdir: str, step: int) -> Replay:
       f'--step = {step} must be between 1 and train.steps ='
       f' {config.train.steps}'
     )
-  setup = multihost.first_process_first(
-    lambda: state_lib.from_config(config, workdir)
-  )
+  setup = state_lib.from_config_together(config, workdir)
   assert setup.tokenizer is not None  # from_config asks for the data's
   mixture = Mixture.open(config.data, setup.tokenizer, config.train.batch_size)
   rows = _rows(workdir)

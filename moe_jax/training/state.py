@@ -16,10 +16,11 @@ from moe_jax import config as config_lib
 from moe_jax import parameter
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.model import implementations
+from moe_jax.model import implementations, tuned
 from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
+from moe_jax.parallel import multihost
 from moe_jax.training import optimizer, run_tokenizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and where
@@ -138,6 +139,27 @@ def from_config(config: ConfigDict, workdir: str = '') -> Setup:
   return dataclasses.replace(
     setup(config, vocab_size, mesh), tokenizer=tokenizer
   )
+
+
+def from_config_together(config: ConfigDict, workdir: str) -> Setup:
+  """Returns what `from_config` does, in each process of a run.
+
+  Process 0 is done before the others begin.
+
+  Raises:
+    UserError: As `from_config` does, in this process or another.
+  """
+  share_measurements()
+  return multihost.first_process_first(lambda: from_config(config, workdir))
+
+
+def share_measurements() -> None:
+  """Has all processes of a run use what process 0 has measured.
+
+  With other grouped matmuls theirs would be another program. All call it alike.
+  """
+  if not multihost.is_single_process():
+    tuned.share(multihost.broadcast_text)
 
 
 def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:

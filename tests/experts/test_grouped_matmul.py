@@ -158,7 +158,13 @@ def test_triton_lowers_for_cuda(
 
 def test_the_contract_is_run_by_all_that_can() -> None:
   assert available_matmuls(jax.devices()[0]) == HERE
-  assert set(GROUPED_MATMULS) == {*HERE, 'megablox', 'triton', 'mosaic'}
+  assert set(GROUPED_MATMULS) == {
+    *HERE,
+    'megablox',
+    'triton',
+    'mosaic',
+    'mosaic+triton',
+  }
 
 
 def test_none_needs_no_package_on_any_platform() -> None:

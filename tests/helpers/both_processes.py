@@ -1,5 +1,6 @@
 """What two processes do together: run in both by test_several_processes.py."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.errors import RetryableError, UserError
+from moe_jax.model import tuned
+from moe_jax.model.implementations import chosen_matmul
 from moe_jax.parallel import launch, multihost
 from moe_jax.parallel import mesh as mesh_lib
 from tests.helpers import tiny
@@ -94,6 +97,18 @@ def check_agreement(folder: Path, patience: float) -> None:
   assert 'the newest step is 0 to process 0 and 1 to process 1' in found
 
 
+def check_measurements(folder: Path) -> None:
+  """Both take what process 0 has measured, whatever process 1 has."""
+  name = 'padded' if jax.process_index() == 0 else 'ragged_dot'
+  os.environ['MOE_JAX_TUNED'] = str(folder / f'{name}.json')
+  device = jax.devices()[0]
+  tuned.store(device, {'é': tuned.Measured({name: 1.0}, {'a': [name]})})
+  assert dict(chosen_matmul('auto', device).measured) == {'é': name}
+  tuned.share(multihost.broadcast_text)
+  assert dict(chosen_matmul('auto', device).measured) == {'é': 'padded'}
+  assert tuned.cases(device)['é'].tiles == {'a': ['padded']}
+
+
 def check_copies() -> None:
   """A difference between processes is found in both."""
   sharding = NamedSharding(mesh(data=4), P())
@@ -127,4 +142,5 @@ if __name__ == '__main__':
   )
   check_rows()
   check_agreement(Path(folder), float(patience))
+  check_measurements(Path(folder))
   check_copies()

@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.experts.grouped_matmul import case, tokamax
 from moe_jax.model import implementations, tuned
 from moe_jax.model.implementations import available_matmuls, chosen_matmul
+from moe_jax.model.tuned import Measured
 from tests.helpers import tiny
 
 
@@ -34,7 +35,13 @@ def on(platform: str, capability: str = '9.0') -> Device:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   file = tmp_path / 'deep' / 'tuned.json'
   monkeypatch.setenv('MOE_JAX_TUNED', str(file))
+  monkeypatch.setattr(tuned, '_shared', [])
+  monkeypatch.setattr(tuned, '_told', set())
   return file
+
+
+def store(device: Any, case: str, **seconds: float) -> None:
+  tuned.store(device, {case: Measured(seconds, {})})
 
 
 def test_auto_is_what_suits_the_platform() -> None:
@@ -68,7 +75,7 @@ def test_without_tokamax_auto_falls_back_and_says_so(
 def test_a_tokamax_without_the_kernel_is_no_choice(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-  monkeypatch.setattr(tokamax, 'missing', lambda name: f'no {name}')
+  monkeypatch.setattr(tokamax, 'missing', lambda each, _: f'no {each.rows}')
   with caplog.at_level(logging.WARNING):
     assert chosen_matmul('auto', on('gpu')).name == 'padded'
   assert "says 'no triton'" in caplog.text
@@ -83,7 +90,8 @@ def test_a_tokamax_without_the_kernel_is_no_choice(
     ('mosaic', on('gpu', '8.0'), 'needs compute capability 9.0, and this is 8'),
     ('triton', on('gpu', 'gfx942'), 'capability 8.0, and this is gfx942'),
     ('mosaic', on('tpu'), 'is compiled only where such a device is'),
-    ('mosaic', on('gpu', '9.0'), 'is compiled only where such a device is'),
+    ('mosaic+triton', on('gpu', '8.6'), 'needs compute capability 9.0, and'),
+    ('mosaic+triton', on('tpu'), 'does not run on tpu'),
     ('blcks', on('cpu'), "did you mean 'blocks'"),
   ],
 )
@@ -98,8 +106,8 @@ def test_what_cannot_run_is_one_clear_line(
 
 def test_auto_takes_what_was_measured_on_this_device() -> None:
   device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
-  tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0, 'triton': 0.1}})
-  tuned.store(device, {'others': {'blocks': 1.0}})
+  store(device, shapes, padded=1.0, blocks=2.0, triton=0.1)
+  store(device, 'others', blocks=1.0)
   assert dict(chosen_matmul('auto', device).measured) == {
     shapes: 'padded',  # triton cannot run here
     'others': 'blocks',
@@ -109,7 +117,14 @@ def test_auto_takes_what_was_measured_on_this_device() -> None:
 
 
 @pytest.mark.parametrize(
-  'text', ['{', '[]', '{"a": 1}', '{"a": {"b": {"c": {}}}}']
+  'text',
+  [
+    '{',
+    '[]',
+    '{"a": 1}',
+    '{"a": {"b": {"c": 1.0}}}',
+    '{"a": {"b": {"seconds": {"c": {}}, "tiles": {}}}}',
+  ],
 )
 def test_a_broken_file_is_ignored_and_named(
   text: str, cache: Path, caplog: pytest.LogCaptureFixture
@@ -119,10 +134,56 @@ def test_a_broken_file_is_ignored_and_named(
   device = jax.devices()[0]
   assert chosen_matmul('auto', device).name == 'blocks'
   assert f'ignored {cache}' in caplog.text
-  tuned.store(device, {'c': {'blocks': 1.0}})
+  store(device, 'c', blocks=1.0)
   assert json.loads(cache.read_text()) == {
-    tuned.key(device): {'c': {'blocks': 1.0}}
+    tuned.key(device): {'c': {'seconds': {'blocks': 1.0}, 'tiles': {}}}
   }
+
+
+def test_what_other_versions_measured_is_not_used(
+  cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Which is said once, and nothing of other devices."""
+  device = jax.devices()[0]
+  store(on('gpu'), 'c', padded=1.0)
+  assert not chosen_matmul('auto', device).measured
+  assert not caplog.records
+  key = f'{device.device_kind}, jax 0.1, no tokamax'
+  with monkeypatch.context() as then:
+    then.setattr(tuned, 'key', lambda device: key)
+    store(device, 'c', padded=1.0)
+  for _ in range(2):
+    assert not chosen_matmul('auto', device).measured
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert 'with jax 0.1, no tokamax are not used with jax' in line
+  assert '--tune measures anew' in line
+
+
+def test_tiles_go_to_the_kernels_of_their_shapes(
+  caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Of `auto` and by name, but to none that has no such kernels."""
+  tiles = {'triton': {'device_kind': 'a', 'data': []}}
+  good, bad = Measured({'triton': 1.0}, tiles), Measured({}, {'triton': 1})
+  tuned.store(on('gpu'), {'good': good, 'bad': bad})
+  for asked in ('auto', 'triton'):
+    matmul = chosen_matmul(asked, on('gpu'))
+    assert matmul.tiles == (('good', json.dumps(tiles)),)
+    assert matmul.device == on('gpu')  # which is not here
+  assert caplog.text.count('ignored the tiles of bad') == 1
+  assert not chosen_matmul('padded', on('gpu')).tiles
+  mesh = dict.fromkeys(MESH_AXES, 1)
+  parts = implementations.resolved(tiny.config(), mesh, on('gpu'))
+  assert parts['grouped_matmul.tiled'] == 'good'
+
+
+def test_all_use_what_the_first_process_has_measured(cache: Path) -> None:
+  device, sent = jax.devices()[0], []
+  store(device, 'c', padded=1.0)
+  tuned.share(lambda text: sent.append(text) or text)
+  cache.unlink()
+  tuned.share(lambda text: sent[0])
+  assert dict(chosen_matmul('auto', device).measured) == {'c': 'padded'}
 
 
 def test_available_lists_what_has_no_obstacle() -> None:
@@ -177,7 +238,7 @@ def test_what_runs_is_told(
 
 def test_what_was_measured_is_told() -> None:
   device, shapes = jax.devices()[0], case(100, 4, 3, 5, 'float32')
-  tuned.store(device, {shapes: {'padded': 1.0, 'blocks': 2.0}})
+  store(device, shapes, padded=1.0, blocks=2.0)
   mesh = dict.fromkeys(MESH_AXES, 1)
   parts = implementations.resolved(tiny.config(), mesh, device)
   assert parts['grouped_matmul.measured'] == f'{shapes}: padded'

@@ -32,11 +32,14 @@ class Implementation(NamedTuple):
     backward: (rows_MD, weights_NDF, sizes_N, grad_MF) -> the gradients of rows
       and weights.
     obstacle: (device) -> str | None: why it cannot run on such a device.
+    kernels: Those of tokamax that it calls; `forward` and `backward` then take
+      the keyword `target`, a `tokamax.Target`.
   """
 
-  forward: GroupedMatmul
+  forward: Callable[..., jax.Array]
   backward: Callable[..., tuple[jax.Array, jax.Array]]
   obstacle: Callable[[jax.Device], str | None] = lambda device: None
+  kernels: tuple[str, ...] = ()
 
 
 def grouped_matmul(
@@ -44,6 +47,7 @@ def grouped_matmul(
   weights_NDF: jax.Array,
   sizes_N: jax.Array,
   implementation: str | None = None,
+  target: tokamax.Target = tokamax.HERE,
 ) -> jax.Array:
   """Returns `rows_MD[m] @ weights_NDF[group of m]` for every row m.
 
@@ -58,11 +62,12 @@ def grouped_matmul(
     sizes_N: int32 group sizes, each >= 0, at most M in all.
     implementation: A name in `GROUPED_MATMULS`; None takes one that needs no
       package, picked by the platform that the program is lowered for.
+    target: What kernels of tokamax are traced for.
 
   Returns:
     [M, F]; rows that belong to no group are 0.
   """
-  return _grouped_matmul(implementation, rows_MD, weights_NDF, sizes_N)
+  return _grouped_matmul(implementation, target, rows_MD, weights_NDF, sizes_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +77,23 @@ class TunedMatmul:
   Attributes:
     name: The implementation where nothing was measured.
     measured: Pairs of a case, see `case`, and the name of its best.
+    device: The device that it is for, as in `tokamax.Target`.
+    tiles: Pairs of a case and its tiles, as in `tokamax.Target`.
   """
 
   name: str | None = None
   measured: tuple[tuple[str, str], ...] = ()
+  device: jax.Device | None = None
+  tiles: tuple[tuple[str, str], ...] = ()
 
   def __call__(
     self, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
-    measured = dict(self.measured)
     num_groups, d, f = weights_NDF.shape
     shapes = case(len(rows_MD), num_groups, d, f, rows_MD.dtype)
-    name = measured.get(shapes, self.name)
-    return grouped_matmul(rows_MD, weights_NDF, sizes_N, name)
+    name = dict(self.measured).get(shapes, self.name)
+    target = tokamax.Target(self.device, dict(self.tiles).get(shapes, ''))
+    return grouped_matmul(rows_MD, weights_NDF, sizes_N, name, target)
 
 
 def case(
@@ -137,7 +146,7 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
 
 def _by_megablox() -> Implementation:
   """Returns `ragged_dot` with the weights' gradient of `megablox`."""
-  forward, backward, _ = _derived(_ragged_dot)
+  derived = _derived(_ragged_dot)
 
   def own_backward(
     rows_MD: jax.Array,
@@ -146,18 +155,25 @@ def _by_megablox() -> Implementation:
     grad_MF: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     # The gradient of weights that this derives is not used, so not computed.
-    rows_grad_MD, _ = backward(rows_MD, weights_NDF, sizes_N, grad_MF)
+    rows_grad_MD, _ = derived.backward(rows_MD, weights_NDF, sizes_N, grad_MF)
     return rows_grad_MD, megablox.weights_gradient(rows_MD, sizes_N, grad_MF)
 
-  return Implementation(forward, own_backward, megablox.obstacle)
+  return Implementation(derived.forward, own_backward, megablox.obstacle)
 
 
-def by_tokamax(kernel: str) -> Implementation:
-  """Returns the implementation by a kernel of `tokamax.forward`."""
+def by_tokamax(rows: str, weights: str | None = None) -> Implementation:
+  """Returns the implementation by kernels of tokamax; see `tokamax.Kernels`.
+
+  Args:
+    rows: The kernel of products of rows.
+    weights: The kernel of the weights' gradient; None for the same.
+  """
+  kernels = tokamax.Kernels(rows, weights or rows)
   return Implementation(
-    functools.partial(tokamax.forward, kernel=kernel),
-    functools.partial(tokamax.backward, kernel=kernel),
-    functools.partial(tokamax.obstacle, kernel=kernel),
+    functools.partial(tokamax.forward, kernels=kernels),
+    functools.partial(tokamax.backward, kernels=kernels),
+    functools.partial(tokamax.obstacle, kernels=kernels),
+    kernels,
   )
 
 
@@ -169,21 +185,36 @@ GROUPED_MATMULS.register('padded')(
   Implementation(padded.forward, padded.backward)
 )
 GROUPED_MATMULS.register('megablox')(_by_megablox())
-GROUPED_MATMULS.register('triton')(by_tokamax('triton'))
-GROUPED_MATMULS.register('mosaic')(by_tokamax('mosaic'))
+GROUPED_MATMULS.register('triton')(by_tokamax(tokamax.TRITON))
+GROUPED_MATMULS.register('mosaic')(by_tokamax(tokamax.MOSAIC))
+GROUPED_MATMULS.register('mosaic+triton')(
+  by_tokamax(tokamax.MOSAIC, tokamax.TRITON)
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped_matmul(
   implementation: str | None,
+  target: tokamax.Target,
   rows_MD: jax.Array,
   weights_NDF: jax.Array,
   sizes_N: jax.Array,
 ) -> jax.Array:
   operands = rows_MD, weights_NDF, sizes_N
-  if implementation is not None:
-    return GROUPED_MATMULS[implementation].forward(*operands)
-  return _by_platform('forward', *operands)
+  return _run('forward', implementation, target, *operands)
+
+
+def _run(
+  direction: str,
+  implementation: str | None,
+  target: tokamax.Target,
+  *operands: jax.Array,
+) -> Any:
+  if implementation is None:
+    return _by_platform(direction, *operands)
+  chosen = GROUPED_MATMULS[implementation]
+  options = {'target': target} if chosen.kernels else {}
+  return getattr(chosen, direction)(*operands, **options)
 
 
 def _by_platform(direction: str, *operands: jax.Array) -> Any:
@@ -198,20 +229,19 @@ def _by_platform(direction: str, *operands: jax.Array) -> Any:
 
 
 def _forward(
-  implementation: str | None, *operands: jax.Array
+  implementation: str | None, target: tokamax.Target, *operands: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return _grouped_matmul(implementation, *operands), operands
+  return _grouped_matmul(implementation, target, *operands), operands
 
 
 def _backward(
   implementation: str | None,
+  target: tokamax.Target,
   operands: tuple[jax.Array, ...],
   grad_MF: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
-  if implementation is not None:
-    backward = GROUPED_MATMULS[implementation].backward
-    return *backward(*operands, grad_MF), None
-  return *_by_platform('backward', *operands, grad_MF), None
+  gradients = _run('backward', implementation, target, *operands, grad_MF)
+  return *gradients, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

@@ -1,14 +1,28 @@
 """Grouped matmuls of the package tokamax: Pallas kernels for GPU and TPU.
 
 tokamax is optional and slow to import, so this happens where it is used.
+
+Its version 0.0.12 has kernels that read outside of their operands or leave some
+of them out. They are given operands with which they cannot:
+
+- Triton's take tiles of rows and columns as they come, whole, though a group or
+  the matrix may end within. So behind the rows there is room for a tile, and
+  columns are a multiple of it.
+- Of an empty group Triton's weight gradient reads and sums the rows before it,
+  of the first group those before the operand. So it is given no empty group:
+  each has a row that nobody asks for, behind those of all others.
+- Mosaic's cut the contracted dimension to a multiple of their tile.
 """
 
 import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +31,39 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.parallel.devices import capability
+
+TRITON, MOSAIC = 'triton', 'mosaic'
+
+
+class Kernels(NamedTuple):
+  """The kernels of an implementation, each 'triton' or 'mosaic'.
+
+  'xla', which is `lax.ragged_dot`, can take the place of both.
+
+  Attributes:
+    rows: The one of products of rows: forward and the rows' gradient.
+    weights: The one of the weights' gradient.
+  """
+
+  rows: str
+  weights: str
+
+
+class Target(NamedTuple):
+  """What kernels are traced for.
+
+  Attributes:
+    device: The device that the program is for, which need not be here; None
+      for the default one.
+    tiles: What `tune` returned for such operands, of all kernels that were
+      tuned, as a text of JSON; '' leaves the tiles to tokamax.
+  """
+
+  device: jax.Device | None = None
+  tiles: str = ''
+
+
+HERE = Target()
 
 
 def _product(
@@ -31,7 +78,8 @@ def _product(
   )
 
 
-_TILE = 128  # of rows and columns; Mosaic's kernels want no less
+# Of rows and columns: tokamax's usual tile, and the largest that it tries.
+_TILE, _LARGEST_TILE = 128, 256
 
 # The three that the kernels have; the letters are those of the operands.
 _MD_NDF = _product((1, 1), [0])
@@ -45,42 +93,44 @@ def installed() -> bool:
 
 
 @functools.cache
-def missing(kernel: str) -> str | None:
-  """Returns what tokamax, if installed, says of a kernel it lacks here.
+def missing(kernels: Kernels, device: jax.Device) -> str | None:
+  """Returns what tokamax, if installed, says of kernels it lacks for a device.
 
-  Its versions differ in their kernels, and in the packages these need. Mosaic's
-  depend on the default device too.
+  Its versions differ in their kernels, and in the packages these need; with a
+  JAX that it does not know they fail in any way.
   """
   rows = jax.ShapeDtypeStruct((_TILE, _TILE), jnp.bfloat16)
   weights = jax.ShapeDtypeStruct((1, _TILE, _TILE), jnp.bfloat16)
   sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
+  products = _all_products(kernels, Target(device))
   try:
-    jax.eval_shape(
-      functools.partial(forward, kernel=kernel), rows, weights, sizes
-    )
-    jax.eval_shape(
-      functools.partial(backward, kernel=kernel), rows, weights, sizes, rows
-    )
-  except (ImportError, NotImplementedError, ValueError) as error:
+    jax.eval_shape(products, rows, weights, sizes, rows)
+  except (
+    ImportError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    AttributeError,
+  ) as error:
     return str(error)
   return None
 
 
-def obstacle(device: jax.Device, *, kernel: str) -> str | None:
-  """Returns why a kernel of `forward` cannot run on a device, or None.
+def obstacle(device: jax.Device, *, kernels: Kernels) -> str | None:
+  """Returns why kernels cannot run on a device, or None.
 
   Args:
     device: A device of the kind that the program is for; it need not be here.
-    kernel: 'triton' or 'mosaic'.
+    kernels: The kernels.
   """
   on_tpu = device.platform == 'tpu'
-  if not (on_tpu and kernel == 'mosaic'):
-    least = (8, 0) if kernel == 'triton' else (9, 0)
+  if not (on_tpu and set(kernels) == {MOSAIC}):
+    least = (9, 0) if MOSAIC in kernels else (8, 0)
     if reason := _gpu_obstacle(device, least):
       return reason
-  if kernel == 'mosaic' and device not in jax.devices():
+  if on_tpu and device not in jax.devices():
     return 'is compiled only where such a device is'
-  return _tokamax_obstacle(kernel, 'tpu' if on_tpu else 'cuda')
+  return _tokamax_obstacle(kernels, device)
 
 
 def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
@@ -93,17 +143,23 @@ def _gpu_obstacle(device: jax.Device, least: tuple[int, int]) -> str | None:
   return None
 
 
-def _tokamax_obstacle(kernel: str, extra: str) -> str | None:
+def _tokamax_obstacle(kernels: Kernels, device: jax.Device) -> str | None:
   if not installed():
+    extra = 'tpu' if device.platform == 'tpu' else 'cuda'
     return f"needs the package tokamax: pip install 'moe_jax[{extra}]'"
-  if reason := missing(kernel):
+  if reason := missing(kernels, device):
     version = importlib.metadata.version('tokamax')
     return f'is not in tokamax {version}, which says {reason!r}'
   return None
 
 
 def forward(
-  rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array, *, kernel: str
+  rows_MD: jax.Array,
+  weights_NDF: jax.Array,
+  sizes_N: jax.Array,
+  *,
+  kernels: Kernels,
+  target: Target,
 ) -> jax.Array:
   """Returns [M, F], 0 outside of all groups.
 
@@ -111,12 +167,11 @@ def forward(
     rows_MD: Rows sorted by group, as in `grouped_matmul`.
     weights_NDF: One matrix per group.
     sizes_N: int32, the rows of each group.
-    kernel: 'triton', for NVIDIA GPUs from compute capability 8.0; 'mosaic',
-      for those of 9.0 and TPUs from generation 5; 'xla', which is
-      `lax.ragged_dot`.
+    kernels: The kernels; Triton's are for NVIDIA GPUs from compute capability
+      8.0, Mosaic's for those of 9.0 and TPUs from generation 5.
+    target: What they are traced for.
   """
-  out_MF = _run(kernel, _MD_NDF, rows_MD, weights_NDF, sizes_N)
-  return _in_groups(out_MF, sizes_N)
+  return _rows_product(_MD_NDF, kernels, target, rows_MD, weights_NDF, sizes_N)
 
 
 def backward(
@@ -125,38 +180,117 @@ def backward(
   sizes_N: jax.Array,
   grad_MF: jax.Array,
   *,
-  kernel: str,
+  kernels: Kernels,
+  target: Target,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the gradients of the rows and of the weights; see `forward`."""
-  if kernel == 'triton':
+  if kernels.rows in (TRITON, MOSAIC):
     # The kernel transposes the weights, and XLA would turn that into a layout
     # of the parameters they come from: a transposed copy, in float32, of those
     # of all layers together.
     weights_NDF = with_layout_constraint(weights_NDF, Layout((0, 1, 2)))
-  rows_grad_MD = _run(kernel, _MF_NDF, grad_MF, weights_NDF, sizes_N)
-  weights_grad_NDF = _run(kernel, _MD_MF, rows_MD, grad_MF, sizes_N)
-  # tokamax's issue 887: of an empty group Triton's kernel multiplies the rows
-  # before it, which may be anything.
-  empty_N = (sizes_N == 0)[:, None, None]
-  return (
-    _in_groups(rows_grad_MD, sizes_N),
-    jnp.where(empty_N, 0, weights_grad_NDF),
+  rows_grad_MD = _rows_product(
+    _MF_NDF, kernels, target, grad_MF, weights_NDF, sizes_N
+  )
+  return rows_grad_MD, _weights_gradient(
+    kernels, target, rows_MD, grad_MF, sizes_N
   )
 
 
-def _in_groups(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
-  used_M = jnp.arange(len(rows)) < sizes_N.sum()
-  return jnp.where(used_M[:, None], rows, 0)
+def _all_products(
+  kernels: Kernels, target: Target
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+  """Returns a function of what `backward` takes: forward and backward."""
+
+  def products(
+    rows_MD: jax.Array,
+    weights_NDF: jax.Array,
+    sizes_N: jax.Array,
+    grad_MF: jax.Array,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    operands = rows_MD, weights_NDF, sizes_N
+    out_MF = forward(*operands, kernels=kernels, target=target)
+    return out_MF, backward(*operands, grad_MF, kernels=kernels, target=target)
+
+  return products
+
+
+def _rows_product(
+  dimensions: lax.RaggedDotDimensionNumbers,
+  kernels: Kernels,
+  target: Target,
+  rows: jax.Array,
+  weights: jax.Array,
+  sizes_N: jax.Array,
+) -> jax.Array:
+  """Returns a row for each, times its group's matrix or that transposed."""
+  num_rows, kernel = len(rows), kernels.rows
+  contracted = dimensions.dot_dimension_numbers[0][1][0]
+  width = weights.shape[3 - contracted]
+  if TRITON in kernels:  # one copy for all products, whoever computes them
+    rows = _with_room(rows, *weights.shape)
+  if kernel == TRITON:
+    weights = _padded(weights, 3 - contracted)
+  if kernel == MOSAIC:
+    rows, weights = _padded(rows, 1), _padded(weights, contracted)
+  out = _run(kernel, target, dimensions, rows, weights, sizes_N)
+  # Rows of no group are left as memory was.
+  used = jnp.arange(num_rows) < sizes_N.sum()
+  return jnp.where(used[:, None], out[:num_rows, :width], 0)
+
+
+def _weights_gradient(
+  kernels: Kernels,
+  target: Target,
+  rows_MD: jax.Array,
+  grad_MF: jax.Array,
+  sizes_N: jax.Array,
+) -> jax.Array:
+  """Returns [N, D, F], 0 for empty groups."""
+  kernel, empty_N = kernels.weights, sizes_N == 0
+  if kernel == TRITON:
+    shape = len(sizes_N), rows_MD.shape[1], grad_MF.shape[1]
+    rows_MD, grad_MF = (_with_room(a, *shape) for a in (rows_MD, grad_MF))
+    # Those with rows first, which so keep theirs.
+    order_N = jnp.argsort(empty_N, stable=True)
+    sizes_N = jnp.maximum(sizes_N, 1)[order_N]
+  out_NDF = _run(kernel, target, _MD_MF, rows_MD, grad_MF, sizes_N)
+  if kernel == TRITON:
+    out_NDF = out_NDF[jnp.argsort(order_N)]
+  return jnp.where(empty_N[:, None, None], 0, out_NDF)
+
+
+def _with_room(rows: jax.Array, num_groups: int, d: int, f: int) -> jax.Array:
+  """Returns rows with as many more behind them as Triton's kernels may read.
+
+  The last tile of a group may begin with its last row. Behind them each group
+  may need a row, and a tile of columns is read past the end of its row.
+  """
+  beyond = -(-_LARGEST_TILE // min(d, f))
+  room = max(_LARGEST_TILE, num_groups + beyond)
+  return jnp.pad(rows, ((0, room), (0, 0)))
+
+
+def _padded(operand: jax.Array, axis: int) -> jax.Array:
+  """Returns the same with zeros up to a multiple of a tile along an axis."""
+  missing = -operand.shape[axis] % _TILE
+  if not missing:
+    return operand
+  widths = [(0, missing if i == axis else 0) for i in range(operand.ndim)]
+  return jnp.pad(operand, widths)
 
 
 def _run(
   kernel: str,
+  target: Target,
   dimensions: lax.RaggedDotDimensionNumbers,
   rows: jax.Array,
   other: jax.Array,
   sizes_N: jax.Array,
 ) -> jax.Array:
   import tokamax
+
+  tiled = _tiled(target.tiles).get((kernel, _name(dimensions)))
 
   def dot(rows: jax.Array, other: jax.Array, sizes_N: jax.Array) -> jax.Array:
     return tokamax.ragged_dot_general(
@@ -166,10 +300,10 @@ def _run(
       dimensions,
       preferred_element_type=rows.dtype,
       # A list of one: with None tokamax would try others without a word.
-      implementation=[kernel],
+      implementation=[tiled or kernel],
     )
 
-  with _settings():
+  with _settings(), _default_device(kernel, target.device):
     return unchecked(dot)(rows, other, sizes_N)
 
 
@@ -199,7 +333,7 @@ def unchecked(
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def _settings(level: int = logging.ERROR) -> Iterator[None]:
   from absl import flags
   from tokamax import config
 
@@ -209,10 +343,126 @@ def _settings() -> Iterator[None]:
   # At every call of every kernel tokamax warns, at length, of tiles that were
   # never tuned; its heuristic takes over. absl's logger heeds no filters.
   logger = logging.getLogger('absl')
-  level = logger.level
-  logger.setLevel(logging.ERROR)
+  before = logger.level
+  logger.setLevel(level)
   try:
     with config.cross_compile(True):  # the device need not be here
       yield
   finally:
-    logger.setLevel(level)
+    logger.setLevel(before)
+
+
+def _default_device(
+  kernel: str, device: jax.Device | None
+) -> contextlib.AbstractContextManager[Any]:
+  """Returns a context in which Mosaic's kernels find what they ask of a device.
+
+  They ask the default one, even to be traced.
+  """
+  if kernel != MOSAIC or device is None or device in jax.devices():
+    return contextlib.nullcontext()
+  return jax.default_device(device)
+
+
+def tune(
+  kernel: str,
+  rows_MD: jax.Array,
+  weights_NDF: jax.Array,
+  sizes_N: jax.Array,
+  grad_MF: jax.Array,
+) -> dict[str, Any]:
+  """Times the tiles that tokamax has for a kernel, in all three products.
+
+  It takes minutes, on the device.
+
+  Returns:
+    tokamax's `AutotuningResult` as JSON, of each product only the fastest tile
+    that computes it whole and stays within what this module pads; a product
+    without one is left out.
+  """
+  import tokamax
+
+  products = jax.jit(_all_products(Kernels(kernel, kernel), HERE))
+  lowered = products.lower(rows_MD, weights_NDF, sizes_N, grad_MF)
+  with _settings(logging.CRITICAL):
+    calls = _calls(lowered.as_text(dialect='hlo', debug_info=True))
+    result = tokamax.autotune(calls, progress_bar=False)
+  kept = []
+  for bound, times in result.data:
+    valid = {
+      tile: time
+      for tile, time in times.items()
+      if isinstance(time, tokamax.BenchmarkData) and _fits(kernel, bound, tile)
+    }
+    if valid:
+      kept.append((bound, type(times)(valid).prune()))
+  text = tokamax.AutotuningResult(result.device_kind, tuple(kept)).dumps()
+  return json.loads(text)
+
+
+def _calls(text: str) -> list[Any]:
+  """Returns tokamax's `BoundArguments` of all its kernels in a program.
+
+  Its own `get_bound_args` fails with jax 0.10. It reads what is read here: the
+  names of operations, in which tokamax leaves the arguments as JSON.
+  """
+  import tokamax
+
+  calls: dict[str, Any] = {}
+  for name in re.findall(r'op_name="((?:[^"\\]|\\.)*)"', text):
+    _, _, said = json.loads(f'"{name}"').partition('tokamax:')
+    if said:
+      call, _ = json.JSONDecoder().raw_decode(said)
+      call['op']['config'] = None  # to be found
+      calls[json.dumps(call)] = [call, {}]
+  untimed = json.dumps({'device_kind': '', 'data': [*calls.values()]})
+  return [call for call, _ in tokamax.AutotuningResult.loads(untimed).data]
+
+
+def _fits(kernel: str, bound: Any, tile: Any) -> bool:
+  """Returns whether a tile suits the operands as they are padded here."""
+  of_rows, of_weights = bound.arguments['lhs'], bound.arguments['rhs']
+  dimensions = bound.arguments['ragged_dot_dimension_numbers']
+  if dimensions == _MD_MF:
+    return max(tile.block_m, tile.block_n) <= _LARGEST_TILE
+  contracted = dimensions.dot_dimension_numbers[0][1][0]
+  if kernel == TRITON:
+    whole = of_weights.shape[3 - contracted] % tile.block_n == 0
+    return tile.split_k == 1 and tile.block_m <= _LARGEST_TILE and whole
+  depth = of_rows.shape[1]
+  return depth % min(depth, tile.block_k) == 0
+
+
+def unreadable(tiles: str) -> str | None:
+  """Returns why `Target.tiles` cannot be used, None if they can."""
+  try:
+    _tiled(tiles)
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    return ' '.join(str(error).split())[:200]
+  return None
+
+
+@functools.cache
+def _tiled(tiles: str) -> dict[tuple[str, str], Any]:
+  """Returns tokamax's kernels with their tiles, by kernel and product."""
+  if not tiles:
+    return {}
+  import tokamax
+
+  found = {}
+  with _settings():
+    for kernel, result in json.loads(tiles).items():
+      text = json.dumps(result)
+      for bound, times in tokamax.AutotuningResult.loads(text).data:
+        product = _name(bound.arguments['ragged_dot_dimension_numbers'])
+        tile = times.fastest_config
+        if _fits(kernel, bound, tile):
+          found[kernel, product] = bound.op.replace(config=tile)
+  return found
+
+
+def _name(dimensions: lax.RaggedDotDimensionNumbers) -> str:
+  """Returns a name for a product, which can be looked up."""
+  return str(
+    (dimensions.dot_dimension_numbers, dimensions.rhs_group_dimensions)
+  )
