@@ -83,6 +83,7 @@ def _replay() -> None:
   """Does the step again that the command line names, and prints what it did."""
   # Which allocator there is has to be known before jax is imported.
   runtime.configure_malloc()
+  runtime.configure_gpu()
   runtime.silence_plugins()
   config, values = cli.parse(sys.argv, define_flags)
   workdir, step = values.pop('workdir'), values.pop('step')
