@@ -23,6 +23,8 @@ _CALLEES = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations'
   r'|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)'
 )
+# Of a dot in several passes, as `dot_bf16_bf16_f32_x3`.
+_ALGORITHM = re.compile(r'algorithm=dot_([a-z]+\d+)_\w+_x(\d)')
 # Not reductions and sorts: what they apply is arithmetic on scalars.
 _CALLING = ('fusion', 'call', 'custom-call', 'async-start', 'conditional')
 
@@ -152,10 +154,13 @@ class Matmul(NamedTuple):
     flops: Its operations, two per product.
     precision: Of its operands: '16' bits or fewer, 'tf32', or 'float32', which
       tensor cores have not.
+    passes: How often it multiplies parts of its operands, which together are
+      more precise.
   """
 
   flops: int
   precision: str
+  passes: int = 1
 
 
 def matmul_flops(hlo_text: str) -> int | None:
@@ -252,9 +257,12 @@ def _matmul(
   if is_dot:
     contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', attributes)
     axes = filter(None, contracted[1].split(',')) if contracted else ()
+    products = math.prod(out) * math.prod(first[int(axis)] for axis in axes)
+    if algorithm := _ALGORITHM.search(attributes):
+      precision = 'tf32' if algorithm[1] == 'tf32' else '16'
+      return Matmul(2 * products, precision, int(algorithm[2]))
     if precision == 'tf32' and 'operand_precision={highest' in attributes:
       precision = 'float32'
-    products = math.prod(out) * math.prod(first[int(axis)] for axis in axes)
     return Matmul(2 * products, precision)
   if is_grouped_matmul(instruction):
     # Rows [M, K] by weights to [M, F], or by rows [M, F] to [N, K, F]; Mosaic's

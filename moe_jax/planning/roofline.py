@@ -29,6 +29,8 @@ _FREE = {
 _TRAVELS = (
   r'(ragged-)?all-(gather|reduce|to-all)|reduce-scatter|collective-.*|.*-done'
 )
+# What reads of its first operand no more than it returns.
+_PICKS = ('dynamic-slice', 'gather', 'slice')
 # What a fusion does on the way to a slice, element by element.
 _ON_THE_WAY = ('bitcast', 'convert', 'copy', 'reshape', 'transpose')
 
@@ -143,7 +145,8 @@ def _kernel(
   matmuls = hlo.matmuls(program, instruction, computation)
   num_bytes = _num_bytes(program, instruction, computation)
   computing = sum(
-    each.flops / gpu.flops_per_second(each.precision) for each in matmuls
+    each.passes * each.flops / gpu.flops_per_second(each.precision)
+    for each in matmuls
   )
   moving = num_bytes / gpu.bytes_per_second
   flops = sum(each.flops for each in matmuls)
@@ -222,7 +225,7 @@ def _share_read(
   """Returns the share of a value that a fusion reads."""
   share = 0.0
   for user in hlo.users(value, fused):
-    if user.opcode == 'dynamic-slice' and user.operands[0] == value.name:
+    if user.opcode in _PICKS and user.operands[0] == value.name:
       sizes = map(hlo.shape, (user.type, value.type))
       share += math.prod(next(sizes)) / math.prod(next(sizes))
     elif user.opcode == 'dynamic-update-slice':

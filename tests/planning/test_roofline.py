@@ -30,7 +30,10 @@ def test_a_kernel_takes_its_bytes_or_its_operations() -> None:
 
 
 def test_matmuls_in_float32_are_slow() -> None:
-  """They run beside the tensor cores: 67 TFLOP/s; and TF32 at 495."""
+  """They run beside the tensor cores: 67 TFLOP/s; and TF32 at 495.
+
+  Three products of bfloat16 are made at 990, and so float32 at a third of it.
+  """
   text = """HloModule jit_f
 
 ENTRY %main (p: f32[8192,8192]) -> f32[8192,8192] {
@@ -44,6 +47,9 @@ ENTRY %main (p: f32[8192,8192]) -> f32[8192,8192] {
   assert part == pytest.approx(1000 * flops / (0.7 * 67e12), rel=0.01)
   tf32 = milliseconds(text.replace('PRECISION', ''), part='router')
   assert part / tf32 == pytest.approx(495 / 67, rel=0.1)
+  three = text.replace('PRECISION', 'algorithm=dot_bf16_bf16_f32_x3,')
+  three_products = milliseconds(three, part='router')
+  assert part / three_products == pytest.approx(990 / 3 / 67, rel=0.1)
 
 
 SCAN = """HloModule jit_step
@@ -93,6 +99,28 @@ def test_slices_count_and_not_what_they_are_of() -> None:
     'other': (4 + 2) * 64 * 64 + index,
     'optimizer': 2 * 2 * 64 * 64,
   }
+
+
+GATHER = """HloModule jit_step
+
+%look_up (x: f32[4096,512], i: s32[8,1]) -> f32[8,512] {
+  %x = f32[4096,512]{1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  %r = f32[8,512]{1,0} gather(%x, %i), offset_dims={1}, slice_sizes={1,512}
+  ROOT %n = f32[8,512]{1,0} negate(%r)
+}
+
+ENTRY %main (x: f32[4096,512], i: s32[8,1]) -> f32[8,512] {
+  %x = f32[4096,512]{1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  ROOT %f = f32[8,512]{1,0} fusion(%x, %i), kind=kLoop, calls=%look_up
+}
+"""
+
+
+def test_a_look_up_reads_what_it_returns() -> None:
+  told = roofline.report(GATHER, H100)
+  assert told['num_bytes'] == 2 * 4 * 8 * 512 + 4 * 8
 
 
 def test_sums_agree() -> None:
