@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from moe_jax import config as config_lib
 from moe_jax.config import presets
 from moe_jax.parameter import FIXED, param
-from moe_jax.routing.cells import PRECISION
 from moe_jax.routing.gates import GATES, GateContext, GateOptions, LinearGate
+from moe_jax.routing.matmul import matmul
 from moe_jax.routing.selection import (
   SELECTIONS,
   Picked,
@@ -53,9 +53,7 @@ class NoisyTopK(LinearGate):
     logits_TN = super().__call__(features_TX, context)
     if context.rng is None:
       return logits_TN
-    scale_TN = jax.nn.softplus(
-      jnp.matmul(features_TX, self.noise_XN[...], precision=PRECISION)
-    )
+    scale_TN = jax.nn.softplus(matmul(features_TX, self.noise_XN[...]))
     return logits_TN + scale_TN * jax.random.normal(context.rng, scale_TN.shape)
 
 

@@ -14,7 +14,7 @@ from moe_jax.experts.dropout import dropout
 from moe_jax.experts.mlp import ExpertsInPlace, ReLUMLP, SwiGLU
 from moe_jax.parameter import param
 from moe_jax.routing.balance import Load, load_of
-from moe_jax.routing.cells import PRECISION
+from moe_jax.routing.matmul import matmul
 from moe_jax.routing.router import Context, Router, RouterState
 from moe_jax.routing.selection import Routing, Select
 
@@ -269,8 +269,6 @@ class CoefficientMixing(nnx.Module):
   def __call__(
     self, u_TD: jax.Array, routed_TD: jax.Array, shared_TD: jax.Array
   ) -> jax.Array:
-    logits_T2 = jnp.matmul(
-      u_TD.astype(jnp.float32), self.coefficient_D2[...], precision=PRECISION
-    )
+    logits_T2 = matmul(u_TD, self.coefficient_D2[...])
     c_T2 = jax.nn.softmax(logits_T2 + self.bias_2[...]).astype(u_TD.dtype)
     return c_T2[:, :1] * routed_TD + c_T2[:, 1:] * shared_TD

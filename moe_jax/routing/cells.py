@@ -13,15 +13,13 @@ from flax import nnx
 
 from moe_jax.parameter import param
 from moe_jax.registry import CELLS
+from moe_jax.routing.matmul import matmul
 
-__all__ = ['CELLS', 'PRECISION', 'Cell', 'CellState']
+__all__ = ['CELLS', 'Cell', 'CellState']
 
 # What a cell remembers of each token: (), h_TR, or (h_TR, c_TR).
 CellState = jax.Array | tuple[jax.Array, ...]
 State = TypeVar('State', bound=CellState)
-
-# float32 means float32 on TPU and GPU too.
-PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Cell(Protocol[State]):
@@ -171,5 +169,5 @@ def _gates(
   """Returns the gates' parts from one side, [T, R] each."""
   # Flat, so that the gates are split in the last axis: fastest backward.
   weight_XO = weight[...].reshape(x_TX.shape[-1], -1)
-  product_TO = jnp.matmul(x_TX, weight_XO, precision=PRECISION)
+  product_TO = matmul(x_TX, weight_XO)
   return jnp.split(product_TO + bias[...].reshape(-1), count, axis=-1)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from moe_jax.parameter import FIXED, LOGIT, param
 from moe_jax.registry import GATES
-from moe_jax.routing.cells import PRECISION
+from moe_jax.routing.matmul import matmul
 
 __all__ = ['GATES', 'Gate', 'GateContext', 'GateOptions']
 
@@ -241,7 +241,7 @@ class HyperGate(Gate):
     weight_XN = _through(
       hidden_F, self.fixed_weights_FXN, self.fixed_weights_bias_XN
     )
-    logits_TN = jnp.matmul(features_TX, weight_XN, precision=PRECISION)
+    logits_TN = matmul(features_TX, weight_XN)
     if self.fixed_bias_FN is None:
       return logits_TN
     assert self.fixed_bias_bias_N is not None  # both are there, or neither
@@ -267,7 +267,7 @@ class RandomGate(Gate):
   def __call__(self, features_TX: jax.Array, context: GateContext) -> jax.Array:
     del context
     weight_XN = jax.lax.stop_gradient(self.fixed_weight_XN[...])
-    return jnp.matmul(features_TX, weight_XN, precision=PRECISION)
+    return matmul(features_TX, weight_XN)
 
 
 @GATES.register('hash')
@@ -315,21 +315,19 @@ def _log_temperature() -> nnx.Param:
 def _affine(
   x_TX: jax.Array, weight_XO: nnx.Param, bias_O: nnx.Param | None
 ) -> jax.Array:
-  y_TO = jnp.matmul(x_TX, weight_XO[...], precision=PRECISION)
+  y_TO = matmul(x_TX, weight_XO[...])
   return y_TO if bias_O is None else y_TO + bias_O[...]
 
 
 def _through(x_X: jax.Array, weight: nnx.Param, bias: nnx.Param) -> jax.Array:
   """Returns what an untrained layer of any shape makes of one vector."""
   fixed_weight, fixed_bias = jax.lax.stop_gradient((weight[...], bias[...]))
-  y = jnp.tensordot(x_X, fixed_weight, 1, precision=PRECISION)
+  y = jnp.tensordot(x_X, fixed_weight, 1, precision=jax.lax.Precision.HIGHEST)
   return y + fixed_bias
 
 
 def _cosine(x_TE: jax.Array, embedding_NE: nnx.Param) -> jax.Array:
-  return jnp.matmul(
-    _unit(x_TE), _unit(embedding_NE[...]).T, precision=PRECISION
-  )
+  return matmul(_unit(x_TE), _unit(embedding_NE[...]).T)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.parameter import param
-from moe_jax.routing.cells import PRECISION, Cell, CellState
+from moe_jax.routing.cells import Cell, CellState
+from moe_jax.routing.matmul import matmul
 
 
 class HiddenFeatures(nnx.Module):
@@ -68,7 +69,7 @@ class Projector(nnx.Module):
     )
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
-    return jnp.matmul(x_TD, self.projector_DR[...], precision=PRECISION)
+    return matmul(x_TD, self.projector_DR[...])
 
 
 def identity(x_TD: jax.Array) -> jax.Array:
