@@ -126,7 +126,7 @@ STUDIES = {
   'projector': Study(
     'One projector for all layers in the quickstart, on source code',
     ('rmoe', 'rmoe+s_proj'),
-    ('--config=quickstart', '--seeds=5'),
+    ('--config=quickstart', '--seeds=3'),
   ),
   'steps': Study(
     'Four times the steps, on source code',
