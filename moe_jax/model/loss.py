@@ -116,8 +116,13 @@ def _computed(
 ) -> tuple[Loss, _Gradients | None]:
   shape_BL = targets.ids_BL.shape
   targets = jax.tree.map(lambda a: a.reshape(x_BLD.shape[:2]), targets)
-  chunk = chunk_of(mesh.devices.flat[0].platform)
-  local = functools.partial(_local, chunk=chunk, with_gradient=with_gradient)
+  platform = mesh.devices.flat[0].platform
+  local = functools.partial(
+    _local,
+    chunk=chunk_of(platform),
+    softmax=_softmax_of_gpus if platform == 'gpu' else _softmax,
+    with_gradient=with_gradient,
+  )
   if mesh.size == 1:
     return local(x_BLD, head, targets, None)
   tokens = P(mesh_lib.TOKEN_AXES)
@@ -172,6 +177,7 @@ def _local(
   axis: str | None,
   *,
   chunk: int,
+  softmax: '_Softmax',
   with_gradient: bool,
 ) -> tuple[Loss, _Gradients | None]:
   """Returns the loss of the tokens that are here, chunk by chunk.
@@ -184,7 +190,7 @@ def _local(
   count = math.ceil(len(x_TD) / chunk)
   tokens = x_TD, *(a.reshape(-1) for a in targets)
   chunks = [_cut(a, count) for a in tokens]
-  one = functools.partial(_chunk, head, axis, with_gradient)
+  one = functools.partial(_chunk, head, axis, softmax, with_gradient)
 
   def add(total: _Sums, chunk: list[jax.Array]) -> tuple[_Sums, _OfTokens]:
     more, of_tokens = one(*chunk)
@@ -223,6 +229,7 @@ _OfTokens = tuple[jax.Array, jax.Array, jax.Array | None]
 def _chunk(
   head: Head,
   axis: str | None,
+  softmax: '_Softmax',
   with_gradient: bool,
   x_CD: jax.Array,
   ids_C: jax.Array,
@@ -237,16 +244,14 @@ def _chunk(
     logits_CV += bias_V
   over = _Vocabulary(axis)
   here_C = ids_C - over.first(weight_DV.shape[1])
-  top_C = over.max(logits_CV.max(-1))
-  shares_CV = jnp.exp(logits_CV - top_C[:, None])
-  sum_C = over.sum(shares_CV.sum(-1))
+  top_C, sum_C = softmax(logits_CV, over)
   own_C = over.sum(_look_up(logits_CV, here_C))
   loss_C = (jnp.log(sum_C) + top_C - own_C) * weights_C
   loss, best_C = loss_C.sum(), own_C == top_C
   if not with_gradient:
     return (loss, None), (loss_C, best_C, None)
   own_CV = jnp.arange(weight_DV.shape[1]) == here_C[:, None]
-  grad_CV = shares_CV * (weights_C / sum_C)[:, None]
+  grad_CV = jnp.exp(logits_CV - top_C[:, None]) * (weights_C / sum_C)[:, None]
   grad_CV = jnp.where(own_CV, grad_CV - weights_C[:, None], grad_CV)
   bias_grad_V = None if bias_V is None else grad_CV.sum(0)
   grad_CV = grad_CV.astype(x_CD.dtype)
@@ -274,6 +279,41 @@ class _Vocabulary(NamedTuple):
 
   def max(self, a: jax.Array) -> jax.Array:
     return a if self.axis is None else lax.pmax(a, self.axis)
+
+
+# (logits_CV, over) -> each row's maximum, and its sum of exp(logit - maximum).
+_Softmax = Callable[[jax.Array, _Vocabulary], tuple[jax.Array, jax.Array]]
+
+
+def _softmax(
+  logits_CV: jax.Array, over: _Vocabulary
+) -> tuple[jax.Array, jax.Array]:
+  top_C = over.max(logits_CV.max(-1))
+  return top_C, over.sum(jnp.exp(logits_CV - top_C[:, None]).sum(-1))
+
+
+def _softmax_of_gpus(
+  logits_CV: jax.Array, over: _Vocabulary
+) -> tuple[jax.Array, jax.Array]:
+  """The same, reading the logits once: their bytes are what it costs."""
+
+  def join(a: _TopAndSum, b: _TopAndSum) -> _TopAndSum:
+    top = jnp.maximum(a[0], b[0])
+    return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+  # Not -inf, which the padding's logits are: their difference is no number.
+  nothing = jnp.finfo(logits_CV.dtype).min.astype(logits_CV.dtype)
+  own_C, sum_C = lax.reduce(
+    (logits_CV, jnp.ones_like(logits_CV)),
+    (nothing, jnp.zeros_like(nothing)),
+    join,
+    dimensions=(1,),
+  )
+  top_C = over.max(own_C)
+  return top_C, over.sum(sum_C * jnp.exp(own_C - top_C))
+
+
+_TopAndSum = tuple[jax.Array, jax.Array]
 
 
 def _look_up(logits_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
