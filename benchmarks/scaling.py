@@ -6,9 +6,10 @@ prints a JSON line for 4, 16, 64 and 256 chips (`--topologies`), none of which
 has to be here. The scaling is weak: the batch grows with the chips, so the
 tokens of a chip stay what they are, `--sequences` of them of `data.seq_len`.
 
-The mesh follows from the number of chips alone: the square root of it, 4 at
-most, along `fsdp`; what is left along `expert`, as many as divide the experts;
-and what is left then along `data`.
+The mesh follows from the number of chips: as many as `--fsdp`, 16, along
+`fsdp`; of what is left `--expert`, 1, along `expert`, as many as divide the
+experts; and what is left then along `data`. So parameters travel and tokens
+stay, which takes the fewest cycles where a device holds a layer's experts.
 
   python -m benchmarks.scaling --config=... --label=large --results=DIR
 
@@ -31,7 +32,6 @@ from moe_jax.config import MESH_AXES
 from moe_jax.errors import UserError
 
 TOPOLOGIES = ('v5e:2x2', 'v5e:4x4', 'v5e:8x8', 'v5e:16x16')
-_MOST_FSDP = 4
 _PACKAGES = ('jax', 'libtpu', 'moe_jax')
 # Flags that do not change a row; all but the first have a value.
 _BESIDE = ('json', 'topologies', 'label', 'results')
@@ -46,6 +46,12 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'sequences', 1, 'of every chip and micro-batch', flag_values=values
   )
+  flags.DEFINE_integer(
+    'fsdp', 16, 'chips along mesh.fsdp, at most', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'expert', 1, 'chips along mesh.expert, at most', flag_values=values
+  )
   flags.DEFINE_string(
     'label', 'model', 'a name for the config', flag_values=values
   )
@@ -59,6 +65,8 @@ def run(
   json: bool,
   topologies: list[str],
   sequences: int,
+  fsdp: int,
+  expert: int,
   label: str,
   results: str | None,
 ) -> None:
@@ -71,7 +79,7 @@ def run(
     scaling_results.check()
   jax.config.update('jax_enable_compilation_cache', False)
   given = arguments(sys.argv[1:])
-  for row in measure(config, topologies, sequences):
+  for row in measure(config, topologies, sequences, fsdp, expert):
     named = {'label': label, 'arguments': given} | row
     common.show(named, json)
     sys.stdout.flush()
@@ -92,7 +100,11 @@ def arguments(argv: list[str]) -> str:
 
 
 def measure(
-  config: ConfigDict, topologies: list[str], sequences: int
+  config: ConfigDict,
+  topologies: list[str],
+  sequences: int,
+  fsdp: int,
+  expert: int,
 ) -> Iterator[dict[str, Any]]:
   """Compiles the training step of a config for every topology.
 
@@ -111,11 +123,13 @@ def measure(
   from benchmarks import common
   from moe_jax.planning import topologies as targets
 
-  if sequences < 1:
-    raise UserError(f'--sequences = {sequences} must be at least 1')
+  given = {'sequences': sequences, 'fsdp': fsdp, 'expert': expert}
+  for flag, value in given.items():
+    if value < 1:
+      raise UserError(f'--{flag} = {value} must be at least 1')
   for name in topologies:
     target = targets.target(name)
-    placed = on_chips(config, len(target.devices), sequences)
+    placed = on_chips(config, len(target.devices), **given)
     yield {
       'benchmark': 'scaling',
       'topology': name,
@@ -128,11 +142,14 @@ def measure(
     }
 
 
-def on_chips(config: ConfigDict, chips: int, sequences: int) -> ConfigDict:
+def on_chips(
+  config: ConfigDict, chips: int, sequences: int, fsdp: int, expert: int
+) -> ConfigDict:
   """The config on so many chips: its mesh by the rule above, and its batch."""
   placed = config.copy_and_resolve_references()
-  fsdp = math.gcd(min(math.isqrt(chips), _MOST_FSDP), chips)
-  expert = math.gcd(placed.moe.num_experts or 1, chips // fsdp)
+  fsdp = math.gcd(fsdp, chips)
+  left = math.gcd(expert, chips // fsdp)
+  expert = math.gcd(placed.moe.num_experts or 1, left)
   placed.mesh.update(
     expert=expert, fsdp=fsdp, data=chips // expert // fsdp, tensor=1
   )

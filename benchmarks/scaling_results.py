@@ -66,11 +66,16 @@ def keep(row: dict[str, Any], folder: Path) -> None:
 
 def readme(rows: list[dict[str, Any]]) -> str:
   """What the rows are, in Markdown: the commands that made them, the table."""
-  commands = dict.fromkeys(
-    f'    python -m benchmarks.scaling {row["arguments"]} \\\n'
-    f'      --label={shlex.quote(row["label"])} --results=DIR\n'
-    for row in rows
-  )
+  topologies: dict[tuple[str, str], list[str]] = {}
+  for row in rows:
+    case = row['arguments'], row['label']
+    topologies.setdefault(case, []).append(row['topology'])
+  commands = [
+    f'    python -m benchmarks.scaling {arguments} \\\n'
+    f'      --topologies={",".join(names)} \\\n'
+    f'      --label={shlex.quote(label)} --results=DIR\n'
+    for (arguments, label), names in topologies.items()
+  ]
   return _HEAD + ''.join(commands) + _ABOUT + table(rows)
 
 

@@ -11,21 +11,22 @@ from tests.helpers import tiny
 
 
 @pytest.mark.parametrize(
-  'chips, experts, axes',
+  'chips, experts, given, axes',
   [
-    (4, 16, (1, 2, 2)),
-    (16, 16, (1, 4, 4)),
-    (64, 16, (1, 4, 16)),
-    (256, 16, (4, 4, 16)),
-    (64, 8, (2, 4, 8)),
-    (256, 0, (64, 4, 1)),
+    (4, 16, (16, 1), (1, 4, 1)),
+    (16, 16, (16, 1), (1, 16, 1)),
+    (256, 16, (16, 1), (16, 16, 1)),
+    (16, 16, (4, 16), (1, 4, 4)),
+    (256, 16, (4, 16), (4, 4, 16)),
+    (64, 8, (4, 16), (2, 4, 8)),
+    (256, 0, (4, 16), (64, 4, 1)),
   ],
 )
 def test_meshes_follow_from_the_chips(
-  chips: int, experts: int, axes: tuple[int, ...]
+  chips: int, experts: int, given: tuple[int, int], axes: tuple[int, ...]
 ) -> None:
   config = tiny.config(moe__num_experts=experts, train__accumulation=2)
-  placed = scaling.on_chips(config, chips, sequences=3)
+  placed = scaling.on_chips(config, chips, 3, *given)
   mesh = placed.mesh
   assert (mesh.data, mesh.fsdp, mesh.expert) == axes and mesh.tensor == 1
   assert placed.train.batch_size == 3 * 2 * chips
@@ -71,6 +72,7 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   assert 'does not fit: 20.00' in table and '| 1 |' not in table
   assert '| 2.0 | 61 |  |  |' in table  # of a clock that nobody publishes
   assert table.count('benchmarks.scaling --config=x.py') == 3  # a, b, c
+  assert '--topologies=v5e:4,v5e:16 \\\n      --label=a ' in table
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -88,7 +90,7 @@ def test_without_matplotlib_nothing_is_compiled(
   monkeypatch.setattr(scaling_results, 'find_spec', lambda name: None)
   monkeypatch.setattr(scaling, 'measure', None)
   with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
-    scaling.run(tiny.config(), True, ['v5e:2x2'], 1, 'a', str(tmp_path))
+    scaling.run(tiny.config(), True, ['v5e:2x2'], 1, 4, 1, 'a', str(tmp_path))
 
 
 def test_the_arguments_of_a_row() -> None:
@@ -98,15 +100,17 @@ def test_the_arguments_of_a_row() -> None:
   assert scaling.arguments(argv) == kept
 
 
-def test_sequences_are_counted() -> None:
-  with pytest.raises(UserError, match='--sequences = 0'):
-    next(scaling.measure(tiny.config(), ['v5e:2x2'], 0))
+@pytest.mark.parametrize('flag', ['sequences', 'fsdp', 'expert'])
+def test_what_is_given_is_counted_from_one(flag: str) -> None:
+  given = {'sequences': 1, 'fsdp': 4, 'expert': 1} | {flag: 0}
+  with pytest.raises(UserError, match=f'--{flag} = 0'):
+    next(scaling.measure(tiny.config(), ['v5e:2x2'], **given))
 
 
 @pytest.mark.slow
 def test_rows_of_compiled_steps() -> None:
   config = tiny.config(model__dtype='auto', moe__factors=2)
-  four, eight = scaling.measure(config, ['v5e:2x2', 'v5e:2x4'], 2)
+  four, eight = scaling.measure(config, ['v5e:2x2', 'v5e:2x4'], 2, 2, 2)
   assert four['num_devices'] == 4 and eight['num_devices'] == 8
   assert four['tokens_per_step'] * 2 == eight['tokens_per_step'] == 256
   for made in (four, eight):

@@ -16,7 +16,7 @@ def test_gradients_of_the_kernel_interpreted(
 ) -> None:
   run = functools.partial(megablox.weights_gradient, interpret=True)
   monkeypatch.setattr(megablox, 'weights_gradient', run)
-  monkeypatch.setattr(megablox, '_SIDE', 128)
+  monkeypatch.setattr(megablox, '_SIDE_BYTES', 4 * 128)
   both_ways('megablox', jnp.float32)(sizes, (ROWS, 24, 256), 1e-5)
 
 

@@ -17,9 +17,9 @@ from moe_jax.experts.grouped_matmul.tokamax import unchecked
 
 _PACKAGE = 'jax.experimental.pallas.ops.tpu.megablox'
 _LANES = 128
-# Of rows, and of both sides of a weight: what fits where a kernel may take
-# 16 MiB, and MaxText's default.
-_ROWS, _SIDE = 512, 1024
+# Of rows, and the bytes of either side of a weight: MaxText's default in 16
+# bits, which fits where a kernel may take 16 MiB.
+_ROWS, _SIDE_BYTES = 512, 2048
 
 
 def weights_gradient(
@@ -41,10 +41,11 @@ def weights_gradient(
 
   padding = ((0, -len(rows_MD) % _LANES), (0, 0))
   rows_MD, grad_MF = jnp.pad(rows_MD, padding), jnp.pad(grad_MF, padding)
+  side = _SIDE_BYTES // rows_MD.dtype.itemsize
   tiling = (
     _tile(len(rows_MD), _ROWS),
-    _tile(rows_MD.shape[1], _SIDE),
-    _tile(grad_MF.shape[1], _SIDE),
+    _tile(rows_MD.shape[1], side),
+    _tile(grad_MF.shape[1], side),
   )
 
   @functools.partial(jax.jit, inline=True)
