@@ -46,7 +46,7 @@ ROOMS = {
   # An optional package, imported where it is used.
   'parallel.devices': Room('', 'jax'),
   'experts.grouped_matmul.tokamax': Room(
-    'parallel.devices', 'jax tokamax absl'
+    'strict_json parallel.devices', 'jax tokamax absl'
   ),
   'experts': Room(
     'registry parameter routing parallel.devices'

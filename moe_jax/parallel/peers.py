@@ -105,6 +105,7 @@ class Watch:
     self._left_at = math.inf
     self._deadline = math.inf  # to end even so, because of `_cause`
     self._cause = 0
+    self._ended = False
 
   def accept(self, server: socket.socket, token: str) -> None:
     """Has process 0 watch those that connect to `server` and know `token`."""
@@ -143,7 +144,7 @@ class Watch:
     threading.Thread(target=self._watch, name='peers', daemon=True).start()
 
   def _watch(self) -> None:
-    while True:
+    while not self._ended:
       for key, _ in self._selector.select(0.5):
         with self._lock:
           key.data()
@@ -209,7 +210,9 @@ class Watch:
 
   def _lost(self, id: int) -> None:
     """Ends this process, because process `id` has ended or gone."""
-    self._deadline = math.inf
+    if self._ended:
+      return
+    self._ended = True
     if self._left is not None:
       self._end('', self._left)
       return

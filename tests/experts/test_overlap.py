@@ -60,12 +60,22 @@ def products(eqns: list[Any]) -> list[tuple[int, ...]]:
   """Of matmuls of T rows, what these are multiplied by."""
   shapes = []
   for eqn in eqns:
-    if 'remat' in eqn.primitive.name:
-      shapes += products(eqn.params['jaxpr'].eqns)
-    elif eqn.primitive.name == 'dot_general':
+    if eqn.primitive.name == 'dot_general':
       rows, matrix = (var.aval.shape for var in eqn.invars)
       shapes += [tuple(matrix)] if len(rows) == 2 else []
+    for inner in inside(eqn):
+      shapes += products(inner.eqns)
   return sorted(shapes)
+
+
+def inside(eqn: Any) -> list[Any]:
+  """The programs within an equation, but not those of exchanges."""
+  if eqn.primitive.name == 'shard_map':
+    return []
+  values = jax.tree.leaves(
+    list(eqn.params.values()), is_leaf=lambda value: hasattr(value, 'eqns')
+  )
+  return [value for value in values if hasattr(value, 'eqns')]
 
 
 def test_the_rest_of_the_layer_is_free_while_tokens_travel() -> None:

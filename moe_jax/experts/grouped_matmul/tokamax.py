@@ -30,6 +30,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from moe_jax import strict_json
 from moe_jax.parallel.devices import capability
 
 TRITON, MOSAIC = 'triton', 'mosaic'
@@ -435,8 +436,8 @@ def _calls(text: str) -> list[Any]:
     if said:
       call, _ = json.JSONDecoder().raw_decode(said)
       call['op']['config'] = None  # to be found
-      calls[json.dumps(call)] = [call, {}]
-  untimed = json.dumps({'device_kind': '', 'data': [*calls.values()]})
+      calls[strict_json.dumps(call)] = [call, {}]
+  untimed = strict_json.dumps({'device_kind': '', 'data': [*calls.values()]})
   return [call for call, _ in tokamax.AutotuningResult.loads(untimed).data]
 
 
@@ -473,7 +474,7 @@ def _tiled(tiles: str) -> dict[tuple[str, str], Any]:
   found = {}
   with _settings():
     for kernel, result in json.loads(tiles).items():
-      text = json.dumps(result)
+      text = strict_json.dumps(result)
       for call, times in tokamax.AutotuningResult.loads(text).data:
         product = _name(call.arguments['ragged_dot_dimension_numbers'])
         tile = times.fastest_config
