@@ -17,8 +17,10 @@ WORKDIR ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-# A file's tests stay together, with the runs that they share.
-PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+# A file's tests stay together, with the runs that they share. They begin by
+# name, since by number of tests the longest run would begin last.
+PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+  $(PYTEST_ARGS)
 comma := ,
 # One for each choice of extras, so that asking for another one installs it.
 INSTALLED := $(VENV)/.installed-$(or $(EXTRAS),cpu)

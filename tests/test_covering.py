@@ -167,9 +167,8 @@ def test_what_cannot_go_together_is_refused(clash: tuple) -> None:
         config_lib.validate(configure(plain | {a: x, b: y}), num_devices=8)
 
 
-@pytest.mark.parametrize(
-  'row', [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)], ids=spelled
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('row', FEW, ids=spelled)
 def test_a_few_combinations(row: covering.Row) -> None:
   check_alone(row)
 

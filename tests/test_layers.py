@@ -67,7 +67,7 @@ def params_of(module: nnx.Module) -> Any:
     (),
     pytest.param((5,), marks=pytest.mark.slow),
     pytest.param((2, 5), marks=pytest.mark.slow),
-    (2, 3, 5),
+    pytest.param((2, 3, 5), marks=pytest.mark.slow),
   ],
 )
 def test_a_layer_takes_any_leading_axes(leading: tuple[int, ...]) -> None:
@@ -84,6 +84,7 @@ def test_a_layer_takes_any_leading_axes(leading: tuple[int, ...]) -> None:
   np.testing.assert_allclose(aux.balance_loss, balance, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_recurrent_router_is_handed_from_layer_to_layer() -> None:
   """RMoE eq. 4-5 in float64, over two layers that share the cell."""
   router = layers.RecurrentRouter(D, state_size=4, rngs=rngs())
@@ -116,6 +117,7 @@ def test_a_layer_does_not_keep_the_router() -> None:
     make()(tokens(3), router=router)
 
 
+@pytest.mark.slow
 def test_a_router_adds_the_logits_of_a_layer_that_hands_them_on() -> None:
   _, aux = make()(tokens(3))
   with pytest.raises(TypeError, match='the state has none'):
@@ -231,6 +233,7 @@ def test_importing_the_package_imports_no_jax() -> None:
   subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_documented_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(ROOT)
   text = (ROOT / 'docs' / 'library.md').read_text()

@@ -114,6 +114,7 @@ def test_table_names_everything() -> None:
   assert 'projector layerwise, passing none' in text
 
 
+@pytest.mark.slow
 def test_program_prints_one_json_object() -> None:
   done = subprocess.run(
     [

@@ -65,6 +65,7 @@ def test_a_step_that_fails_costs_the_others_nothing(
   assert len(capfd.readouterr().out.splitlines()) == len(steps)
 
 
+@pytest.mark.slow
 def test_a_cpu_is_measured_where_results_are_asked_for(
   tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

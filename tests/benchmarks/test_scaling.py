@@ -76,6 +76,7 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_slices_of_different_chips_are_different_rows(tmp_path: Path) -> None:
   for topology in ('v6e:4x4', 'v5e:4x4', 'v6e:4x4'):
     scaling_results.keep(row('a', 16, topology=topology), tmp_path)

@@ -22,6 +22,8 @@ from moe_jax.training import loop, state
 from moe_jax.training.step import make_eval_step
 from tests.helpers import oracle, runs, vocabularies
 
+pytestmark = pytest.mark.slow
+
 STEPS, HALF = 4, 2
 EOS = 256
 
@@ -121,7 +123,6 @@ def test_equals_the_oracle(
   }
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_bits_per_byte_of_one_model_with_two_tokenizers(
   config: ConfigDict, tmp_path: Path
@@ -173,7 +174,6 @@ def test_training_reports_the_same(config: ConfigDict, workdir: Path) -> None:
     assert row == {'split': 'validation'} | result
 
 
-@pytest.mark.slow
 def test_training_marks_evaluations_without_the_best_experts(
   config: ConfigDict, workdir: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +189,6 @@ def test_training_marks_evaluations_without_the_best_experts(
   assert row['disabled_top'] == 1
 
 
-@pytest.mark.slow
 def test_equal_on_every_mesh(config: ConfigDict, workdir: Path) -> None:
   tokenizer = ByteTokenizer()
   params = runs.restore(config, workdir, STEPS)['params']

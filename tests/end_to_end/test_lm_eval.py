@@ -52,6 +52,7 @@ def flags(config: ConfigDict, workdir: Path, folder: Path) -> list[str]:
   return [*runs.arguments(config, workdir), tasks, where]
 
 
+@pytest.mark.slow
 def test_the_program(
   config: ConfigDict,
   workdir: Path,
@@ -93,6 +94,7 @@ def test_the_program(
   assert float(answer) == pytest.approx(-bits * np.log(2) * len(rows))
 
 
+@pytest.mark.slow
 def test_tasks_are_an_evaluation(
   config: ConfigDict, workdir: Path, folder: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_trains_resumes_and_evaluates(file: Path, tmp_path: Path) -> None:
   assert tokens_of_a_resumed_run(start, workdir) == 20 * 6 + 20
 
 
+@pytest.mark.slow
 def test_trains_on_packed_rows_and_resumes(tmp_path: Path) -> None:
   folder, workdir = tmp_path / 'rows', tmp_path / 'run'
   for split, count in (('train', 60), ('validation', 20)):

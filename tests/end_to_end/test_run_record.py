@@ -19,6 +19,8 @@ from moe_jax.training.state import Setup
 from moe_jax.training.trackers import TrackedRun
 from tests.helpers import registries, runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def config(make_config: Callable[..., ConfigDict]) -> ConfigDict:

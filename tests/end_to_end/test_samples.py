@@ -15,6 +15,7 @@ from tests.helpers import runs
 TOKENS = 9
 
 
+@pytest.mark.slow
 def test_samples_are_texts_of_the_steps(
   make_config: Callable[..., ConfigDict],
   tmp_path: Path,

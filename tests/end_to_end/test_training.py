@@ -171,6 +171,7 @@ def with_values(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
   return changed
 
 
+@pytest.mark.slow
 def test_zero_switches_things_off(
   config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ def test_zero_switches_things_off(
   assert 'step 3' not in printed and '3 steps in' in printed
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_keeps_what_was_saved(
   config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def another_feature(config: ConfigDict) -> ConfigDict:
   return with_values(config, text_key='name')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [add, edit, another_feature])
 def test_other_ids_are_refused(
   change: Callable[[ConfigDict], ConfigDict],
@@ -109,6 +110,7 @@ def test_other_ids_are_refused(
     assert (workdir / 'config.json').read_text() == saved
 
 
+@pytest.mark.slow
 def test_the_same_texts_elsewhere_have_the_same_ids(
   config: ConfigDict, copied: ConfigDict, workdir: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_the_same_texts_elsewhere_have_the_same_ids(
   assert there == here
 
 
+@pytest.mark.slow
 def test_a_start_makes_its_tokenizer_once(
   config: ConfigDict, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

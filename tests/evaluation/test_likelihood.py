@@ -14,6 +14,7 @@ from moe_jax.evaluation.likelihood import (
   packed_batches,
 )
 from tests.helpers import oracle, oracle_span, tiny
+from tests.helpers.marks import fast_only
 
 MESHES = {
   'one device': {},
@@ -23,6 +24,10 @@ SPAN = {
   'model.positions': 'span',
   'model.span': 6,
   'model.norm_place': 'post',
+}
+MODELS = {
+  'cartesian rmoe': {'moe.factors': 2, 'router.recurrent': 'gru'},
+  'span': SPAN,
 }
 
 
@@ -48,16 +53,10 @@ def logits(config: ConfigDict, params: Any, ids_L: np.ndarray) -> np.ndarray:
   return oracle.Sequence(config, params).run(ids_L)
 
 
-@pytest.mark.parametrize('axes', MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize(
-  'changes',
-  [{'moe.factors': 2, 'router.recurrent': 'gru'}, SPAN],
-  ids=['cartesian rmoe', 'span'],
-)
-def test_equals_the_oracle(
-  axes: dict[str, int], changes: dict[str, Any]
-) -> None:
-  config, setup, params = tiny.on_mesh(axes, scale=3, **changes)
+@pytest.mark.parametrize('mesh', fast_only(['one device'], MESHES))
+@pytest.mark.parametrize('model', MODELS)
+def test_equals_the_oracle(model: str, mesh: str) -> None:
+  config, setup, params = tiny.on_mesh(MESHES[mesh], scale=3, **MODELS[model])
   requests = drawn(config, params, 13)
   told: list[int] = []
   found = Scorer(setup)(params, requests, told.append)

@@ -124,6 +124,7 @@ def call(*arguments: str) -> int:
   return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_every_part_of_every_checkpoint(
   made: dict[str, tuple[Path, ConfigDict, Any]],
   capsys: pytest.CaptureFixture[str],
@@ -160,6 +161,7 @@ def test_every_part_of_every_checkpoint(
       assert [*row, *numbers] in lines
 
 
+@pytest.mark.slow
 def test_during_training_it_is_all_at_once(
   made: dict[str, tuple[Path, ConfigDict, Any]],
 ) -> None:
@@ -205,6 +207,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MISTAKES)
 def test_mistakes_are_one_line(
   name: str,
@@ -220,6 +223,7 @@ def test_mistakes_are_one_line(
     assert fragment in line
 
 
+@pytest.mark.slow
 def test_a_run_that_is_named_twice_is_one(
   made: dict[str, tuple[Path, ConfigDict, Any]],
 ) -> None:
@@ -229,6 +233,7 @@ def test_a_run_that_is_named_twice_is_one(
   assert list(configs) == [first, second]
 
 
+@pytest.mark.slow
 def test_what_is_found_before_a_broken_run_is_printed(
   tmp_path: Path,
   capsys: pytest.CaptureFixture[str],

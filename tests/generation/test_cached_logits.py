@@ -181,6 +181,7 @@ IN_PLACE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', fast_only(['relu'], IN_PLACE))
 def test_experts_in_place_compute_what_copies_do(
   name: str, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,7 @@ class Letters:
     return ''.join(chr(64 + int(i)) for i in ids)
 
 
+@pytest.mark.slow
 def test_experts_are_those_of_the_oracle(model: tuple) -> None:
   """Of every layer and sub-layer, for prompts of two lengths and on."""
   config, params, steps = model
@@ -155,6 +156,7 @@ def test_experts_are_those_of_the_oracle(model: tuple) -> None:
     )
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(model: tuple) -> None:
   _, params, steps = model
   prompts = [[n % tiny.VOCAB] * (1 + n % 3) for n in range(5)]

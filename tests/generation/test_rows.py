@@ -69,6 +69,7 @@ def compiled() -> Iterator[list[str]]:
   jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_oracle(model: Model) -> None:
   found = model.tokens(PROMPTS)
   for prompt, ours in zip(PROMPTS, found, strict=True):
@@ -89,6 +90,7 @@ def test_a_row_does_not_depend_on_those_beside_it(model: Model) -> None:
     assert alone == [together[number]]
 
 
+@pytest.mark.slow
 def test_number_seed_and_position_decide(model: Model) -> None:
   same = [PROMPTS[0]] * 2
   first, second = model.tokens(same, WARM)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 
-def fast_only(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
+def fast_only(fast: Iterable[Any], names: Iterable[Any]) -> list[Any]:
   """All `names` as parameters of a test; those not in `fast` are slow."""
   fast = set(fast)
   return [

@@ -16,6 +16,7 @@ from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.interop import checkpoint, convert, hf, released
 from tests.helpers import tiny
+from tests.helpers.marks import fast_only
 from tests.helpers.released import RELEASED, random_params, save
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +239,7 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize('name', SERVED)
+@pytest.mark.parametrize('name', fast_only(['rmoe'], SERVED))
 def test_an_export_is_ready_to_be_served(name: str, tmp_path: Path) -> None:
   """The ids of config.json are the tokenizer's, and who runs it is said."""
   changes, format, fragments = SERVED[name]
@@ -265,6 +266,7 @@ def test_an_export_is_ready_to_be_served(name: str, tmp_path: Path) -> None:
     assert values[key] == 256
 
 
+@pytest.mark.slow
 def test_what_nobody_else_runs_is_said(tmp_path: Path) -> None:
   config = tiny.config(**{'moe.factors': 2, 'router.recurrent': 'gru'})
   params = checkpoint.initial_params(config)

@@ -107,8 +107,6 @@ OPTIONS = {
 
 FAST = [
   'linear router',
-  'dense layers first',
-  'grouped-query attention',
   'dense',
 ]
 

@@ -119,12 +119,8 @@ def make(keys: dict, folder: Path) -> oracle.Model:
 
 # Every way through the formats once; the rest of the settings is slow.
 FAST = [
-  'rnn, grouped queries, theta',
   'gru, fixed weights of a shared expert, bias',
-  'gru, dense layers first, default widths',
   'Cartesian',
-  'fine-grained',
-  'TopP',
   'Hash',
   'dense',
 ]

@@ -147,6 +147,7 @@ def dense_loss() -> float:
 QUICK = ('Cartesian, shared',)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', fast_only(QUICK, EXACT))
 def test_the_loss_is_the_dense_models(name: str, dense_loss: float) -> None:
   config = target(EXACT[name])
@@ -174,6 +175,7 @@ def test_what_is_not_exact_is_said(name: str) -> None:
     raise AssertionError('; '.join(reasons))
 
 
+@pytest.mark.slow
 def test_what_is_not_exact_differs(dense_loss: float) -> None:
   config = target(INEXACT['cut copies'][0])
   difference = abs(loss(config, upcycled(config)) - dense_loss)

@@ -74,6 +74,7 @@ def run(
   return model(params, jnp.asarray(ids, jnp.int32), memory, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', fast_only(['recurrent cartesian'], VARIANTS))
 def test_two_segments_equal_the_oracle(name: str) -> None:
   """Logits and memories, of a segment longer than the span and a shorter."""

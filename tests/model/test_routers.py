@@ -106,6 +106,7 @@ def test_logits_and_gradients(name: str) -> None:
   gradients.check(ours, expected, params, rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_with_the_best_experts_disabled() -> None:
   config = tiny.config(**SIZES | {'moe.factors': 2})
   _, params = tiny.decoder(config)

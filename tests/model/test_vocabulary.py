@@ -14,6 +14,7 @@ from moe_jax.planning import plan
 from moe_jax.training import state as state_lib
 from moe_jax.training import step as step_lib
 from tests.helpers import tiny, vocabularies
+from tests.helpers.marks import fast_only
 
 V, ROWS = tiny.VOCAB, 64
 MODELS = {
@@ -54,7 +55,7 @@ def batch() -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize('tensor', [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', fast_only(['head'], MODELS))
 def test_padding_changes_nothing_and_has_no_gradient(
   name: str, tensor: int
 ) -> None:
@@ -79,6 +80,7 @@ def test_padding_changes_nothing_and_has_no_gradient(
   jax.tree.map(compare, grads, grads_padded)
 
 
+@pytest.mark.slow
 def test_logits_are_of_ids_alone() -> None:
   config = tiny.config(
     **{
@@ -106,6 +108,7 @@ def test_without_a_multiple_nothing_is_padded() -> None:
   assert config_lib.vocab_rows(made.config, V) == V
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_split_and_planned(tmp_path: Path) -> None:
   config = tiny.config(
     **{

@@ -34,50 +34,32 @@ LARGER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'overrides, axes',
   [
     ({'router.recurrent': 'gru', 'model.remat': 'full'}, {}),
     *(
-      pytest.param(
-        {'moe.exchange': name}, {'expert': 4}, marks=pytest.mark.slow
-      )
+      ({'moe.exchange': name}, {'expert': 4})
       for name in ('gather', 'all_to_all')
     ),
-    pytest.param({'moe.num_experts': 0}, {}, marks=pytest.mark.slow),
-    pytest.param({'train.accumulation': 4}, {}, marks=pytest.mark.slow),
-    pytest.param(SPAN, {'data': 2, 'expert': 2}, marks=pytest.mark.slow),
-    pytest.param(SPAN | {'model.remat': 'full'}, {}, marks=pytest.mark.slow),
-    pytest.param(
+    ({'moe.num_experts': 0}, {}),
+    ({'train.accumulation': 4}, {}),
+    (SPAN, {'data': 2, 'expert': 2}),
+    (SPAN | {'model.remat': 'full'}, {}),
+    (
       SPAN | {'data.seq_len': 256, 'model.span': 512, 'train.batch_size': 8},
       {},
-      marks=pytest.mark.slow,
     ),
-    pytest.param(
-      {'router.selection': 'top_p', 'moe.renormalize': False},
-      {},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      {'router.selection': 'null_experts', 'moe.top_k': 4},
-      {},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param({'moe.dispatch': 'capacity'}, {}, marks=pytest.mark.slow),
+    ({'router.selection': 'top_p', 'moe.renormalize': False}, {}),
+    ({'router.selection': 'null_experts', 'moe.top_k': 4}, {}),
+    ({'moe.dispatch': 'capacity'}, {}),
     *(
-      pytest.param(
-        {'moe.dispatch': 'capacity', 'moe.exchange': name},
-        {'expert': 4},
-        marks=pytest.mark.slow,
-      )
+      ({'moe.dispatch': 'capacity', 'moe.exchange': name}, {'expert': 4})
       for name in ('gather', 'all_to_all')
     ),
-    pytest.param(
-      {'moe.factors': 2, 'model.remat': 'dots'}, {}, marks=pytest.mark.slow
-    ),
-    pytest.param(
-      {}, {'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.slow
-    ),
+    ({'moe.factors': 2, 'model.remat': 'dots'}, {}),
+    ({}, {'fsdp': 2, 'expert': 2, 'tensor': 2}),
   ],
 )
 def test_memory_of_a_step_is_what_the_compiler_says(

@@ -48,6 +48,7 @@ def rows(printed: str) -> list[dict[str, Any]]:
   return [json.loads(line) for line in printed.splitlines()]
 
 
+@pytest.mark.slow
 def test_text_and_json_are_the_same(run: Run, tmp_path: Path) -> None:
   """Of one prompt, of several, and of a file."""
   flags = '--max_tokens=6', '--seed=3', '--temperature=0.9', '--top_k=9'
@@ -68,6 +69,7 @@ def test_text_and_json_are_the_same(run: Run, tmp_path: Path) -> None:
   assert f'-------- 0\n{text}-------- 1\nc\nd' in printed
 
 
+@pytest.mark.slow
 def test_experts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
   flags = '--prompt=ab', '--experts', '--layer=1A', '--max_tokens=4'
   _, printed, _ = run(*flags, '--json')

@@ -27,6 +27,7 @@ from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.run_dir import RunDir
 from moe_jax.training.saved_step import DamagedError
 from tests.helpers import runs
+from tests.helpers.marks import fast_only
 
 
 def make(**values: object) -> ConfigDict:
@@ -289,7 +290,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize(
+  'damage',
+  fast_only(['flip', 'cut', 'no position', 'unfinished item'], DAMAGES),
+)
 def test_a_damaged_checkpoint_is_one_line(
   tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.training import digests
+from tests.helpers.marks import fast_only
 
 DTYPES = ['float32', 'bfloat16', 'int32', 'uint32', 'bool', 'int8']
 WORD = 2**32
@@ -51,8 +52,11 @@ def placements(array: jax.Array) -> Iterator[jax.Array]:
       yield jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
+SHAPES = [(), (16,), (8, 12), (8, 4, 5)]
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', [(), (16,), (8, 12), (8, 4, 5)])
+@pytest.mark.parametrize('shape', fast_only([(8, 12)], SHAPES))
 def test_is_the_same_on_any_mesh_by_numpy_and_in_python(
   shape: tuple[int, ...], dtype: str
 ) -> None:

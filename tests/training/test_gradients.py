@@ -155,6 +155,7 @@ ROUTERS = {
 FASTEST = ['a gate that is partly fixed']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', fast_only(FASTEST, ROUTERS))
 def test_routers_are_pulled_by_both_losses_apart(name: str) -> None:
   """Norms against central differences of the oracle, number by number."""

@@ -105,6 +105,7 @@ def workdir(
   return folder
 
 
+@pytest.mark.slow
 def test_what_a_run_says_and_writes(config: ConfigDict, workdir: Path) -> None:
   made = loop.prepare(config)
   said = record.describe(made.setup, made.mixture)

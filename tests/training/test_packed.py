@@ -38,9 +38,8 @@ def _alone(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {key: np.stack([row[key] for row in rows]) for key in keys}
 
 
-@pytest.mark.parametrize(
-  'attention', ['blocks', pytest.param('xla', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('attention', ['blocks', 'xla'])
 def test_a_token_has_the_loss_it_has_in_its_document_alone(
   attention: str,
 ) -> None:

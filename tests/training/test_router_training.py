@@ -208,6 +208,7 @@ def test_a_run_starts_on_the_parameters_it_is_given(
   assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_a_choice_bias_that_the_origin_lacks_starts_at_zero(
   origin_run: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from moe_jax.programs import doctor
 from moe_jax.training import loop, run_tokenizer
 from tests.helpers import runs, tiny, vocabularies
 
+pytestmark = pytest.mark.slow
+
 
 def with_values(config: ConfigDict, **data: str) -> ConfigDict:
   made = config.copy_and_resolve_references()
@@ -93,7 +95,6 @@ def test_the_file_is_kept_as_it_is(trained: tuple[ConfigDict, Path]) -> None:
   assert checkpoint.vocabulary(workdir) == tokenizer.fingerprint
 
 
-@pytest.mark.slow
 def test_what_reads_a_run_reads_its_copy_where_the_file_is_gone(
   moved: tuple[ConfigDict, Path], tmp_path: Path
 ) -> None:
@@ -180,7 +181,6 @@ def test_a_copy_that_was_changed_is_refused(
     convert.export(workdir, tmp_path / 'out', None, 'float32', 0, None)
 
 
-@pytest.mark.slow
 def test_an_export_has_no_padding_and_the_tokenizer(
   moved: tuple[ConfigDict, Path], tmp_path: Path
 ) -> None:

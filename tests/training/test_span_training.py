@@ -188,6 +188,7 @@ def test_a_fresh_row_forgets() -> None:
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.slow
 def test_evaluation_draws_nothing_and_hands_on_its_memory() -> None:
   config = tiny.config(**SPAN)
   made = setup(config)

@@ -77,6 +77,7 @@ def test_first_update_is_adam_with_clipping_and_decay() -> None:
   np.testing.assert_allclose(np.abs(pulled), 1e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient() -> None:
   config = tiny.config(**tiny.MODELS['cartesian rmoe'])
   made, train_step = trainer(config)
@@ -132,6 +133,7 @@ def test_state_is_donated() -> None:
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['params']))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
   config = tiny.config(**{'model.dtype': 'bfloat16'})
   made = setup(config)
@@ -144,6 +146,7 @@ def test_bfloat16_keeps_float32_parameters_and_routers() -> None:
   np.testing.assert_allclose(metrics['loss'], exact['loss'], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_both_steps_are_compiled_for_their_mesh(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
