@@ -79,7 +79,7 @@ def test_two_processes_train_like_one(
 ) -> None:
   workdir, printed = together
   assert f'step {STEPS}/{STEPS}' in printed[0] and not printed[1]
-  assert 'expert 2 x tensor 1), 2 processes\n' in printed[0]
+  assert 'expert 2 x context 1 x tensor 1), 2 processes\n' in printed[0]
   assert runs.checkpoints(workdir) == [HALF, STEPS]
   assert_same_losses(workdir, alone)
 
