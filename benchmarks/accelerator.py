@@ -28,7 +28,11 @@ from moe_jax.errors import UserError, choose
 _RESULTS = Path(__file__).parent / 'results'
 # Both large models, a batch of which fits a device of 80 GB.
 _RMOE = ('--config=rmoe:pretrain_0.9b', '--config.train.batch_size=8')
-_CARTESIAN = ('--config=cartesian_moe:large', '--config.train.batch_size=4')
+_CARTESIAN = (
+  '--config=cartesian_moe:large',
+  '--config.train.batch_size=4',
+  '--config.data.seq_len=2048',
+)
 _ONE_DEVICE = '--config.mesh.data=1'
 _SANITIZER = ('compute-sanitizer', '--error-exitcode=1')
 # A first group without rows, and rows that are no multiple of a tile.

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from moe_jax import runtime
+from moe_jax import exits, runtime
 from moe_jax.errors import UserError
 
 
@@ -57,14 +57,15 @@ def main(
   made: argparse.ArgumentParser,
   arguments: Sequence[str] | None = None,
 ) -> None:
-  """Runs it with the allocator set; a `UserError` is one line and exit 2."""
-  try:
+  """Runs it with the allocator set, and ends as all programs do."""
+
+  def run() -> None:
     args = made.parse_args(arguments)
     runtime.configure_malloc()
     runtime.configure_gpu()
     if 'rounds' in args and args.rounds < 1:
       raise UserError(f'--rounds = {args.rounds} must be at least 1')
     program(args)
-  except UserError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+
+  if status := exits.ended(run):
+    sys.exit(status)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_jax import runtime, strict_json
+from moe_jax import exits, runtime, strict_json
 from moe_jax.analysis.comparison import FILE, summarise
 from moe_jax.config import loading
 from moe_jax.errors import UserError, choose
@@ -467,4 +467,4 @@ def _routing(kept: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  exits.exit_with(lambda: sys.exit(main()))

@@ -25,9 +25,14 @@ _LONGEST = 500  # characters of what a library says
 
 
 def exit_with(run: Callable[[], None]) -> NoReturn:
-  """Calls `run` and exits.
+  """Calls `run` and exits with the status of `ended`."""
+  sys.exit(ended(run))
 
-  The status is 0; 2 after a user's mistake; 75 after a fault of the world that
+
+def ended(run: Callable[[], None]) -> int:
+  """Calls `run` and returns the exit status of a program that does no more.
+
+  It is 0; 2 after a user's mistake; 75 after a fault of the world that
   the same command may overcome, 1 after another; 128 + the number of a signal,
   which SIGPIPE is if nobody has read the output to its end.
   """
@@ -35,7 +40,7 @@ def exit_with(run: Callable[[], None]) -> NoReturn:
     status = _status(run)
     if not status and unread():
       status = 128 + signal.SIGPIPE
-  sys.exit(status)
+  return status
 
 
 def _status(run: Callable[[], None]) -> int:

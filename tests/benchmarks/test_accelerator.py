@@ -1,6 +1,9 @@
 """One command measures what an accelerator is asked for, and ends in time."""
 
 import importlib
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +28,43 @@ def test_every_step_is_a_measurement_of_a_config(step: Step) -> None:
   for flag in rest:
     if flag.startswith('--config='):
       assert loading.load(flag.partition('=')[2])
+
+
+def test_a_list_that_nobody_reads_to_its_end() -> None:
+  """As before `head`: no traceback, of this measurement or another."""
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(
+    [sys.executable, '-m', 'benchmarks.accelerator', '--dry_run'],
+    cwd=Path(accelerator.__file__).parents[1],
+    stdout=write,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(write)
+  assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, '')
+
+
+# What others start, and read to the end.
+CHILDREN = 'generation_jax', 'generation_torch', 'peer_jax', 'peer_torch'
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    path
+    for path in sorted(Path(accelerator.__file__).parent.glob('*.py'))
+    if '__main__' in path.read_text() and path.stem not in CHILDREN
+  ],
+  ids=lambda path: path.stem,
+)
+def test_every_measurement_ends_as_programs_do(path: Path) -> None:
+  text = path.read_text()
+  [call] = text.partition("if __name__ == '__main__':\n")[2].splitlines()
+  if call == '  main()':
+    assert '  command_line.main(' in text  # which is `exits.ended`
+  else:
+    assert call.startswith(('  cli.main(', '  exits.exit_with('))
 
 
 def test_a_step_that_fails_costs_the_others_nothing(
