@@ -28,6 +28,10 @@ _SENT: dict[str, Callable[[int], float]] = {
 }
 KINDS = tuple(_SENT)
 
+# (the instruction that starts a collective, its computation) -> the seconds of
+# what is computed while it travels.
+Beside = Callable[[hlo.Instruction, dict[str, hlo.Instruction]], float]
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -41,6 +45,7 @@ class Collective:
       of a permutation, its first pair.
     count: How often they run in one run of the program.
     in_unknown_loop: Whether a loop around them may repeat `count`.
+    beside_seconds: What is computed while each travels; None if unknown.
   """
 
   kind: str
@@ -48,6 +53,7 @@ class Collective:
   group: Group
   count: int
   in_unknown_loop: bool = False
+  beside_seconds: float | None = None
 
   @property
   def total_bytes(self) -> int:
@@ -58,6 +64,7 @@ class Collective:
 def collectives(
   hlo_text: str,
   choose: Callable[..., list[Collective]] = max,
+  beside: Callable[[hlo.Program], Beside] | None = None,
 ) -> list[Collective]:
   """Lists what a program sends, the most bytes first.
 
@@ -65,6 +72,7 @@ def collectives(
     hlo_text: The `compiled.as_text()` of a program that jit partitioned.
     choose: Which branch of a conditional counts: `max`, the one that sends the
       most, or `min`.
+    beside: Returns, of a program, what tells `beside_seconds`.
 
   Returns:
     Equal collectives together. A collective in a loop counts as often as the
@@ -73,6 +81,7 @@ def collectives(
   program = hlo.parse(hlo_text)
   fused = hlo.fused(program)
   of_computation: dict[str, list[Collective]] = {}
+  seconds = beside(program) if beside else None
 
   def inside(name: str) -> list[Collective]:
     if name not in of_computation:
@@ -80,7 +89,11 @@ def collectives(
       listed: list[Collective] = []
       for instruction in computation.values():
         if _begins(instruction, computation):
-          listed.append(_read(instruction, program, computation, name in fused))
+          each = _read(instruction, program, computation, name in fused)
+          if seconds:
+            taken = seconds(instruction, computation)
+            each = dataclasses.replace(each, beside_seconds=taken)
+          listed.append(each)
         listed += below(instruction)
       of_computation[name] = _merged(listed)
     return of_computation[name]

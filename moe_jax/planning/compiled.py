@@ -4,6 +4,7 @@ The step is the one that trains, and only its shapes are given: neither
 parameters nor batches exist, nor need the devices.
 """
 
+import functools
 import math
 import re
 import time
@@ -184,11 +185,13 @@ def report(
     `matmul_flops` of `hlo`, each None where there is no count; `unknown`, what
     a compiler cannot know without the device, in words;
     `collectives`, each with `axes` of the mesh and whether a loop of unknown
-    length repeats it (`in_unknown_loop`), and the bytes that a device sends in
-    a step (`sent_bytes`), where conditionals take the branch that sends least,
-    and those where they take the other (`sent_bytes_most`); of a TPU the
-    `cycles` of `_cycles`; and of a GPU that is known by name the `roofline` of
-    that module, with `mfu_bound`, the MFU if no kernel were better and nothing
+    length repeats it (`in_unknown_loop`); of a GPU that is known by name with
+    the seconds that it travels by NVLink (`travel_seconds`) and the roofline's
+    of what is computed meanwhile (`beside_seconds`), else None; the bytes that
+    a device sends in a step (`sent_bytes`), where conditionals take the branch
+    that sends least, and those where they take the other (`sent_bytes_most`);
+    of a TPU the `cycles` of `_cycles`; and of such a GPU the `roofline` of that
+    module, with `mfu_bound`, the MFU if no kernel were better and nothing
     travelled. Each is None of other devices.
 
   Raises:
@@ -200,7 +203,9 @@ def report(
   if available is not None and needs['total'] > available:
     raise DoesNotFitError(needs['total'], available)
   costs = compiled.cost_analysis() or {}
-  least = collectives(text, choose=min)
+  gpu = gpus.of_kind(target.devices[0].device_kind)
+  beside = functools.partial(roofline.beside, gpu=gpu) if gpu else None
+  least = collectives(text, choose=min, beside=beside)
   on_gpu = target.devices[0].platform == 'gpu'
   return {
     'device': target.devices[0].device_kind,
@@ -216,7 +221,7 @@ def report(
     'roofline': _roofline(setup, text, target),
     'sent_bytes': total_bytes(least),
     'sent_bytes_most': total_bytes(collectives(text, choose=max)),
-    'collectives': [_row(each, setup.mesh.shape) for each in least],
+    'collectives': [_row(each, setup.mesh.shape, gpu) for each in least],
   }
 
 
@@ -272,8 +277,11 @@ def _model_flops(setup: Setup) -> float:
   return sizes.flops_per_token(*counted) * tokens
 
 
-def _row(each: Collective, mesh: Mapping[str, int]) -> dict[str, Any]:
+def _row(
+  each: Collective, mesh: Mapping[str, int], gpu: gpus.Gpu | None
+) -> dict[str, Any]:
   """Returns a collective for JSON."""
+  rate = gpu and roofline.BANDWIDTH_SHARE * gpu.link_bytes_per_second
   return {
     'kind': each.kind,
     'axes': list(replica_groups.axes(each.group, dict(mesh))),
@@ -282,6 +290,8 @@ def _row(each: Collective, mesh: Mapping[str, int]) -> dict[str, Any]:
     'in_unknown_loop': each.in_unknown_loop,
     'sent_bytes': each.sent_bytes,
     'total_bytes': each.total_bytes,
+    'travel_seconds': each.sent_bytes / rate if rate else None,
+    'beside_seconds': each.beside_seconds,
   }
 
 

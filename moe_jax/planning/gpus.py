@@ -75,6 +75,11 @@ class Gpu(NamedTuple):
     """The float32 units of a multiprocessor."""
     return 64 if self.capability == (8, 0) else 128
 
+  @property
+  def link_bytes_per_second(self) -> float:
+    """What it sends over all its NVLinks together."""
+    return self.links * (50e9 if self.capability >= (10, 0) else 25e9)
+
   def flops_per_second(self, precision: str) -> float:
     """Returns the peak of matmuls in a precision, as `hlo.Matmul` names it."""
     if precision == 'float32':

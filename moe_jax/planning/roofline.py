@@ -10,9 +10,10 @@ time goes before there is a device.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from moe_jax.planning import hlo
@@ -69,34 +70,81 @@ def kernels(hlo_text: str, gpu: Gpu) -> list[Kernel]:
   takes the least.
   """
   program = hlo.parse(hlo_text)
+  return _inside(program, program.entry, 1, gpu)
 
-  def inside(name: str, count: int) -> list[Kernel]:
-    computation = program.computations[name]
-    return [
-      kernel
-      for instruction in computation.values()
-      for kernel in below(instruction, computation, count)
-    ]
 
-  def below(
-    instruction: hlo.Instruction,
-    computation: dict[str, hlo.Instruction],
-    count: int,
-  ) -> list[Kernel]:
-    if loop := hlo.loop(program, instruction):
-      return inside(loop[0], count * (loop[1] or 1))
-    opcode = instruction.opcode
-    if opcode in _FREE or re.fullmatch(_TRAVELS, opcode.removesuffix('-start')):
-      return []
-    if opcode == 'conditional':
-      branches = [inside(name, count) for name in hlo.callees(instruction)]
-      return min(branches, key=total_seconds)
-    if opcode == 'call':
-      [called] = hlo.callees(instruction)
-      return inside(called, count)
-    return [_kernel(program, instruction, computation, count, gpu)]
+def _inside(
+  program: hlo.Program, name: str, count: int, gpu: Gpu
+) -> list[Kernel]:
+  """Returns the kernels of a computation that runs so often."""
+  computation = program.computations[name]
+  return [
+    kernel
+    for instruction in computation.values()
+    for kernel in _below(program, instruction, computation, count, gpu)
+  ]
 
-  return inside(program.entry, 1)
+
+def _below(
+  program: hlo.Program,
+  instruction: hlo.Instruction,
+  computation: dict[str, hlo.Instruction],
+  count: int,
+  gpu: Gpu,
+) -> list[Kernel]:
+  """Returns the kernels of an instruction that runs so often."""
+  if loop := hlo.loop(program, instruction):
+    return _inside(program, loop[0], count * (loop[1] or 1), gpu)
+  opcode = instruction.opcode
+  if opcode in _FREE or re.fullmatch(_TRAVELS, opcode.removesuffix('-start')):
+    return []
+  if opcode == 'conditional':
+    names = hlo.callees(instruction)
+    branches = [_inside(program, name, count, gpu) for name in names]
+    return min(branches, key=total_seconds)
+  if opcode == 'call':
+    [called] = hlo.callees(instruction)
+    return _inside(program, called, count, gpu)
+  return [_kernel(program, instruction, computation, count, gpu)]
+
+
+def beside(
+  program: hlo.Program, gpu: Gpu
+) -> Callable[[hlo.Instruction, dict[str, hlo.Instruction]], float]:
+  """Returns a function of what is computed beside a collective, in seconds.
+
+  It is given the instruction that starts one, and its computation. A program of
+  a GPU is a schedule: what stands between start and end runs meanwhile. Of two
+  collectives on their way at once both have it beside them. One that does not
+  start and end apart has nothing.
+  """
+  taken: dict[int, float] = {}
+
+  def seconds(
+    start: hlo.Instruction, computation: dict[str, hlo.Instruction]
+  ) -> float:
+    if not start.opcode.endswith('-start'):
+      return 0.0
+    order = iter(computation.values())
+    after = itertools.dropwhile(lambda each: each is not start, order)
+    meanwhile = itertools.takewhile(
+      lambda each: not _ends(each, start), itertools.islice(after, 1, None)
+    )
+    return sum(of(each, computation) for each in meanwhile)
+
+  def of(
+    each: hlo.Instruction, computation: dict[str, hlo.Instruction]
+  ) -> float:
+    if id(each) not in taken:
+      listed = _below(program, each, computation, 1, gpu)
+      taken[id(each)] = total_seconds(listed)
+    return taken[id(each)]
+
+  return seconds
+
+
+def _ends(each: hlo.Instruction, start: hlo.Instruction) -> bool:
+  return each.opcode.endswith('-done') and start.name in each.operands
 
 
 def total_seconds(listed: Iterable[Kernel]) -> float:

@@ -1,6 +1,7 @@
 """Plans for people: as a table, and the trials of a search as they are made."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from moe_jax.planning.batch_search import Trial
@@ -132,7 +133,7 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     rows |= _roofline(report['roofline'])
   if report['unknown']:
     rows['  unknown'] = '; '.join(report['unknown'])
-  return rows | _collectives(report)
+  return rows | _collectives(report) | _in_the_open(report)
 
 
 def _cycles(report: dict[str, Any]) -> dict[str, str]:
@@ -203,3 +204,41 @@ def _collectives(report: dict[str, Any]) -> dict[str, str]:
     )
     for kind, of_kind in sums.items()
   }
+
+
+def _in_the_open(report: dict[str, Any]) -> dict[str, str]:
+  """Returns the row about what travels while a GPU computes nothing."""
+  known = [
+    each for each in report['collectives'] if each['travel_seconds'] is not None
+  ]
+  if not known:
+    return {}
+  longest = max(known, key=_open_seconds)
+  text = (
+    f'{_milliseconds_of(known, _open_seconds)} of'
+    f' {_milliseconds_of(known, lambda each: each["travel_seconds"])} of travel'
+    f' at {BANDWIDTH_SHARE:.0%} of NVLink, with nothing computed beside'
+  )
+  if _open_seconds(longest):
+    sent, axes = (
+      format_bytes(longest['sent_bytes']),
+      ' x '.join(longest['axes']),
+    )
+    text += (
+      f'; the longest {longest["kind"]} of {sent} along {axes},'
+      f' {1000 * longest["beside_seconds"]:.2f} ms computed in'
+      f' {1000 * longest["travel_seconds"]:.2f}'
+    )
+  return {'  open': text}
+
+
+def _open_seconds(each: dict[str, Any]) -> float:
+  """Returns how much longer a collective travels than is computed meanwhile."""
+  return max(0.0, each['travel_seconds'] - each['beside_seconds'])
+
+
+def _milliseconds_of(
+  listed: list[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]
+) -> str:
+  total = sum(each['count'] * seconds(each) for each in listed)
+  return f'{1000 * total:.2f} ms'

@@ -40,6 +40,7 @@ def test_data_parallelism_sends_every_gradient_once_around() -> None:
   assert aliased == pytest.approx(12 * parameters, abs=100)
   assert told['fits'] is told['available_bytes'] is None
   assert told['cycles'] is told['roofline'] is None
+  assert {each['beside_seconds'] for each in told['collectives']} == {None}
 
 
 @pytest.mark.slow
@@ -102,11 +103,15 @@ def test_a_gpu_program() -> None:
   assert told['fits'] and told['spare_bytes'] > 50 << 30
   axes = {axis for each in told['collectives'] for axis in each['axes']}
   assert axes == {'data', 'expert'}
+  # Something is computed beside some of them, and nothing beside others.
+  open_ = {each['beside_seconds'] > 0 for each in told['collectives']}
+  assert open_ == {True, False}
   made = plan.make(config, 8, target.devices[0])
   assert made['strategy']['attention'] == 'cudnn'
   table = plan.table(made | {'compiled': told})
   assert 'for 8 x NVIDIA H100' in table and 'FLOPs in matmuls' in table
   assert "cuDNN's workspace" in table
+  assert 'of travel at 80% of NVLink' in table
   assert {'attention', 'grouped matmul', 'matmul'} <= {
     *told['roofline']['kinds']
   }

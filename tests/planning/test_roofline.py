@@ -1,8 +1,11 @@
 """The roofline of a GPU's program, against what is counted by hand."""
 
+import functools
+
 import pytest
 
 from moe_jax.planning import gpus, roofline
+from moe_jax.planning.collectives import collectives
 from tests.helpers.gpu_program import GPU_PROGRAM
 
 H100 = gpus.GPUS['h100']
@@ -131,3 +134,58 @@ def test_sums_agree() -> None:
       assert total == pytest.approx(told[what])
   # Five in the loop (and a kernel of others), one in the usual branch.
   assert told['launches'] == 6 * 6 + 1
+
+
+TRAVELLING = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%layer (p: (s32[], f32[1024,1024])) -> (s32[], f32[1024,1024]) {
+  %p = (s32[], f32[1024,1024]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %h = f32[1024,1024] get-tuple-element(%p), index=1
+  %s = (f32[1024,1024], f32[8192,1024]) all-gather-start(%h), GROUPS
+  %c = f32[1024,1024] copy(%h)
+  %d = f32[8192,1024] all-gather-done(%s)
+  ROOT %t = (s32[], f32[1024,1024]) tuple(%i, %c)
+}
+
+%rest (p: (s32[], f32[1024,1024])) -> pred[] {
+  %p = (s32[], f32[1024,1024]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(3)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[1024,1024], z: (s32[], f32[1024,1024])) -> f32[1024,1024] {
+  %x = f32[1024,1024] parameter(0)
+  %z = (s32[], f32[1024,1024]) parameter(1)
+  %first = f32[1024,1024] all-reduce-start(%x), GROUPS
+  %a = f32[1024,1024] copy(%x)
+  %second = ((f32[1024,1024]), f32[1024,1024]) all-to-all-start(%a), GROUPS
+  %b = f32[1024,1024] add(%x, %a)
+  %first.1 = f32[1024,1024] all-reduce-done(%first)
+  %w = (s32[], f32[1024,1024]) while(%z), condition=%rest, body=%layer
+  %second.1 = f32[1024,1024] all-to-all-done(%second)
+  %third = (f32[1024,1024], f32[128,1024]) reduce-scatter-start(%b), GROUPS
+  %third.1 = f32[128,1024] reduce-scatter-done(%third)
+  ROOT %e = f32[1024,1024] all-reduce(%b), GROUPS
+}
+""".replace('GROUPS', 'replica_groups=[1,8]<=[8]')
+
+
+def test_what_is_computed_while_a_collective_travels() -> None:
+  beside = functools.partial(roofline.beside, gpu=H100)
+  listed = collectives(TRAVELLING, beside=beside)
+  found = {(each.kind, each.count, each.beside_seconds) for each in listed}
+  array = (1 << 22) / (0.8 * 3.35e12)  # 4 MiB, read or written
+  expected = {
+    ('all-reduce', 1): (2 + 3) * array,  # a copy and a sum
+    ('all-to-all', 1): (3 + 3 * 2) * array,  # the sum, a loop of three copies
+    ('all-gather', 3): 2 * array,  # a copy, each time
+  }
+  overlapped = {each[:2]: each[2] for each in found if each[2]}
+  assert overlapped == pytest.approx(expected)
+  # One that ends where it starts, and one that is all in one.
+  in_the_open = {each for each in found if not each[2]}
+  assert in_the_open == {('reduce-scatter', 1, 0.0), ('all-reduce', 1, 0.0)}
+  without = collectives(TRAVELLING)
+  assert {each.beside_seconds for each in without} == {None}
