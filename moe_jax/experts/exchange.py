@@ -39,7 +39,7 @@ from moe_jax.experts.dispatch import (
   place_in_expert,
   sort,
 )
-from moe_jax.experts.exchange_cost import ExchangeSizes
+from moe_jax.experts.exchange_cost import ExchangeSizes, Room
 from moe_jax.experts.expert_parallel import Layout
 from moe_jax.experts.ragged_exchange import RaggedExchange
 from moe_jax.experts.remat import add_if_needed
@@ -141,14 +141,14 @@ class BufferedAllToAll:
 
   Attributes:
     plan: Plans the exchange.
-    room: Returns the rows that its buffers hold.
+    room: Returns how many rows its buffers hold.
     axis: The mesh axis of the devices that share the experts.
     all_axes: The axes of the whole mesh: all its devices take the fallback or
       none.
   """
 
   plan: Plan
-  room: Callable[[ExchangeSizes], int]
+  room: Callable[[ExchangeSizes], Room]
   axis: str
   all_axes: tuple[str, ...]
 
@@ -263,7 +263,7 @@ def _all_to_all(moe: ConfigDict, inner: Dispatch, layout: Layout) -> Dispatch:
   axis, factor = layout.expert_axis, moe.buffer_factor
   if moe.dispatch != 'dropless':
     return CapacityAllToAll(inner, axis)
-  room = functools.partial(exchange_cost.block_rows, factor=factor)
+  room = functools.partial(exchange_cost.blocks, factor=factor)
   return BufferedAllToAll(BlockExchange.plan, room, axis, layout.all_axes)
 
 
@@ -282,7 +282,7 @@ def _all_to_all_bytes(
 def _ragged(moe: ConfigDict, inner: Dispatch, layout: Layout) -> Dispatch:
   del inner
   axis, factor = layout.expert_axis, moe.buffer_factor
-  room = functools.partial(exchange_cost.buffer_rows, factor=factor)
+  room = functools.partial(exchange_cost.buffer, factor=factor)
   return BufferedAllToAll(RaggedExchange.plan, room, axis, layout.all_axes)
 
 

@@ -25,6 +25,36 @@ class ExchangeSizes(NamedTuple):
   devices: int
 
 
+class Room(NamedTuple):
+  """How many rows the buffers of an exchange hold.
+
+  Attributes:
+    rows: That a device receives from all.
+    block: That it receives from one of them.
+  """
+
+  rows: int
+  block: int
+
+
+def blocks(sizes: ExchangeSizes, factor: float) -> Room:
+  """Returns the room of an exchange in blocks.
+
+  How many rows come from one device varies more than how many come from all,
+  and those are computed and kept: of what blocks have to spare, `factor` - 1
+  times the balanced share, a device has half for its rows.
+  """
+  block = block_rows(sizes, factor)
+  rows = math.ceil((1 + factor) / 2 * sizes.tokens * sizes.top_k)
+  return Room(min(rows, sizes.devices * block), block)
+
+
+def buffer(sizes: ExchangeSizes, factor: float) -> Room:
+  """Returns the room of an exchange into one buffer for all devices' rows."""
+  rows = buffer_rows(sizes, factor)
+  return Room(rows, rows)
+
+
 def block_rows(sizes: ExchangeSizes, factor: float) -> int:
   """Returns the room for rows from one device to another.
 
@@ -64,8 +94,12 @@ def all_gather_bytes(sizes: ExchangeSizes, row_bytes: int) -> float:
 
 
 def block_bytes(sizes: ExchangeSizes, row_bytes: int, factor: float) -> float:
-  """Returns the bytes that a device sends in equal blocks to all others."""
-  return 2 * (sizes.devices - 1) * block_rows(sizes, factor) * row_bytes
+  """Returns the bytes that a device sends in equal blocks to all others.
+
+  Beside the rows, there and back, the numbers of rows for every expert travel.
+  """
+  block = 2 * block_rows(sizes, factor) * row_bytes
+  return (sizes.devices - 1) * (block + 4 * sizes.num_experts)
 
 
 def capacity_bytes(

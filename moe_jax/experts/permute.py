@@ -137,6 +137,20 @@ def fitting(sizes: jax.Array, room: int) -> jax.Array:
   return jnp.clip(room - offsets(sizes), 0, sizes)
 
 
+def fitting_on_arrival(sizes_UUN: jax.Array, room: int) -> jax.Array:
+  """Returns how many rows from each device have room where they arrive.
+
+  Rooms are filled device by device, expert by expert.
+
+  Args:
+    sizes_UUN: int32, the rows from each device to each expert of each device.
+    room: The room of a device, in rows.
+  """
+  by_receiver = sizes_UUN.swapaxes(0, 1)
+  queue = by_receiver.reshape(len(by_receiver), -1)
+  return fitting(queue, room).reshape(by_receiver.shape).swapaxes(0, 1)
+
+
 def segment_offsets(
   sizes_J: jax.Array, to_J: jax.Array, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.experts.exchange_cost import Room
 from moe_jax.experts.expert_parallel import static
-from moe_jax.experts.permute import fitting, offsets
+from moe_jax.experts.permute import fitting_on_arrival, offsets
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +41,7 @@ class RaggedExchange:
     outward: The way from the rows to the buffer.
     homeward: The way from the buffer to the rows.
     num_rows: M, the number of rows.
-    room: The number of rows of the buffer.
+    num_computed: As in `Exchange`: the number of rows of the buffer.
     axis: The mesh axis of the devices.
   """
 
@@ -49,27 +50,25 @@ class RaggedExchange:
   outward: Offsets
   homeward: Offsets
   num_rows: int = static()
-  room: int = static()
+  num_computed: int = static()
   axis: str = static()
 
   @classmethod
   def plan(
-    cls, sizes_UN: jax.Array, num_rows: int, room: int, axis: str
+    cls, sizes_UN: jax.Array, num_rows: int, room: Room, axis: str
   ) -> 'RaggedExchange':
-    """Plans an exchange into buffers of `room` rows.
+    """Plans an exchange into buffers of `room.rows` rows.
 
     Args:
       sizes_UN: int32, the rows for each local expert of each device.
       num_rows: M, the number of rows, unused ones among them.
-      room: The number of rows that a device can receive.
+      room: How many rows a device can receive.
       axis: The mesh axis of the devices.
     """
     here, devices = lax.axis_index(axis), len(sizes_UN)
     # [from, to, expert]: every device knows all, and so all offsets.
     sizes_UUN = lax.all_gather(sizes_UN, axis)
-    # A buffer is filled device by device, expert by expert.
-    queue = sizes_UUN.swapaxes(0, 1).reshape(devices, -1)
-    counts_UUN = fitting(queue, room).reshape(sizes_UUN.shape).swapaxes(0, 1)
+    counts_UUN = fitting_on_arrival(sizes_UUN, room.rows)
     counts_UU = counts_UUN.sum(2)
     row_UU = offsets(sizes_UUN.sum(2))
     place_UU = offsets(counts_UU.T).T
@@ -81,27 +80,37 @@ class RaggedExchange:
     )
     receive_counts_UN = counts_UUN[:, here]
     last_U = jnp.arange(devices) == devices - 1
-    unused_U = jnp.where(last_U, room - receive_counts_UN.sum(), 0)
+    unused_U = jnp.where(last_U, room.rows - receive_counts_UN.sum(), 0)
     return cls(
       counts_UUN[here],
       jnp.concatenate([receive_counts_UN, unused_U[:, None]], axis=1),
       outward,
       homeward,
       num_rows,
-      room,
+      room.rows,
       axis,
     )
 
   def dispatch(self, rows_MD: jax.Array) -> jax.Array:
     """Sends rows to their experts' devices; returns the buffer."""
     return _ragged(
-      self.axis, self.room, self.num_rows, rows_MD, self.outward, self.homeward
+      self.axis,
+      self.num_computed,
+      self.num_rows,
+      rows_MD,
+      self.outward,
+      self.homeward,
     )
 
   def combine(self, rows: jax.Array) -> jax.Array:
     """Sends the buffer's rows back to where they came from."""
     return _ragged(
-      self.axis, self.num_rows, self.room, rows, self.homeward, self.outward
+      self.axis,
+      self.num_rows,
+      self.num_computed,
+      rows,
+      self.homeward,
+      self.outward,
     )
 
 

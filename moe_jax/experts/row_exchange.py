@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.experts.dispatch import Experts
+from moe_jax.experts.exchange_cost import Room
 from moe_jax.experts.expert_parallel import static
 from moe_jax.experts.permute import (
   fitting,
+  fitting_on_arrival,
   gather_rows,
   offsets,
   regroup,
@@ -36,7 +38,12 @@ class Exchange(Protocol):
     receive_counts_UX: int32, the number of rows that arrive: from each device
       one count for each local expert, then one for the unused rows before the
       next device's.
+    num_computed: The rows that have room where they are computed; those that
+      arrive are as many or fewer.
   """
+
+  @property
+  def num_computed(self) -> int: ...
 
   @property
   def send_counts_UN(self) -> jax.Array: ...
@@ -52,8 +59,9 @@ class Exchange(Protocol):
 
 
 # (sizes_UN, num_rows, room, axis) -> Exchange: plans an exchange of num_rows
-# rows, of which sizes_UN are for each local expert of each device.
-Plan = Callable[[jax.Array, int, int, str], Exchange]
+# rows, of which sizes_UN are for each local expert of each device, into buffers
+# with so much room.
+Plan = Callable[[jax.Array, int, Room, str], Exchange]
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +74,7 @@ class BlockExchange:
     receive_counts_UX: As in `Exchange`.
     source: int32, the row in each place of the blocks.
     target_M: int32, the place of each row; `len(source)` for none.
+    num_computed: As in `Exchange`.
     axis: The mesh axis of the devices.
   """
 
@@ -73,31 +82,37 @@ class BlockExchange:
   receive_counts_UX: jax.Array
   source: jax.Array
   target_M: jax.Array
+  num_computed: int = static()
   axis: str = static()
 
   @classmethod
   def plan(
-    cls, sizes_UN: jax.Array, num_rows: int, room: int, axis: str
+    cls, sizes_UN: jax.Array, num_rows: int, room: Room, axis: str
   ) -> 'BlockExchange':
-    """Plans an exchange in blocks of `room` rows; see `Plan`."""
-    devices = len(sizes_UN)
-    places = devices * room
-    send_counts_UN = fitting(sizes_UN, room)
-    sizes_U, first_U = sizes_UN.sum(1), jnp.arange(devices) * room
+    """Plans an exchange in blocks; see `Plan`."""
+    here, devices = lax.axis_index(axis), len(sizes_UN)
+    places = devices * room.block
+    # [from, to, expert]: what has room in its block, and then among all rows.
+    sizes_UUN = fitting(lax.all_gather(sizes_UN, axis), room.block)
+    counts_UUN = fitting_on_arrival(sizes_UUN, room.rows)
+    send_counts_UN, counts_UN = counts_UUN[here], counts_UUN[:, here]
+    sizes_U, first_U = sizes_UN.sum(1), jnp.arange(devices) * room.block
+    sent_U = send_counts_UN.sum(1)
 
-    # A row is at its place in its block, if the block goes as far.
+    # A row is at its place in its block, if so many are sent.
     row_M, block_M = segment_offsets(sizes_U, first_U, num_rows)
-    nth_M = row_M - first_U[block_M]
-    fits_M = (nth_M < room) & (jnp.arange(num_rows) < sizes_U.sum())
-    nth, block = jnp.arange(places) % room, jnp.arange(places) // room
-    used = nth < send_counts_UN.sum(1)[block]
-    counts_UN = lax.all_to_all(send_counts_UN, axis, 0, 0, tiled=True)
-    unused_U = room - counts_UN.sum(1)
+    fits_M = row_M - first_U[block_M] < sent_U[block_M]
+    nth, block = (
+      jnp.arange(places) % room.block,
+      jnp.arange(places) // room.block,
+    )
+    unused_U = room.block - counts_UN.sum(1)
     return cls(
       send_counts_UN,
       jnp.concatenate([counts_UN, unused_U[:, None]], axis=1),
-      jnp.where(used, offsets(sizes_U)[block] + nth, num_rows),
+      jnp.where(nth < sent_U[block], offsets(sizes_U)[block] + nth, num_rows),
       jnp.where(fits_M, row_M, places),
+      room.rows,
       axis,
     )
 
@@ -140,6 +155,8 @@ class RemoteExperts:
     arrived_MD = exchange.dispatch(rows_MD)
     counts_UX = exchange.receive_counts_UX
     source_M, target_M = regroup(counts_UX, len(arrived_MD))
+    # The rows of experts are the first; behind them are places without any.
+    source_M = source_M[: exchange.num_computed]
     if seeds_M is not None:
       seeds_M = exchange.dispatch(seeds_M[:, None])[source_M, 0]
     sorted_MD = gather_rows(arrived_MD, source_M, target_M)
@@ -164,4 +181,5 @@ class RemoteExperts:
 
   def _exchange_all(self, sizes_N: jax.Array, num_rows: int) -> Exchange:
     sizes_UN = sizes_N.reshape(lax.axis_size(self.axis), -1)
-    return BlockExchange.plan(sizes_UN, num_rows, num_rows, self.axis)
+    room = Room(num_rows * len(sizes_UN), num_rows)
+    return BlockExchange.plan(sizes_UN, num_rows, room, self.axis)

@@ -20,8 +20,8 @@ from tests.helpers import dense_experts, marks, own_parts, registries, tiny
 from tests.helpers.dense_experts import T
 from tests.helpers.exchanges import MESHES, N, across
 
-# Room for all; for the balanced share; for less.
-FACTORS = (9.0, 1.0, 0.3)
+# Room for all; for less than blocks hold; for the balanced share; for less.
+FACTORS = (17.0, 2.0, 1.0, 0.3)
 PAIRS = [
   (dispatch, exchange)
   for dispatch in DISPATCHES
@@ -50,8 +50,10 @@ def overflows(
   rows = np.stack([(device == to).sum((2, 3)) for to in range(experts)], -1)
   if exchange == 'ragged':
     return np.maximum(rows.sum(1) - math.ceil(factor * tokens * k), 0).sum()
-  room = math.ceil(factor * tokens * k / experts)
-  return np.maximum(rows - room, 0).sum()
+  in_blocks = np.minimum(rows, math.ceil(factor * tokens * k / experts))
+  # Of what blocks have to spare there is half for all rows of a device.
+  room = math.ceil((1 + factor) / 2 * tokens * k)
+  return rows.sum() - np.minimum(in_blocks.sum(1), room).sum()
 
 
 def check(

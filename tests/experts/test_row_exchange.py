@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.experts.exchange_cost import Room
 from moe_jax.experts.permute import regroup
 from moe_jax.experts.ragged_exchange import Offsets, RaggedExchange
 from moe_jax.experts.row_exchange import BlockExchange
@@ -17,6 +18,7 @@ U, T, K, N = 4, 6, 2, 8
 FACTOR = 0.75
 ROOM = 9  # 0.75 * 6 * 2
 BLOCK = 3  # 0.75 * 6 * 2 / 4, rounded up
+COMPUTED = 10  # less than four blocks
 
 
 @functools.cache
@@ -29,8 +31,8 @@ def travelled() -> dict[str, Any]:
   def local(sizes_1UN: jax.Array, rows_MD: jax.Array) -> Any:
     found = {}
     for name, plan, room in (
-      ('blocks', BlockExchange.plan, BLOCK),
-      ('ragged', RaggedExchange.plan, ROOM),
+      ('blocks', BlockExchange.plan, Room(COMPUTED, BLOCK)),
+      ('ragged', RaggedExchange.plan, Room(ROOM, ROOM)),
     ):
       exchange = plan(sizes_1UN[0], T * K, room, 'expert')
       there = exchange.dispatch(rows_MD)
@@ -109,11 +111,15 @@ def test_ragged_offsets_mean_the_same_to_the_collective() -> None:
 
 def test_blocks_hold_the_first_rows_for_every_device() -> None:
   there = travelled()['blocks']['there'][..., 0].reshape(U, U, BLOCK)
-  for device in range(U):
-    for to in range(U):
-      sent = segment(device, to)[:BLOCK]
+  for to in range(U):
+    left = COMPUTED
+    for device in range(U):
+      sent = segment(device, to)[: min(BLOCK, left)]
+      left -= len(sent)
       np.testing.assert_array_equal(there[to, device, : len(sent)], sent)
       np.testing.assert_array_equal(there[to, device, len(sent) :], 0)
+  # Four full blocks were to come, and the last is cut.
+  assert (sizes()[:, 2].sum(1) >= BLOCK).all() and not there[2, -1].all()
 
 
 def test_what_travelled_comes_back_to_its_place_and_the_rest_as_zeros() -> None:

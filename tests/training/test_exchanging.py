@@ -104,7 +104,7 @@ def test_a_bounded_exchange_changes_no_metric(skew: float) -> None:
 
 EXCHANGES = [
   {'moe.exchange': 'gather'},
-  {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 8.0},
+  {'moe.exchange': 'all_to_all', 'moe.buffer_factor': 16.0},
   {'moe.exchange': 'ragged', 'moe.buffer_factor': 0.6},
   {
     'moe.exchange': 'all_to_all',
@@ -140,5 +140,5 @@ def test_every_exchange_changes_no_metric(
 ) -> None:
   for skew in SKEWS:
     counted = check(BALANCED | changes, axes, skew)
-    if changes.get('moe.buffer_factor') == 8.0:
+    if changes.get('moe.buffer_factor') == 16.0:
       np.testing.assert_array_equal(counted['exchange_overflows'], 0)
