@@ -3,7 +3,7 @@
 A dispatch is `dispatch(x_TD, routing, experts) -> Dispatched`. An assignment is
 a (token, expert) pair, number t K + k of T K. Both dispatches sort the
 assignments by expert once, stably, permute the tokens into that order, let the
-experts compute, and combine what comes out:
+experts compute, and add up what comes out, each with its weight:
 
   rows_MD = permute(x_TD)    out_MD = experts(rows_MD)    y_TD = combine(out_MD)
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from moe_jax.experts.permute import combine, permute
+from moe_jax.experts.permute import add_up, combine, permute
 from moe_jax.registry import DISPATCHES
 from moe_jax.routing.selection import Routing
 
@@ -36,7 +36,11 @@ class Experts(Protocol):
     """N, the number of these experts."""
 
   def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None,
+    weights_M: jax.Array | None = None,
   ) -> jax.Array:
     """Computes rows that are sorted by expert.
 
@@ -45,6 +49,7 @@ class Experts(Protocol):
       sizes_N: int32, the number of rows of each expert; the rows past their
         sum belong to none.
       seeds_M: uint32, the seed of each row's dropout; None for no dropout.
+      weights_M: float32, what each row's output is multiplied by; None for 1.
 
     Returns:
       The output [M, D] of each row's expert.
@@ -112,14 +117,26 @@ class Order(NamedTuple):
 def dropless(x_TD: jax.Array, routing: Routing, experts: Experts) -> Dispatched:
   """Computes every assignment, however unevenly the experts are used."""
   order = sort(routing, experts.num_experts)
-  y_TD = compute_sorted(order, x_TD, routing, experts)
-  return Dispatched(y_TD, jnp.zeros_like(order.sizes_N[0]))
+  assignment_M, row_TK, sizes_N, _ = order
+  rows_MD = permute(x_TD, assignment_M, row_TK)
+  seeds_M = _seeds(routing, assignment_M)
+  # Experts weigh their hidden units, which are narrower than their outputs: so
+  # no gradient needs the outputs, and none are kept or made again.
+  weights_M = permute(
+    routing.weights_TK.reshape(-1), assignment_M, row_TK.reshape(-1, 1)
+  )
+  out_MD = experts.grouped(rows_MD, sizes_N, seeds_M, weights_M)
+  y_TD = add_up(out_MD, row_TK, assignment_M)
+  return Dispatched(y_TD, jnp.zeros_like(sizes_N[0]))
 
 
 def compute_sorted(
   order: Order, x_TD: jax.Array, routing: Routing, experts: Experts
 ) -> jax.Array:
-  """Returns y_TD of assignments that are sorted already."""
+  """Returns y_TD of assignments that are sorted already.
+
+  Their weights need not be where the experts are.
+  """
   rows_MD = permute(x_TD, order.assignment_M, order.row_TK)
   seeds_M = _seeds(routing, order.assignment_M)
   out_MD = experts.grouped(rows_MD, order.sizes_N, seeds_M)

@@ -138,10 +138,14 @@ class LocalExperts:
     return nnx.merge(self.graphdef, self.params).num_experts
 
   def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None,
+    weights_M: jax.Array | None = None,
   ) -> jax.Array:
     """Computes sorted rows; see `Experts`."""
-    return self._compute('grouped', rows_MD, sizes_N, seeds_M)
+    return self._compute('grouped', rows_MD, sizes_N, seeds_M, weights_M)
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.experts.dispatch import Experts
 from moe_jax.experts.dropout import dropout, dropout_rows
 from moe_jax.experts.grouped_matmul import GroupedMatmul, TunedMatmul
+from moe_jax.experts.permute import weighed
 from moe_jax.experts.remat import remat_method
 from moe_jax.parameter import EMBED, EXPERT, MLP, param
 
@@ -160,6 +161,7 @@ class SwiGLUExperts(ExpertsBase):
     rows_MD: jax.Array,
     sizes_N: jax.Array,
     seeds_M: jax.Array | None = None,
+    weights_M: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
     """Computes rows sorted by expert, `sizes_N` of them each; see `Experts`.
@@ -168,6 +170,7 @@ class SwiGLUExperts(ExpertsBase):
       rows_MD: The rows, in the dtype of the arithmetic.
       sizes_N: int32, the number of rows of each expert.
       seeds_M: uint32, the seed of each row's dropout; None for no dropout.
+      weights_M: float32, what each row's output is multiplied by; None for 1.
       first_unit: The number of the first hidden unit on this device.
     """
     gate_up_ND2F = self.gate_up_ND2F[...].astype(rows_MD.dtype)
@@ -177,6 +180,7 @@ class SwiGLUExperts(ExpertsBase):
     gate_up_MF = checkpoint_name(gate_up_MF, HIDDEN)
     gate_MF, up_MF = jnp.split(gate_up_MF, 2, axis=-1)
     hidden_MF = self._drop(jax.nn.silu(gate_MF) * up_MF, seeds_M, first_unit)
+    hidden_MF = weighed(hidden_MF, weights_M)
     down_NFD = self.down_NFD[...].astype(rows_MD.dtype)
     return self.multiply(hidden_MF, down_NFD, sizes_N)
 
@@ -298,6 +302,7 @@ class ReLUExperts(ExpertsBase):
     rows_MD: jax.Array,
     sizes_N: jax.Array,
     seeds_M: jax.Array | None = None,
+    weights_M: jax.Array | None = None,
     first_unit: jax.Array | int = 0,
   ) -> jax.Array:
     """Computes rows sorted by expert; see `SwiGLUExperts.grouped`."""
@@ -312,6 +317,7 @@ class ReLUExperts(ExpertsBase):
       lambda bias_NF: member_MN @ bias_NF,
       seeds_M,
       first_unit,
+      weights_M,
     )
 
   @remat_method(HIDDEN)
@@ -337,6 +343,7 @@ class ReLUExperts(ExpertsBase):
     spread: _Spread,
     seeds: jax.Array | None,
     first_unit: jax.Array | int,
+    weights_M: jax.Array | None = None,
   ) -> jax.Array:
     up_NDF, up_bias_NF, down_NFD, down_bias_ND = (
       weight[...].astype(x.dtype)
@@ -350,7 +357,8 @@ class ReLUExperts(ExpertsBase):
     hidden = jax.nn.relu(multiply(x, up_NDF) + spread(up_bias_NF))
     hidden = checkpoint_name(hidden, HIDDEN)
     hidden = self._drop(hidden, seeds, first_unit)
-    return multiply(hidden, down_NFD) + spread(down_bias_ND)
+    bias = weighed(spread(down_bias_ND), weights_M)
+    return multiply(weighed(hidden, weights_M), down_NFD) + bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,14 +383,18 @@ class ExpertsInPlace:
     return jax.tree.leaves(nnx.split(self.stacked)[1])[0].shape[1]
 
   def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None,
+    weights_M: jax.Array | None = None,
   ) -> jax.Array:
     """Computes sorted rows; see `moe_jax.experts.dispatch.Experts`."""
     joined = self._with(lambda a: a.reshape(-1, *a.shape[2:]))
     none = jnp.zeros(joined.num_experts, sizes_N.dtype)
     first = self.period * self.num_experts
     sizes = lax.dynamic_update_slice_in_dim(none, sizes_N, first, 0)
-    return joined.grouped(rows_MD, sizes, seeds_M)
+    return joined.grouped(rows_MD, sizes, seeds_M, weights_M)
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None

@@ -28,7 +28,7 @@ def permute(
 def _permute_backward(
   row_TK: jax.Array, grad_MD: jax.Array
 ) -> tuple[jax.Array, None, None]:
-  return _take(grad_MD, row_TK).sum(1), None, None
+  return _sum_of_rows(grad_MD, row_TK), None, None
 
 
 permute.defvjp(
@@ -67,6 +67,38 @@ gather_rows.defvjp(
     target_M,
   ),
   _gather_rows_backward,
+)
+
+
+@jax.custom_vjp
+def add_up(
+  rows_MD: jax.Array, row_TK: jax.Array, assignment_M: jax.Array
+) -> jax.Array:
+  """Returns `y_t = sum_k rows_MD[row_TK[t, k]]`, summed in float32.
+
+  It is the transpose of `permute`.
+
+  Args:
+    rows_MD: Any rows.
+    row_TK: int32, as in `permute`.
+    assignment_M: int32, as in `permute`.
+  """
+  return _sum_of_rows(rows_MD, row_TK)
+
+
+def _add_up_backward(
+  saved: tuple[jax.Array, jax.Array], grad_TD: jax.Array
+) -> tuple[jax.Array, None, None]:
+  row_TK, assignment_M = saved
+  return _take(grad_TD, assignment_M // row_TK.shape[1]), None, None
+
+
+add_up.defvjp(
+  lambda rows_MD, row_TK, assignment_M: (
+    add_up(rows_MD, row_TK, assignment_M),
+    (row_TK, assignment_M),
+  ),
+  _add_up_backward,
 )
 
 
@@ -116,6 +148,25 @@ combine.defvjp(
   lambda *operands: (combine(*operands), operands),
   _combine_backward,
 )
+
+
+def weighed(rows_MD: jax.Array, weights_M: jax.Array | None) -> jax.Array:
+  """Returns rows times their weights, in the dtype of the rows.
+
+  Args:
+    rows_MD: Any rows.
+    weights_M: float32; None for 1.
+  """
+  if weights_M is None:
+    return rows_MD
+  exact_MD = rows_MD.astype(jnp.float32) * weights_M[:, None]
+  return exact_MD.astype(rows_MD.dtype)
+
+
+def _sum_of_rows(rows_MD: jax.Array, row_TK: jax.Array) -> jax.Array:
+  # Row by row: TPUs keep [T, K, D] with K filled up to 8, and sum it slowly.
+  terms = (_take(rows_MD, row_T).astype(jnp.float32) for row_T in row_TK.T)
+  return sum(terms, start=jnp.float32(0)).astype(rows_MD.dtype)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

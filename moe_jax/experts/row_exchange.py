@@ -22,6 +22,7 @@ from moe_jax.experts.permute import (
   offsets,
   regroup,
   segment_offsets,
+  weighed,
 )
 
 
@@ -148,7 +149,11 @@ class RemoteExperts:
     return self.local.num_experts * lax.axis_size(self.axis)
 
   def grouped(
-    self, rows_MD: jax.Array, sizes_N: jax.Array, seeds_M: jax.Array | None
+    self,
+    rows_MD: jax.Array,
+    sizes_N: jax.Array,
+    seeds_M: jax.Array | None,
+    weights_M: jax.Array | None = None,
   ) -> jax.Array:
     """Computes sorted rows; those without room come back as zeros."""
     exchange = self.exchange or self._exchange_all(sizes_N, len(rows_MD))
@@ -161,7 +166,8 @@ class RemoteExperts:
       seeds_M = exchange.dispatch(seeds_M[:, None])[source_M, 0]
     sorted_MD = gather_rows(arrived_MD, source_M, target_M)
     out_MD = self.local.grouped(sorted_MD, counts_UX[:, :-1].sum(0), seeds_M)
-    return exchange.combine(gather_rows(out_MD, target_M, source_M))
+    out_MD = exchange.combine(gather_rows(out_MD, target_M, source_M))
+    return weighed(out_MD, weights_M)  # which stayed here
 
   def batched(
     self, rows_NCD: jax.Array, seeds_NC: jax.Array | None

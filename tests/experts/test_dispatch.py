@@ -108,3 +108,23 @@ def test_capacity_keeps_the_heaviest_assignments_of_an_expert() -> None:
   alone = routing.only(jnp.array(kept))
   whole = jax.jit(lambda x, routing: dropless(x, routing, experts))(x, alone)
   np.testing.assert_allclose(part.y_TD, whole.y_TD, rtol=1e-5, atol=1e-4)
+
+
+def test_backward_keeps_the_rows_and_not_what_experts_make_of_them() -> None:
+  experts = SwiGLUExperts(N, D, F, init_std=0.3, rngs=nnx.Rngs(params=0))
+  weights, choice = jnp.ones((T, K)), jnp.zeros((T, K), jnp.int32)
+  logits = jnp.zeros((T, N))
+
+  def kept(x_TD: jax.Array, weights_TK: jax.Array) -> Any:
+    routing = Routing(weights_TK, choice, logits, logits)
+    return jax.vjp(
+      lambda x_TD, routing: dropless(x_TD, routing, experts).y_TD, x_TD, routing
+    )[1]
+
+  shapes = [
+    leaf.shape
+    for leaf in jax.tree.leaves(
+      jax.eval_shape(kept, jnp.zeros((T, D)), weights)
+    )
+  ]
+  assert shapes.count((T * K, D)) == 1 and (T * K, 2 * F) in shapes

@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.experts import grouped_matmul
 from moe_jax.experts.grouped_matmul import megablox
 from tests.helpers.dense_matmul import ROWS, SIZES, both_ways
 
@@ -26,3 +27,13 @@ def test_gradients_of_the_kernel_interpreted(
 )
 def test_tiles_divide(length: int, tile: int) -> None:
   assert megablox._tile(length, 512) == tile
+
+
+@pytest.mark.parametrize('sizes', [[3, 0, 2], [4, 4, 0]])
+def test_what_a_kernel_leaves_in_rows_of_no_group_is_zeroed(
+  sizes: list[int],
+) -> None:
+  used = jnp.arange(8)[:, None] < sum(sizes)
+  left = jnp.where(used, jnp.ones((8, 3)), jnp.nan)
+  emptied = grouped_matmul._emptied(left, jnp.array(sizes))
+  assert (emptied == used.astype(float)).all()

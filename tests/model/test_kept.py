@@ -96,7 +96,7 @@ def test_of_a_layer_only_what_products_need_is_kept() -> None:
   # What is as wide as a token is the rest of it: no scores or tables.
   wide = [a.size for a in kept(config, {}, batch) if a.size >= tokens * width]
   assignments, hidden = config.moe.top_k, config.moe.expert_width
-  experts = assignments * (2 * width + 2 * hidden)  # in, out, gate and up
+  experts = assignments * (width + 2 * hidden)  # in, gate and up
   attention = 4 * width  # queries, keys, values, and what they come to
   norms = 2 * 2 * width  # in and out
   last = width  # what the last norm reads

@@ -146,19 +146,35 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
 
 def _by_megablox() -> Implementation:
   """Returns `ragged_dot` with the weights' gradient of `megablox`."""
-  derived = _derived(_ragged_dot)
 
-  def own_backward(
+  def forward(
+    rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
+  ) -> jax.Array:
+    return _emptied(_ragged_dot(rows_MD, weights_NDF, sizes_N), sizes_N)
+
+  def backward(
     rows_MD: jax.Array,
     weights_NDF: jax.Array,
     sizes_N: jax.Array,
     grad_MF: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    # The gradient of weights that this derives is not used, so not computed.
-    rows_grad_MD, _ = derived.backward(rows_MD, weights_NDF, sizes_N, grad_MF)
+    _, vjp = jax.vjp(
+      lambda rows: _ragged_dot(rows, weights_NDF, sizes_N), rows_MD
+    )
+    rows_grad_MD = _emptied(vjp(grad_MF)[0], sizes_N)
     return rows_grad_MD, megablox.weights_gradient(rows_MD, sizes_N, grad_MF)
 
-  return Implementation(derived.forward, own_backward, megablox.obstacle)
+  return Implementation(forward, backward, megablox.obstacle)
+
+
+def _emptied(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
+  """Zeroes rows of no group, if there are any: mostly there are none."""
+  used = sizes_N.sum()
+
+  def empty(rows: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(len(rows))[:, None] < used, rows, 0)
+
+  return lax.cond(used < len(rows), empty, lambda rows: rows, rows)
 
 
 def by_tokamax(rows: str, weights: str | None = None) -> Implementation:
