@@ -21,6 +21,9 @@ from moe_jax.parameter import EMBED, HEADS, KV_HEADS, param
 from moe_jax.registry import ATTENTIONS as ATTENTIONS
 from moe_jax.routing.router import Context
 
+# What backward needs of a kernel's result goes by this name.
+ATTENDED = 'attended'
+
 # What attention remembers of a sequence for the one that follows: any pytree of
 # arrays [B, ...], () where it remembers nothing. Only `Attend` looks into it.
 AttentionState = Any

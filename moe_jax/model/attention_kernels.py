@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
+from moe_jax.model.attention import ATTENDED, ATTENTIONS, Case, CausalAttention
 from moe_jax.model.attention_blocks import same_segment
 from moe_jax.parallel import context
 from moe_jax.parallel import mesh as mesh_lib
@@ -99,6 +99,7 @@ def splash(
     block_sizes=_block_sizes(length),
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=ATTENDED,
     interpret=interpret,
   )
   query_BHLA = query_BLHA.swapaxes(1, 2) * head_dim**-0.5  # it does not scale

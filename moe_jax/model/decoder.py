@@ -14,6 +14,7 @@ from moe_jax.experts.layer import Aux
 from moe_jax.experts.mlp import HIDDEN
 from moe_jax.model import build
 from moe_jax.model.attention import (
+  ATTENDED,
   AttentionState,
   BlockContext,
   Segments,
@@ -39,7 +40,7 @@ REMAT_POLICIES = {
   'none': None,
   'dots': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    _keep(_ROUTING, HIDDEN),
+    _keep(_ROUTING, HIDDEN, ATTENDED),
   ),
   'full': _keep(_ROUTING),
 }

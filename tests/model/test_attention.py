@@ -14,7 +14,7 @@ from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.model import attention_blocks, attention_kernels, implementations
 from moe_jax.model.attention import ATTENTIONS, Case, CausalAttention
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import REMAT_POLICIES, Decoder
 from moe_jax.parallel import context
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.training.step import make_train_step
@@ -232,6 +232,21 @@ def test_splash_equals_the_oracle() -> None:
   attention = functools.partial(attention_kernels.splash, interpret=True)
   check(attention, (1, 200, 2, 1, 128))
   check_within(attention, (1, 200, 2, 1, 128))
+
+
+@pytest.mark.parametrize('remat, keeps', [('dots', True), ('full', False)])
+def test_dots_keeps_what_splash_attention_computed(
+  remat: str, keeps: bool
+) -> None:
+  """The sum of every query's weights, without which it is computed again."""
+  attend = jax.checkpoint(
+    functools.partial(attention_kernels.splash, interpret=True),
+    policy=REMAT_POLICIES[remat],
+  )
+  q = jnp.zeros((1, 128, 2, 64))
+  kept = jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], q, q, q)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+  assert ((1, 2, 128) in shapes) == keeps
 
 
 def test_sharded_kernels_compute_their_own_rows_and_heads() -> None:
