@@ -118,12 +118,15 @@ def dropless(x_TD: jax.Array, routing: Routing, experts: Experts) -> Dispatched:
   """Computes every assignment, however unevenly the experts are used."""
   order = sort(routing, experts.num_experts)
   assignment_M, row_TK, sizes_N, _ = order
-  rows_MD = permute(x_TD, assignment_M, row_TK)
+  rows_MD = permute(x_TD, assignment_M, row_TK, complete=True)
   seeds_M = _seeds(routing, assignment_M)
   # Experts weigh their hidden units, which are narrower than their outputs: so
   # no gradient needs the outputs, and none are kept or made again.
   weights_M = permute(
-    routing.weights_TK.reshape(-1), assignment_M, row_TK.reshape(-1, 1)
+    routing.weights_TK.reshape(-1),
+    assignment_M,
+    row_TK.reshape(-1, 1),
+    complete=True,
   )
   out_MD = experts.grouped(rows_MD, sizes_N, seeds_M, weights_M)
   y_TD = add_up(out_MD, row_TK, assignment_M)
@@ -137,7 +140,7 @@ def compute_sorted(
 
   Their weights need not be where the experts are.
   """
-  rows_MD = permute(x_TD, order.assignment_M, order.row_TK)
+  rows_MD = permute(x_TD, order.assignment_M, order.row_TK, complete=True)
   seeds_M = _seeds(routing, order.assignment_M)
   out_MD = experts.grouped(rows_MD, order.sizes_N, seeds_M)
   return combine(out_MD, routing.weights_TK, order.row_TK, order.assignment_M)

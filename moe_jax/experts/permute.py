@@ -2,16 +2,23 @@
 
 The transposes that XLA would derive are scatters, serial on CPU and slow on
 TPU. So whoever moves rows says both where each comes from and where it goes.
-An index past the end stands for nothing: a row of zeros, or no place.
+An index past the end stands for nothing: a row of zeros, or no place. Where all
+rows are moved, `complete` says that there is none: TPUs fill in such zeros by
+one more pass over what was gathered.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def permute(
-  x_TD: jax.Array, assignment_M: jax.Array, row_TK: jax.Array
+  x_TD: jax.Array,
+  assignment_M: jax.Array,
+  row_TK: jax.Array,
+  complete: bool = False,
 ) -> jax.Array:
   """Returns rows_MD: row m is the token of assignment `assignment_M[m]`.
 
@@ -21,19 +28,20 @@ def permute(
     x_TD: The tokens.
     assignment_M: int32; T K or more stands for a row of zeros.
     row_TK: int32, the row of every assignment; M or more where it has none.
+    complete: Whether every row has an assignment, and the other way round.
   """
-  return _take(x_TD, assignment_M // row_TK.shape[1])
+  return _take(x_TD, assignment_M // row_TK.shape[1], complete)
 
 
 def _permute_backward(
-  row_TK: jax.Array, grad_MD: jax.Array
+  complete: bool, row_TK: jax.Array, grad_MD: jax.Array
 ) -> tuple[jax.Array, None, None]:
-  return _sum_of_rows(grad_MD, row_TK), None, None
+  return _sum_of_rows(grad_MD, row_TK, complete), None, None
 
 
 permute.defvjp(
-  lambda x_TD, assignment_M, row_TK: (
-    permute(x_TD, assignment_M, row_TK),
+  lambda x_TD, assignment_M, row_TK, complete: (
+    permute(x_TD, assignment_M, row_TK, complete),
     row_TK,
   ),
   _permute_backward,
@@ -76,21 +84,22 @@ def add_up(
 ) -> jax.Array:
   """Returns `y_t = sum_k rows_MD[row_TK[t, k]]`, summed in float32.
 
-  It is the transpose of `permute`.
+  It is the transpose of a complete `permute`.
 
   Args:
     rows_MD: Any rows.
     row_TK: int32, as in `permute`.
     assignment_M: int32, as in `permute`.
   """
-  return _sum_of_rows(rows_MD, row_TK)
+  return _sum_of_rows(rows_MD, row_TK, complete=True)
 
 
 def _add_up_backward(
   saved: tuple[jax.Array, jax.Array], grad_TD: jax.Array
 ) -> tuple[jax.Array, None, None]:
   row_TK, assignment_M = saved
-  return _take(grad_TD, assignment_M // row_TK.shape[1]), None, None
+  grad_MD = _take(grad_TD, assignment_M // row_TK.shape[1], complete=True)
+  return grad_MD, None, None
 
 
 add_up.defvjp(
@@ -163,13 +172,21 @@ def weighed(rows_MD: jax.Array, weights_M: jax.Array | None) -> jax.Array:
   return exact_MD.astype(rows_MD.dtype)
 
 
-def _sum_of_rows(rows_MD: jax.Array, row_TK: jax.Array) -> jax.Array:
+def _sum_of_rows(
+  rows_MD: jax.Array, row_TK: jax.Array, complete: bool
+) -> jax.Array:
   # Row by row: TPUs keep [T, K, D] with K filled up to 8, and sum it slowly.
-  terms = (_take(rows_MD, row_T).astype(jnp.float32) for row_T in row_TK.T)
+  terms = (
+    _take(rows_MD, row_T, complete).astype(jnp.float32) for row_T in row_TK.T
+  )
   return sum(terms, start=jnp.float32(0)).astype(rows_MD.dtype)
 
 
-def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+def _take(
+  rows: jax.Array, index: jax.Array, complete: bool = False
+) -> jax.Array:
+  if complete:
+    return rows.at[index].get(mode='clip')
   return rows.at[index].get(mode='fill', fill_value=0)
 
 

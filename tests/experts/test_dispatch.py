@@ -17,6 +17,7 @@ from moe_jax.experts.dispatch import (
   dropless,
 )
 from moe_jax.experts.mlp import SwiGLUExperts
+from moe_jax.experts.permute import permute
 from moe_jax.model import implementations
 from moe_jax.routing.selection import Routing
 from tests.helpers import dense_experts, own_parts, registries, tiny
@@ -128,3 +129,21 @@ def test_backward_keeps_the_rows_and_not_what_experts_make_of_them() -> None:
     )
   ]
   assert shapes.count((T * K, D)) == 1 and (T * K, 2 * F) in shapes
+
+
+def test_moving_all_rows_fills_in_no_zeros() -> None:
+  """Which would be one more pass over what was gathered, of TPUs."""
+  x_TD, order = jnp.zeros((T, D)), jnp.arange(T * K)
+
+  def both_ways(complete: bool) -> str:
+    def moved(x_TD: jax.Array) -> jax.Array:
+      return permute(x_TD, order, order.reshape(T, K), complete).sum()
+
+    return jax.jit(jax.value_and_grad(moved)).lower(x_TD).as_text()
+
+  selects = [
+    [line for line in both_ways(complete).splitlines() if 'select' in line]
+    for complete in (True, False)
+  ]
+  assert not any(f'x{D}xf32>' in line for line in selects[0])
+  assert any(f'tensor<{T * K}x{D}xf32>' in line for line in selects[1])
