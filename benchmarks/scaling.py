@@ -113,7 +113,8 @@ def measure(
     a program that `fits`, also `memory_bytes` by kind, `sent_bytes_per_token`
     and `_most` (where every conditional sends as much as it can) of all
     devices together, `collectives`: bytes per device by kind and axes,
-    `cycles` as `planning.compiled.report` returns them, `compile_seconds` and,
+    `cycles` and `roofline` as `planning.compiled.report` returns them,
+    `compile_seconds` and,
     of all threads, `compile_cpu_seconds`; of one that does not, `needed_bytes`,
     at least.
 
@@ -173,6 +174,7 @@ def _compile(config: ConfigDict, target: Any) -> dict[str, Any]:
     'memory_bytes',
     'available_bytes',
     'cycles',
+    'roofline',
     'compile_seconds',
     'compile_cpu_seconds',
   )

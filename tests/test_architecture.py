@@ -146,7 +146,7 @@ ROOMS = {
   'planning.collectives': Room('planning.hlo planning.replica_groups'),
   'planning.tpu_cycles': Room('planning.hlo'),
   'planning.gpus': Room('errors runtime'),
-  'planning.roofline': Room('planning.hlo planning.gpus'),
+  'planning.roofline': Room('planning.hlo planning.tpu_cycles'),
   'planning': Room(
     f'{_CONFIG} runtime data parallel.mesh experts model training planning.hlo'
     ' planning.collectives planning.replica_groups planning.gpus'

@@ -190,9 +190,9 @@ def report(
     of what is computed meanwhile (`beside_seconds`), else None; the bytes that
     a device sends in a step (`sent_bytes`), where conditionals take the branch
     that sends least, and those where they take the other (`sent_bytes_most`);
-    of a TPU the `cycles` of `_cycles`; and of such a GPU the `roofline` of that
-    module, with `mfu_bound`, the MFU if no kernel were better and nothing
-    travelled. Each is None of other devices.
+    of a TPU the `cycles` of `_cycles`; and of a TPU to compile for, or such a
+    GPU, the `roofline` of that module, with `mfu_bound`, the MFU if no kernel
+    were better and nothing travelled. Each is None of other devices.
 
   Raises:
     DoesNotFitError: The program needs more than a device has.
@@ -204,7 +204,7 @@ def report(
     raise DoesNotFitError(needs['total'], available)
   costs = compiled.cost_analysis() or {}
   gpu = gpus.of_kind(target.devices[0].device_kind)
-  beside = functools.partial(roofline.beside, gpu=gpu) if gpu else None
+  beside = functools.partial(roofline.beside, device=gpu) if gpu else None
   least = collectives(text, choose=min, beside=beside)
   on_gpu = target.devices[0].platform == 'gpu'
   return {
@@ -260,12 +260,17 @@ def _cycles(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
 def _roofline(setup: Setup, text: str, target: Target) -> dict[str, Any] | None:
   """Returns the roofline and its `mfu_bound`; None of what is not known."""
   kind = target.devices[0].device_kind
-  gpu = gpus.of_kind(kind)
-  if gpu is None:
-    return None
-  told = roofline.report(text, gpu)
+  device: roofline.Device | None = gpus.of_kind(kind)
   peak = device_peaks.peak(kind, 'bfloat16')
+  if target.chip and target.chip.bytes_per_second:
+    assert peak is not None, 'the peaks of all TPUs here are known'
+    device = roofline.Tpu(
+      target.chip.bytes_per_second, peak, target.chip.matrix_side
+    )
+  if device is None:
+    return None
   assert peak is not None, 'the peaks of all GPUs here are known'
+  told = roofline.report(text, device)
   return told | {'mfu_bound': _model_flops(setup) / peak / told['seconds']}
 
 

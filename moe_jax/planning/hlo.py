@@ -17,6 +17,11 @@ _LINE = re.compile(
   r'\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?)'
   r' (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)'
 )
+# A layout has the axes from the last on, and on TPUs tiles and a memory space.
+_STORED = re.compile(
+  r'([a-z]+\d*\w*\[[\d,<=]*\])'
+  r'(?:\{([\d,]*)(?::T\(([\d,]+)\))?[^}]*?(?:S\((\d+)\))?\})?'
+)
 _HEAD = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$')
 _ARRAY = re.compile(r'([a-z]+)(\d*)\w*\[([\d,<=]*)\]')
 _CALLEES = re.compile(
@@ -96,6 +101,39 @@ def num_bytes(type_: str) -> int:
       size *= int(dimension.lstrip('<='))
     bits += size
   return -(-bits // 8)
+
+
+class Stored(NamedTuple):
+  """An array where it lies.
+
+  Attributes:
+    num_bytes: With the padding of a TPU's tiles.
+    is_near: Whether it is in a TPU's own memory, not in that beside it.
+  """
+
+  num_bytes: int
+  is_near: bool
+
+
+def stored(type_: str) -> list[Stored]:
+  """Returns the arrays of a type, in order."""
+  arrays = []
+  for array, order, tile, space in _STORED.findall(type_):
+    bytes_, sizes = num_bytes(array), shape(array)
+    if tile and sizes and bytes_:
+      sides = [int(side) for side in tile.split(',')]
+      axes = [int(axis) for axis in order.split(',')]
+      padded = list(sizes)
+      for axis, side in zip(axes, reversed(sides), strict=False):
+        padded[axis] = -(-sizes[axis] // side) * side
+      bytes_ = bytes_ * math.prod(padded) // math.prod(sizes)
+    arrays.append(Stored(bytes_, space not in ('', '0')))
+  return arrays
+
+
+def far_bytes(type_: str) -> int:
+  """Returns the bytes of a type's arrays that are in the memory of a device."""
+  return sum(each.num_bytes for each in stored(type_) if not each.is_near)
 
 
 def callees(instruction: Instruction) -> list[str]:
@@ -241,9 +279,13 @@ def _matmul(
 ) -> Matmul | None:
   """Returns what an instruction itself multiplies, None if nothing."""
   is_dot = instruction.opcode == 'dot'
-  if not is_dot and instruction.opcode != 'custom-call':
+  if instruction.opcode not in ('dot', 'custom-call', 'convolution'):
     return None
   attributes, out = instruction.attributes, shape(instruction.type)
+  if instruction.opcode == 'convolution':
+    left, right = (computation[name].type for name in instruction.operands)
+    flops = _convolution_flops(out, shape(left), shape(right), attributes)
+    return Matmul(flops, '16', _PASSES.get(_precision(attributes), 1))
   if '"__cudnn$fmha' in attributes:  # [B, H, L, A]
     # Two products of a square forward; backward five, one of them again.
     products = 5 if 'Backward"' in attributes else 2
@@ -269,6 +311,55 @@ def _matmul(
     # are transposed for that.
     return Matmul(2 * math.prod(first) * out[-1], precision)
   return None
+
+
+# Of bfloat16, which a TPU multiplies, by the precision that is asked for.
+_PASSES = {'high': 3, 'highest': 6}
+
+
+def _precision(attributes: str) -> str:
+  match = re.search(r'operand_precision=\{(\w+)', attributes)
+  return match[1] if match else 'default'
+
+
+def _convolution_flops(
+  out: list[int], rows: list[int], weights: list[int], attributes: str
+) -> int:
+  """Returns the operations of a convolution, as which TPUs have matmuls.
+
+  An axis of heads may be one of its windows, with padding all around: what is
+  multiplied with padding does not count.
+  """
+  match = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes)
+  assert match, 'a convolution says what its axes are'
+  of_rows, of_weights, of_out = match.groups()
+  window = dict(re.findall(r'(\w+)=([\dx_\-]+)', _window(attributes)))
+  products = 2 * out[of_out.index('b')] * out[of_out.index('f')]
+  products *= weights[of_weights.index('i')]
+  spatial = [label for label in of_rows if label.isdigit()]
+  for axis, label in enumerate(sorted(spatial)):
+
+    def option(name: str, default: str, axis: int = axis) -> list[int]:
+      values = window[name].split('x')[axis] if name in window else default
+      return [int(value) for value in values.split('_')]
+
+    [stride], [spread] = option('stride', '1'), option('lhs_dilate', '1')
+    [dilation], low = option('rhs_dilate', '1'), option('pad', '0_0')[0]
+    size = rows[of_rows.index(label)]
+    places = (
+      at * stride + step * dilation - low
+      for at in range(out[of_out.index(label)])
+      for step in range(weights[of_weights.index(label)])
+    )
+    products *= sum(
+      place % spread == 0 and 0 <= place // spread < size for place in places
+    )
+  return products
+
+
+def _window(attributes: str) -> str:
+  match = re.search(r'window=\{([^}]*)\}', attributes)
+  return match[1] if match else ''
 
 
 def is_grouped_matmul(instruction: Instruction) -> bool:

@@ -145,14 +145,15 @@ def _cycles(report: dict[str, Any]) -> dict[str, str]:
     return {'  time': f'{cycles}; the clock is not published'}
   fusions, kernels = report['fusion_seconds'], report['kernel_seconds']
   return {
-    '  time': f'{1000 * (fusions + kernels):.1f} ms, MFU at most'
-    f' {report["mfu_bound"]:.1%}: {cycles} in {1000 * fusions:.1f} ms, and'
-    f' {1000 * kernels:.1f} ms of kernels at the peak, without collectives'
+    '  time': f'{1000 * (fusions + kernels):.1f} ms, MFU'
+    f' {report["mfu_bound"]:.1%} as the compiler expects: {cycles} in'
+    f' {1000 * fusions:.1f} ms, and {1000 * kernels:.1f} ms of kernels at the'
+    ' peak, without collectives'
   }
 
 
 def _roofline(report: dict[str, Any]) -> dict[str, str]:
-  """Returns the rows about what a GPU could take at best."""
+  """Returns the rows about what a device could take at best."""
   return {
     '  roofline': f'{1000 * report["seconds"]:.2f} ms, MFU at most'
     f" {report['mfu_bound']:.1%}, at {BANDWIDTH_SHARE:.0%} of the memory's"

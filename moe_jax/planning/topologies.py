@@ -23,11 +23,16 @@ class Chip(NamedTuple):
       takes of its memory.
     hertz: The clock of a TPU's tensor cores; None where it is not published.
     example: The name of a slice; other names have as many sizes, or fewer.
+    bytes_per_second: The bandwidth of the memory of a TPU's JAX device; of a
+      GPU `gpus` has it.
+    matrix_side: The rows and columns of a TPU's matrix unit.
   """
 
   memory_bytes: int
   hertz: float | None
   example: str
+  bytes_per_second: float | None = None
+  matrix_side: int = 1
 
 
 class Target(NamedTuple):
@@ -44,17 +49,18 @@ class Target(NamedTuple):
 
 # Capacity per chip: v4 32 GiB, v5e 16, v5p 95, v6e 32, tpu7x 192 (two devices):
 # https://cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x
+# Bandwidths are from the same pages; of a TPU7x, half a chip's.
 # Clocks are the published bfloat16 peak over the operations of a cycle, where
 # the matrix units are published too (2 x 128 x 128 x their number):
 # https://jax-ml.github.io/scaling-book/tpus. A v6e has 4 of 256 x 256 by its
 # page; by later versions of it 2, but its compiler expects more of matmuls than
 # these could do.
 CHIPS = {
-  'v4': Chip(int(30.75 * _GIB), 1.05e9, 'v4:4x4x4'),
-  'v5e': Chip(int(15.75 * _GIB), 1.5e9, 'v5e:4x4'),
-  'v5p': Chip(int(95.74 * _GIB), 1.75e9, 'v5p:4x4x4'),
-  'v6e': Chip(int(31.25 * _GIB), 1.75e9, 'v6e:4x4'),
-  'tpu7x': Chip(int(94.75 * _GIB), None, 'tpu7x:2x2x4'),
+  'v4': Chip(int(30.75 * _GIB), 1.05e9, 'v4:4x4x4', 1.228e12, 128),
+  'v5e': Chip(int(15.75 * _GIB), 1.5e9, 'v5e:4x4', 0.819e12, 128),
+  'v5p': Chip(int(95.74 * _GIB), 1.75e9, 'v5p:4x4x4', 2.765e12, 128),
+  'v6e': Chip(int(31.25 * _GIB), 1.75e9, 'v6e:4x4', 1.64e12, 256),
+  'tpu7x': Chip(int(94.75 * _GIB), None, 'tpu7x:2x2x4', 3.69e12, 256),
 }
 _ALIASES = {'v5litepod': 'v5e', 'v7x': 'tpu7x'}
 _FORM = re.compile(r'([a-z]\w*):(\d+(?:x\d+){1,2})')

@@ -73,13 +73,30 @@ def kernel_flops(hlo_text: str, choose: Choose = min) -> int:
   def own(
     instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
   ) -> int | None:
-    if '"tpu_custom_call"' not in instruction.attributes:
+    if not is_kernel(instruction):
       return None
-    if stated := _FLOPS.search(instruction.attributes):
-      return int(stated[1])
-    return _splash_flops(instruction, computation)
+    return flops_of_kernel(instruction, computation)
 
   return hlo.total(hlo_text, own, choose)
+
+
+def is_kernel(instruction: hlo.Instruction) -> bool:
+  """Returns whether an instruction is a kernel, of Pallas or of libtpu."""
+  return '"tpu_custom_call"' in instruction.attributes
+
+
+def is_attention(instruction: hlo.Instruction) -> bool:
+  """Returns whether a kernel is one of splash attention."""
+  return _SPLASH.match(instruction.name) is not None
+
+
+def flops_of_kernel(
+  instruction: hlo.Instruction, computation: dict[str, hlo.Instruction]
+) -> int:
+  """Returns the operations of a kernel, as `kernel_flops` counts them."""
+  if stated := _FLOPS.search(instruction.attributes):
+    return int(stated[1])
+  return _splash_flops(instruction, computation)
 
 
 def _share_computed(attributes: str) -> float:

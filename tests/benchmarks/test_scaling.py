@@ -51,6 +51,15 @@ def row(label: str, chips: int, **changes: object) -> dict[str, object]:
       'kernel_seconds': 0.0023,
       'mfu_bound': 0.407,
     },
+    'roofline': {
+      'seconds': 0.0081,
+      'mfu_bound': 0.52,
+      'parts': {
+        'attention': {'seconds': 0.0041},
+        'scan': {'seconds': 0.003},
+        'optimizer': {'seconds': 0.001},
+      },
+    },
   }
   return made | changes
 
@@ -67,10 +76,15 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4, 4]
   table = (tmp_path / 'README.md').read_text()
   assert (
-    '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 | 40.7 |' in table
+    '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 | 40.7 | 8 | 52.0 |'
+    in table
   )
+  # By parts, what has no column together.
+  assert '| a | v5e:4 | 4 | 0 | 0 | 0 | 0 | 0 | 0 | 4 |' in table
   assert 'does not fit: 20.00' in table and '| 1 |' not in table
-  assert '| 2.0 | 61 |  |  |' in table  # of a clock that nobody publishes
+  assert (
+    '| 2.0 | 61 |  |  | 8 | 52.0 |' in table
+  )  # of a clock that nobody publishes
   assert table.count('benchmarks.scaling --config=x.py') == 3  # a, b, c
   assert '--topologies=v5e:4,v5e:16 \\\n      --label=a ' in table
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')

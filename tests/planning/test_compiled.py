@@ -65,7 +65,10 @@ def test_a_tpu_program() -> None:
   assert made['strategy']['dtype'] == 'bfloat16'
   text = plan.table(made | {'compiled': told})
   assert 'for 4 x TPU v5 lite' in text and 'to spare' in text
-  assert 'MFU at most' in text
+  assert 'as the compiler expects' in text and 'MFU at most' in text
+  roof = told['roofline']
+  assert 0 < roof['mfu_bound'] < 1
+  assert {'attention', 'grouped matmul', 'matmul'} <= {*roof['kinds']}
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
-"""The roofline of a GPU's program, against what is counted by hand."""
+"""The roofline of a program, against what is counted by hand."""
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from moe_jax.planning import gpus, roofline
+from moe_jax.planning import gpus, roofline, topologies
 from moe_jax.planning.collectives import collectives
+from moe_jax.training import device_peaks
 from tests.helpers.gpu_program import GPU_PROGRAM
 
 H100 = gpus.GPUS['h100']
@@ -173,7 +177,7 @@ ENTRY %main (x: f32[1024,1024], z: (s32[], f32[1024,1024])) -> f32[1024,1024] {
 
 
 def test_what_is_computed_while_a_collective_travels() -> None:
-  beside = functools.partial(roofline.beside, gpu=H100)
+  beside = functools.partial(roofline.beside, device=H100)
   listed = collectives(TRAVELLING, beside=beside)
   found = {(each.kind, each.count, each.beside_seconds) for each in listed}
   array = (1 << 22) / (0.8 * 3.35e12)  # 4 MiB, read or written
@@ -189,3 +193,111 @@ def test_what_is_computed_while_a_collective_travels() -> None:
   assert in_the_open == {('reduce-scatter', 1, 0.0), ('all-reduce', 1, 0.0)}
   without = collectives(TRAVELLING)
   assert {each.beside_seconds for each in without} == {None}
+
+
+# Of a v6e: a layer's weights are fetched ahead into its own memory and are
+# multiplied there; heads of 64 lie in tiles of 128 lanes.
+TPU_PROGRAM = """HloModule jit_step
+
+%inner (w: f32[6,256,64], i: s32[]) -> bf16[256,64] {
+  %w = f32[6,256,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = f32[1,256,64]{2,1,0} dynamic-slice(%w, %i, %z, %z), dynamic_slice_sizes={1,256,64}
+  %b = f32[256,64]{1,0} bitcast(%s)
+  ROOT %c = bf16[256,64]{1,0} convert(%b)
+}
+
+%product (x: bf16[512,256], w: f32[6,256,64], i: s32[]) -> bf16[512,64] {
+  %x = bf16[512,256]{1,0} parameter(0)
+  %w = f32[6,256,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %n = bf16[256,64]{1,0} fusion(%w, %i), kind=kLoop, calls=%inner
+  ROOT %v = bf16[512,64]{1,0:T(8,128)(2,1)} convolution(%x, %n), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[512,256], w: f32[6,256,64], q: bf16[2,4,256,64], i: s32[]) -> bf16[512,64] {
+  %x = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = f32[6,256,64]{2,1,0:T(8,128)} parameter(1)
+  %q = bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)} parameter(2)
+  %i = s32[] parameter(3)
+  %start = (bf16[512,256]{1,0:T(8,128)(2,1)S(1)}, bf16[512,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %near = bf16[512,256]{1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  %note = u32[16]{0:T(128)} custom-call(), custom_call_target="AllocateBuffer"
+  %splash_mha_fwd_residuals.1 = (f32[8,128]{1,0:T(8,128)}, bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %f = bf16[512,64]{1,0:T(8,128)(2,1)} fusion(%near, %w, %i), kind=kOutput, calls=%product
+}
+"""  # noqa: E501
+V6E = roofline.Tpu(1.64e12, 918e12, 256)
+
+
+def test_a_tpu_reads_its_own_memory_for_nothing() -> None:
+  """What is fetched, what a kernel of heads and what a matmul moves."""
+  fetch, attention, product = roofline.kernels(TPU_PROGRAM, V6E)
+  assert fetch.kind == fetch.part == 'prefetch'
+  assert fetch.num_bytes == 2 * 512 * 256  # written where it costs nothing
+  # One slice of six of the weights, the result, and an index; in tiles.
+  assert product.num_bytes == 4 * 256 * 128 + 2 * 512 * 128 + 4
+  assert product.kind == 'matmul' and product.flops == 2 * 512 * 256 * 64
+  heads = 2 * 2 * 4 * 256 * 128
+  assert attention.num_bytes == 4 * heads + 4 * 8 * 128
+
+
+def test_narrow_heads_leave_a_matrix_unit_idle() -> None:
+  text = TPU_PROGRAM.replace('256,64]', '65536,64]')  # so that it computes
+  for side in (64, 128, 256):
+    device = V6E._replace(matrix_side=side)
+    [attention] = [
+      each
+      for each in roofline.kernels(text, device)
+      if each.kind == 'attention'
+    ]
+    assert attention.flops == 2 * 2 * 4 * 65536**2 * 64
+    assert attention.seconds == pytest.approx(
+      attention.flops * side / 64 / (0.7 * 918e12)
+    )
+
+
+def test_padding_around_a_window_is_not_multiplied() -> None:
+  """20 heads as a window: every place of the result meets one of them."""
+  text = """HloModule jit_step
+
+ENTRY %main (x: bf16[8,512,1280,1], w: bf16[1280,20,64,1]) -> bf16[8,512,20,64] {
+  %x = bf16[8,512,1280,1]{2,1,3,0} parameter(0)
+  %w = bf16[1280,20,64,1]{2,1,0,3} parameter(1)
+  ROOT %v = bf16[8,512,20,64]{3,1,2,0} convolution(%x, %w), window={size=1x20 pad=0_0x19_19 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f
+}
+"""  # noqa: E501
+  [product] = roofline.kernels(text, V6E)
+  # 8 is a window's axis too, of which each place meets itself.
+  assert product.flops == 2 * 8 * 512 * 1280 * 20 * 64
+  in_passes = text.replace('0b1f\n', '0b1f, operand_precision={high,high}\n')
+  [three] = roofline.kernels(in_passes, V6E)
+  assert three.seconds == pytest.approx(3 * product.seconds, rel=0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'slice_', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1']
+)
+def test_rates_are_those_that_the_compiler_knows(slice_: str) -> None:
+  """XLA's own roofline, of a large matmul and of what moves as much."""
+  target = topologies.target(slice_)
+  chip, here = target.chip, SingleDeviceSharding(target.devices[0])
+  peak = device_peaks.peak(target.devices[0].device_kind, 'bfloat16')
+  assert chip and chip.bytes_per_second and peak
+  device = roofline.Tpu(chip.bytes_per_second, peak, chip.matrix_side)
+  rows, weights = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here)
+    for shape in ((32768, 4096), (4096, 1024))
+  )
+  for function, operands, rate in (
+    (jnp.matmul, (rows, weights), peak),
+    (lambda a: a * 2 + 1, (rows,), chip.bytes_per_second),
+  ):
+    step = jax.jit(function).lower(*operands).compile()
+    text, costs = step.as_text(), step.cost_analysis()
+    assert text is not None and costs is not None
+    *_, kernel = roofline.kernels(text, device)
+    work = kernel.flops or kernel.num_bytes
+    assert 0.75 < work / rate / costs['optimal_seconds'] < 1.01

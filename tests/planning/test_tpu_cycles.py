@@ -1,5 +1,7 @@
 """For how long TPUs compute: what runs of what their compiler estimates."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.planning import topologies, tpu_cycles
+from moe_jax.training import device_peaks
 
 
 def fusion(name: str, cycles: int, config: str = '') -> str:
@@ -124,3 +127,35 @@ def test_a_compiled_program_counts_the_usual_branch() -> None:
   assert usual is not None and most is not None
   least = 2048**3 / (4 * 128 * 128)
   assert least <= usual < 1.5 * least and 3 * least <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'slice_', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1']
+)
+def test_matmuls_are_expected_near_the_peak_and_sums_far_from_it(
+  slice_: str,
+) -> None:
+  """So the clocks are right, and what moves data is reckoned too dear."""
+  target = topologies.target(slice_)
+  chip, device = target.chip, target.devices[0]
+  peak = device_peaks.peak(device.device_kind, 'bfloat16')
+  assert chip and chip.hertz and chip.bytes_per_second and peak
+  rows, weights = (
+    jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)
+    )
+    for shape in ((32768, 4096), (4096, 1024))
+  )
+
+  def seconds(function: Callable[..., jax.Array], *operands: object) -> float:
+    text = jax.jit(function).lower(*operands).compile().as_text()
+    assert text is not None
+    cycles = tpu_cycles.estimated_cycles(text)
+    assert cycles is not None and chip.hertz
+    return cycles / chip.hertz
+
+  flops = 2 * 32768 * 4096 * 1024
+  assert 0.75 < flops / peak / seconds(jnp.matmul, rows, weights) < 1
+  moved = 2 * 32768 * 4096 / chip.bytes_per_second
+  assert 0.08 < moved / seconds(jnp.sum, rows) < 0.2
