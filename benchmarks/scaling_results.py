@@ -31,7 +31,8 @@ bandwidth (`tests/planning/test_tpu_cycles.py`). So it compares programs, and
 no step is bound by it. The second is the roofline that `moe_jax plan` makes of
 GPUs too: every kernel takes its bytes at 80 % of that bandwidth or its matmuls
 at 70 % of the peak, whichever is longer, nothing overlaps, and attention fills
-the matrix unit as far as its heads are wide.
+the matrix unit as far as its heads are wide. A row without a roofline was
+compiled before there was one, of an earlier step.
 
 Measured, and published for MoE in bfloat16: MaxText's Mixtral 8x7B has an MFU
 of 52.6 % on v5p-256 and 35.2 % on v6e, 8x22B 36.2 %
@@ -117,7 +118,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def floor_table(rows: list[dict[str, Any]]) -> str:
   """The parts of every roofline in Markdown, what has no column as `other`."""
   columns = 'model', 'slice', *_PARTS, 'other'
-  return _markdown(columns, (_parts(row) for row in rows if row['fits']))
+  known = [row for row in rows if row['fits'] and row.get('roofline')]
+  return _markdown(columns, map(_parts, known))
 
 
 def _markdown(columns: tuple[str, ...], lines: Iterable[list[str]]) -> str:
@@ -214,8 +216,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     f'{row["sent_bytes_per_token"] / 1024:,.1f}',
     f'{row["compile_cpu_seconds"]:,.0f}',
     *_time(row['cycles']),
-    f'{1000 * row["roofline"]["seconds"]:,.0f}',
-    f'{100 * row["roofline"]["mfu_bound"]:.1f}',
+    *_roofline(row.get('roofline')),
   ]
 
 
@@ -225,3 +226,11 @@ def _time(cycles: dict[str, Any] | None) -> list[str]:
     return ['', '']
   seconds = cycles['fusion_seconds'] + cycles['kernel_seconds']
   return [f'{1000 * seconds:,.0f}', f'{100 * cycles["mfu_bound"]:.1f}']
+
+
+def _roofline(roofline: dict[str, Any] | None) -> list[str]:
+  """The milliseconds and the bound, empty in a row of before there was one."""
+  if roofline is None:
+    return ['', '']
+  seconds, bound = roofline['seconds'], roofline['mfu_bound']
+  return [f'{1000 * seconds:,.0f}', f'{100 * bound:.1f}']

@@ -70,14 +70,18 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   scaling_results.keep(row('a', 16), tmp_path)
   unknown = {'fusions': 10**6, 'mfu_bound': None}
   scaling_results.keep(row('c', 4, cycles=unknown), tmp_path)
+  scaling_results.keep(row('d', 4, roofline=None), tmp_path)
   scaling_results.keep(row('b', 4, fits=False, needed_bytes=20 << 30), tmp_path)
   scaling_results.keep(row('a', 4), tmp_path)  # in place of the first
   lines = (tmp_path / 'scaling.jsonl').read_text().splitlines()
-  assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4, 4]
+  assert [json.loads(line)['num_devices'] for line in lines] == [4, 16, 4, 4, 4]
   table = (tmp_path / 'README.md').read_text()
   assert (
     '| a | v5e:4 | 1 x 2 x 2 | 4,096 | 3.00 | 2.0 | 61 | 12 | 40.7 | 8 | 52.0 |'
     in table
+  )
+  assert (
+    '| 61 | 12 | 40.7 |  |  |' in table and '| d | v5e:4 | 4 |' not in table
   )
   # By parts, what has no column together.
   assert '| a | v5e:4 | 4 | 0 | 0 | 0 | 0 | 0 | 0 | 4 |' in table
@@ -85,7 +89,7 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
   assert (
     '| 2.0 | 61 |  |  | 8 | 52.0 |' in table
   )  # of a clock that nobody publishes
-  assert table.count('benchmarks.scaling --config=x.py') == 3  # a, b, c
+  assert table.count('benchmarks.scaling --config=x.py') == 4  # a, b, c, d
   assert '--topologies=v5e:4,v5e:16 \\\n      --label=a ' in table
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
 
