@@ -184,4 +184,8 @@ VARIANTS = {
     'A bias on the choice balances the experts instead of a loss.',
   ),
   'shared': shared,
+  'int8': presets.sets(
+    {'moe.quantization': 'int8'}, "Experts' products in int8."
+  ),
+  'fp8': presets.sets({'moe.quantization': 'fp8'}, "Experts' products in fp8."),
 }

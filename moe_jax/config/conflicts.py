@@ -44,13 +44,14 @@ def _static(config: ConfigDict) -> bool:
 
 
 RULES = (
-  # These say what a router does, so where unread they are mistakes; a width or
-  # a size may be left from another router.
+  # These say what a router does or how experts are multiplied, so where unread
+  # they are mistakes; a width or a size may be left from another router.
   _unread('router.recurrent'),
   _unread('router.bias'),
   _unread('router.passing'),
   _unread('router.projector'),
   _unread('router.residual_detached'),
+  _unread('moe.quantization'),
   Rule(
     lambda c: c.router.score == 'hash' and c.router.jitter > 0,
     ('router.score', 'router.jitter'),
@@ -137,6 +138,7 @@ RULES = (
 
 # What a model without experts has to leave as it is: key and value.
 _DENSE = {
+  'moe.quantization': '',
   'router.recurrent': 'none',
   'router.residual': 0.0,
   'router.jitter': 0.0,
@@ -148,7 +150,7 @@ _DENSE = {
 
 
 def check_dense(config: ConfigDict) -> None:
-  """Refuses settings of routers in a model without experts.
+  """Refuses settings of experts and routers in a model without.
 
   Raises:
     UserError: The message has the key and what would be right.
@@ -156,7 +158,7 @@ def check_dense(config: ConfigDict) -> None:
   for key, value in _DENSE.items():
     if get(config, key) != value:
       raise UserError(
-        f'{key} = {get(config, key)!r} is about routers, and'
+        f'{key} = {get(config, key)!r} is about experts or their routers, and'
         f' moe.num_experts = 0 is a dense model: set {key} = {value!r}'
       )
   if evaluations.asks_for_robustness(config):

@@ -271,6 +271,16 @@ KEYS = {
     resume=True,
     only='moe.dispatch = dropless',
   ),
+  'moe.quantization': Key(
+    '',
+    "The type in which experts' rows are multiplied by weights, forward and for"
+    " the rows' gradient, each row and each column of weights scaled by its"
+    " largest magnitude; '' is `model.dtype`. int8 is for TPUs v5e, v5p and v6e"
+    ' and for GPUs, fp8 (e4m3) for GPUs from capability 8.9 and TPU7x.',
+    ('int8', 'fp8'),
+    resume=True,
+    only='moe.dispatch = dropless',
+  ),
   'moe.exchange': Key(
     'auto',
     'How tokens travel along `mesh.expert`; auto is what sends the fewest'

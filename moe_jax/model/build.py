@@ -122,11 +122,13 @@ def make_parts(
 def reads_in_place(parts: Parts, mesh: jax.sharding.Mesh | None) -> bool:
   """Returns whether experts may run on the parameters of all layers at once.
 
-  That is where their parameters are on one device, are not cast, and are
-  multiplied by what loads the weights of groups that have rows alone.
+  That is where their parameters are on one device, are neither cast nor
+  quantized, and are multiplied by what loads the weights of groups that have
+  rows alone.
   """
-  one = mesh is None or mesh.size == 1
-  return one and parts.dtype == jnp.float32 and parts.multiply.name == 'blocks'
+  one, multiply = mesh is None or mesh.size == 1, parts.multiply
+  as_they_are = parts.dtype == jnp.float32 and not multiply.quantized
+  return one and as_they_are and multiply.name == 'blocks'
 
 
 def unrolled(

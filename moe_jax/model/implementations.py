@@ -25,6 +25,7 @@ from moe_jax.experts.expert_parallel import ExpertParallel, Layout
 from moe_jax.experts.grouped_matmul import (
   GROUPED_MATMULS,
   TunedMatmul,
+  quantization,
   tokamax,
 )
 from moe_jax.model import attention_blocks, attention_kernels, tuned
@@ -72,7 +73,9 @@ def resolved(
     parts['attention'] = attention_name(config.model.attention, case)
   if 'moe' not in layer_kinds(config):
     return parts
-  matmul = chosen_matmul(config.moe.grouped_matmul, device)
+  matmul = chosen_matmul(
+    config.moe.grouped_matmul, device, config.moe.quantization
+  )
   parts['grouped_matmul'] = str(matmul.name)
   if matmul.measured:
     shapes = [f'{shape}: {name}' for shape, name in matmul.measured]
@@ -203,9 +206,11 @@ def grouped_matmul(
     mesh: Where it will run; None for one device of the default platform.
 
   Raises:
-    UserError: `moe.grouped_matmul` names what cannot run there.
+    UserError: `moe.grouped_matmul` names what cannot run there, or
+      `moe.quantization` a type that is not multiplied there.
   """
-  return chosen_matmul(config.moe.grouped_matmul, first_device(mesh))
+  moe = config.moe
+  return chosen_matmul(moe.grouped_matmul, first_device(mesh), moe.quantization)
 
 
 def _preferred_matmuls(device: jax.Device) -> tuple[str, ...]:
@@ -218,18 +223,28 @@ def _preferred_matmuls(device: jax.Device) -> tuple[str, ...]:
   return by_platform.get(device.platform, ('ragged_dot',))
 
 
-def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
+def chosen_matmul(
+  asked: str, device: jax.Device, quantized: str = ''
+) -> TunedMatmul:
   """Returns what a value of `moe.grouped_matmul` means; see `grouped_matmul`.
 
   Args:
     asked: The value.
     device: The kind that the program is for; it need not be here.
+    quantized: The value of `moe.quantization`.
 
   Raises:
-    UserError: The value names what cannot run there.
+    UserError: One of the values names what cannot run there.
   """
+  if quantized and (reason := quantization.obstacle(quantized, device)):
+    raise UserError(
+      f"moe.quantization = {quantized!r} {reason}: set '' to multiply in"
+      ' model.dtype'
+    )
 
   def obstacle(name: str) -> str | None:
+    if quantized and not GROUPED_MATMULS[name].eight_bits:
+      return f'has no product for moe.quantization = {quantized!r}'
     return GROUPED_MATMULS[name].obstacle(device)
 
   key, preferred = 'moe.grouped_matmul', _preferred_matmuls(device)
@@ -239,13 +254,17 @@ def chosen_matmul(asked: str, device: jax.Device) -> TunedMatmul:
   matmul = TunedMatmul(
     name,
     device=None if device in jax.devices() else device,
-    tiles=_tiles(device, possible),
+    # What was measured was so in `model.dtype`.
+    tiles=() if quantized else _tiles(device, possible),
+    quantized=quantized,
   )
   if asked != 'auto':
     return matmul
   if name != preferred[0]:
     why = obstacle(preferred[0])
     _LOG.warning('grouped matmul %r: %r %s', name, preferred[0], why)
+  if quantized:
+    return matmul
   measured = tuned.best(device, possible)
   return dataclasses.replace(matmul, measured=tuple(sorted(measured.items())))
 

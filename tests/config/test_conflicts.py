@@ -16,6 +16,7 @@ BROKEN = (
   {'router.passing': 'detached'},
   {'router.projector': 'shared'},
   {'router.residual_detached': True},
+  {'moe.quantization': 'int8', 'moe.dispatch': 'capacity'},
   {'router.score': 'hash', 'router.jitter': 0.1},
   {'router.score': 'hash', 'router.residual': 0.5},
   {'router.score': 'hash', 'loss.z_weight': 0.1},
@@ -67,6 +68,10 @@ NUMBERS = {
   'recurrence of nothing': (
     {'moe.num_experts': 0, 'router.recurrent': 'gru'},
     ["router.recurrent = 'gru'", 'moe.num_experts = 0', "= 'none'"],
+  ),
+  'nothing to quantize': (
+    {'moe.num_experts': 0, 'moe.quantization': 'int8'},
+    ["moe.quantization = 'int8'", 'moe.num_experts = 0', "= ''"],
   ),
   'nothing to disable': (
     {'moe.num_experts': 0, 'eval.disable_top': 1},

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from moe_jax.experts.grouped_matmul import blocks, megablox, padded, tokamax
+from moe_jax.experts.grouped_matmul import (
+  blocks,
+  megablox,
+  padded,
+  quantization,
+  tokamax,
+)
 from moe_jax.registry import GROUPED_MATMULS
 
 # (rows_MD, weights_NDF, sizes_N) -> [M, F]
@@ -34,12 +40,31 @@ class Implementation(NamedTuple):
     obstacle: (device) -> str | None: why it cannot run on such a device.
     kernels: Those of tokamax that it calls; `forward` and `backward` then take
       the keyword `target`, a `tokamax.Target`.
+    eight_bits: Whether `forward` also multiplies operands of `quantization`,
+      and returns products that their scales are still to be multiplied with.
   """
 
   forward: Callable[..., jax.Array]
   backward: Callable[..., tuple[jax.Array, jax.Array]]
   obstacle: Callable[[jax.Device], str | None] = lambda device: None
   kernels: tuple[str, ...] = ()
+  eight_bits: bool = False
+
+
+class Choice(NamedTuple):
+  """What computes a product, and how precisely.
+
+  Attributes:
+    implementation: A name in `GROUPED_MATMULS`; None takes one that needs no
+      package, picked by the platform that the program is lowered for.
+    target: What kernels of tokamax are traced for.
+    quantized: The type of both operands, forward and for the rows' gradient, a
+      key of `quantization.DTYPES`; '' leaves them as they are.
+  """
+
+  implementation: str | None = None
+  target: tokamax.Target = tokamax.HERE
+  quantized: str = ''
 
 
 def grouped_matmul(
@@ -48,6 +73,7 @@ def grouped_matmul(
   sizes_N: jax.Array,
   implementation: str | None = None,
   target: tokamax.Target = tokamax.HERE,
+  quantized: str = '',
 ) -> jax.Array:
   """Returns `rows_MD[m] @ weights_NDF[group of m]` for every row m.
 
@@ -60,14 +86,16 @@ def grouped_matmul(
       on. Rows past sum(sizes_N) belong to none, and are finite all the same.
     weights_NDF: One matrix per group, of the rows' dtype.
     sizes_N: int32 group sizes, each >= 0, at most M in all.
-    implementation: A name in `GROUPED_MATMULS`; None takes one that needs no
-      package, picked by the platform that the program is lowered for.
-    target: What kernels of tokamax are traced for.
+    implementation: As in `Choice`.
+    target: As in `Choice`.
+    quantized: As in `Choice`. Rounding counts as the identity for gradients,
+      and the weights' is that of operands as they are.
 
   Returns:
     [M, F]; rows that belong to no group are 0.
   """
-  return _grouped_matmul(implementation, target, rows_MD, weights_NDF, sizes_N)
+  choice = Choice(implementation, target, quantized)
+  return _grouped_matmul(choice, rows_MD, weights_NDF, sizes_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +107,14 @@ class TunedMatmul:
     measured: Pairs of a case, see `case`, and the name of its best.
     device: The device that it is for, as in `tokamax.Target`.
     tiles: Pairs of a case and its tiles, as in `tokamax.Target`.
+    quantized: As in `Choice`.
   """
 
   name: str | None = None
   measured: tuple[tuple[str, str], ...] = ()
   device: jax.Device | None = None
   tiles: tuple[tuple[str, str], ...] = ()
+  quantized: str = ''
 
   def __call__(
     self, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
@@ -93,7 +123,9 @@ class TunedMatmul:
     shapes = case(len(rows_MD), num_groups, d, f, rows_MD.dtype)
     name = dict(self.measured).get(shapes, self.name)
     target = tokamax.Target(self.device, dict(self.tiles).get(shapes, ''))
-    return grouped_matmul(rows_MD, weights_NDF, sizes_N, name, target)
+    return grouped_matmul(
+      rows_MD, weights_NDF, sizes_N, name, target, self.quantized
+    )
 
 
 def case(
@@ -110,10 +142,13 @@ def case(
 def _ragged_dot(
   rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
+  dtype = quantization.accumulator(rows_MD.dtype)
   if len(weights_NDF) == 1:
     # libtpu 0.0.42 fails on a ragged_dot of one group, in a loop.
-    return rows_MD @ weights_NDF[0]
-  return lax.ragged_dot(rows_MD, weights_NDF, sizes_N)
+    return jnp.matmul(rows_MD, weights_NDF[0], preferred_element_type=dtype)
+  return lax.ragged_dot(
+    rows_MD, weights_NDF, sizes_N, preferred_element_type=dtype
+  )
 
 
 def _derived(multiply: GroupedMatmul) -> Implementation:
@@ -141,7 +176,7 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
     used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
     return jnp.where(used_M[:, None], rows_grad_MD, 0), weights_grad_NDF
 
-  return Implementation(forward, backward)
+  return Implementation(forward, backward, eight_bits=True)
 
 
 def _by_megablox() -> Implementation:
@@ -164,7 +199,7 @@ def _by_megablox() -> Implementation:
     rows_grad_MD = _emptied(vjp(grad_MF)[0], sizes_N)
     return rows_grad_MD, megablox.weights_gradient(rows_MD, sizes_N, grad_MF)
 
-  return Implementation(forward, backward, megablox.obstacle)
+  return Implementation(forward, backward, megablox.obstacle, eight_bits=True)
 
 
 def _emptied(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
@@ -190,15 +225,16 @@ def by_tokamax(rows: str, weights: str | None = None) -> Implementation:
     functools.partial(tokamax.backward, kernels=kernels),
     functools.partial(tokamax.obstacle, kernels=kernels),
     kernels,
+    eight_bits=rows == tokamax.TRITON,
   )
 
 
 GROUPED_MATMULS.register('blocks')(
-  Implementation(blocks.forward, blocks.backward)
+  Implementation(blocks.forward, blocks.backward, eight_bits=True)
 )
 GROUPED_MATMULS.register('ragged_dot')(_derived(_ragged_dot))
 GROUPED_MATMULS.register('padded')(
-  Implementation(padded.forward, padded.backward)
+  Implementation(padded.forward, padded.backward, eight_bits=True)
 )
 GROUPED_MATMULS.register('megablox')(_by_megablox())
 GROUPED_MATMULS.register('triton')(by_tokamax(tokamax.TRITON))
@@ -208,28 +244,31 @@ GROUPED_MATMULS.register('mosaic+triton')(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(
-  implementation: str | None,
-  target: tokamax.Target,
-  rows_MD: jax.Array,
-  weights_NDF: jax.Array,
-  sizes_N: jax.Array,
+  choice: Choice, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
 ) -> jax.Array:
-  operands = rows_MD, weights_NDF, sizes_N
-  return _run('forward', implementation, target, *operands)
+  if choice.quantized:
+    return _quantized_product(choice, rows_MD, weights_NDF, sizes_N)
+  return _run('forward', choice, rows_MD, weights_NDF, sizes_N)
 
 
-def _run(
-  direction: str,
-  implementation: str | None,
-  target: tokamax.Target,
-  *operands: jax.Array,
-) -> Any:
-  if implementation is None:
+def _quantized_product(
+  choice: Choice, rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
+) -> jax.Array:
+  """Returns the product of both operands in eight bits, in the rows' dtype."""
+  rows = quantization.quantize(rows_MD, choice.quantized, axes=(1,))
+  weights = quantization.quantize(weights_NDF, choice.quantized, axes=(0, 1))
+  out_MF = _run('forward', choice, rows.values, weights.values, sizes_N)
+  out_MF = out_MF.astype(jnp.float32) * rows.scale * weights.scale[0]
+  return out_MF.astype(rows_MD.dtype)
+
+
+def _run(direction: str, choice: Choice, *operands: jax.Array) -> Any:
+  if choice.implementation is None:
     return _by_platform(direction, *operands)
-  chosen = GROUPED_MATMULS[implementation]
-  options = {'target': target} if chosen.kernels else {}
+  chosen = GROUPED_MATMULS[choice.implementation]
+  options = {'target': choice.target} if chosen.kernels else {}
   return getattr(chosen, direction)(*operands, **options)
 
 
@@ -245,19 +284,23 @@ def _by_platform(direction: str, *operands: jax.Array) -> Any:
 
 
 def _forward(
-  implementation: str | None, target: tokamax.Target, *operands: jax.Array
+  choice: Choice, *operands: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return _grouped_matmul(implementation, target, *operands), operands
+  return _grouped_matmul(choice, *operands), operands
 
 
 def _backward(
-  implementation: str | None,
-  target: tokamax.Target,
-  operands: tuple[jax.Array, ...],
-  grad_MF: jax.Array,
+  choice: Choice, operands: tuple[jax.Array, ...], grad_MF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-  gradients = _run('backward', implementation, target, *operands, grad_MF)
-  return *gradients, None
+  rows_grad_MD, weights_grad_NDF = _run('backward', choice, *operands, grad_MF)
+  if choice.quantized:
+    # Takes the place of the other, which so is never computed. The weights' is
+    # a sum over rows, out of which the scales of rows do not come.
+    _, weights_NDF, sizes_N = operands
+    rows_grad_MD = _quantized_product(
+      choice, grad_MF, weights_NDF.swapaxes(1, 2), sizes_N
+    )
+  return rows_grad_MD, weights_grad_NDF, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

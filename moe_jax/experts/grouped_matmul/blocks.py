@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.experts.grouped_matmul.quantization import accumulator
+
 _STEPS = (8, 10, 12, 14, 16, 18, 20, 24, 32)  # sixteenths of the mean group
 _GRAIN = 16  # rows that sizes are multiples of
 _SMALLEST = 32  # rows: below, a block costs what its weight costs
@@ -192,13 +194,19 @@ def multiply(
     weight = lax.dynamic_index_in_dim(
       weights_NDF, loop.group_J[i], keepdims=False
     )
-    product = lax.dot_general(rows, weight, (((1,), (contracted,)), ((), ())))
+    product = lax.dot_general(
+      rows,
+      weight,
+      (((1,), (contracted,)), ((), ())),
+      preferred_element_type=out_MF.dtype,
+    )
     others = lax.dynamic_slice_in_dim(out_MF, first, loop.size)
     mine = jnp.where(inside, product, others)
     return lax.dynamic_update_slice_in_dim(out_MF, mine, first, 0)
 
   width = weights_NDF.shape[2 - contracted]
-  out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
+  dtype = accumulator(rows_MD.dtype)
+  out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width), dtype=dtype)
   for loop in _loops(num_rows, sizes_N, block_sizes):
     step = functools.partial(block, loop)
     out_MF = lax.fori_loop(loop.begin, loop.end, step, out_MF)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.experts.grouped_matmul.quantization import accumulator
+
 _ROOM = 1.25  # rows of a group in a round, over the mean group
 _GRAIN = 8  # that they are a multiple of
 
@@ -63,13 +65,16 @@ def _multiply(
 
   def one(i: jax.Array, out_MF: jax.Array) -> jax.Array:
     rows_NCD = _round(rows_MD, sizes_N, i, capacity)
-    out_NCF = jnp.einsum(equation, rows_NCD, weights_NDF)
+    out_NCF = jnp.einsum(
+      equation, rows_NCD, weights_NDF, preferred_element_type=out_MF.dtype
+    )
     now_M = used_M & (nth_M // capacity == i)
     mine_MF = out_NCF[group_M, nth_M % capacity]
     return jnp.where(now_M[:, None], mine_MF, out_MF)
 
   width = weights_NDF.shape[1 if transposed else 2]
-  out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width))
+  dtype = accumulator(rows_MD.dtype)
+  out_MF = jnp.zeros_like(rows_MD, shape=(num_rows, width), dtype=dtype)
   return lax.fori_loop(0, _rounds(sizes_N, capacity), one, out_MF)
 
 

@@ -292,6 +292,8 @@ def _run(
   import tokamax
 
   tiled = _tiled(target.tiles).get((kernel, _name(dimensions)))
+  # Products of eight bits are rounded to what is stored of them in the end.
+  out_dtype = jnp.bfloat16 if rows.dtype.itemsize == 1 else rows.dtype
 
   def dot(rows: jax.Array, other: jax.Array, sizes_N: jax.Array) -> jax.Array:
     return tokamax.ragged_dot_general(
@@ -299,7 +301,7 @@ def _run(
       other,
       tokamax.RaggedDotGroupSizes(sizes_N, len(rows)),
       dimensions,
-      preferred_element_type=rows.dtype,
+      preferred_element_type=out_dtype,
       # A list of one: with None tokamax would try others without a word.
       implementation=[tiled or kernel],
     )
