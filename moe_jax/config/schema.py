@@ -517,6 +517,12 @@ KEYS = {
     'What is not trained.',
     ('none', 'router', 'router_and_cell'),
   ),
+  'optimizer.offload': Key(
+    False,
+    "Whether the optimizer's moments stay in the memory of the hosts between"
+    ' updates.',
+    resume=True,
+  ),
   'train.steps': Key(1000, 'The number of training steps.', low=1),
   'train.batch_size': Key(
     16,

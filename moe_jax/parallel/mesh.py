@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -33,6 +33,9 @@ MESH_AXIS = {
 }
 # A vocabulary is what it is: one that a mesh axis does not divide stays whole.
 _OPTIONAL = (parameter.VOCAB,)
+
+# Memory of a host that its devices read and write.
+_PINNED = 'pinned_host'
 
 _ROOMY_KINDS = ('TPU v5 lite', 'TPU v6 lite')  # v5e and v6e
 
@@ -117,6 +120,29 @@ def memory_sharding(
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def in_host_memory(sharding: Sharding) -> Sharding:
+  """Returns the sharding that keeps the same arrays in the hosts' memory.
+
+  It is pinned, so that devices read and write it themselves.
+  """
+  return sharding.with_memory_kind(_PINNED)
+
+
+def has_host_memory(device: jax.Device) -> bool:
+  """Returns whether a device can keep arrays in its host's memory."""
+  return _PINNED in {each.kind for each in device.addressable_memories()}
+
+
+def is_in_host_memory(sharding: Sharding) -> bool:
+  """Returns whether arrays so sharded are in the memory of hosts."""
+  return sharding.memory_kind == _PINNED
+
+
+def in_device_memory(tree: Any) -> Any:
+  """Returns arrays of a traced function in the memory of the devices."""
+  return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def shard_tokens(

@@ -148,6 +148,7 @@ def memory_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
   """Returns the bytes per device of a program, by kind, and in all.
 
   Donated arguments are outputs too: `aliased` says how much stands in both.
+  `host` is what it needs of the host's memory, and no part of `total`.
   """
   needs = compiled.memory_analysis()
   assert needs is not None, 'XLA analyses the memory of every program'
@@ -158,7 +159,14 @@ def memory_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     'code': needs.generated_code_size_in_bytes,
   }
   aliased = needs.alias_size_in_bytes
-  return kinds | {'aliased': aliased, 'total': sum(kinds.values()) - aliased}
+  host = (
+    needs.host_argument_size_in_bytes
+    + needs.host_output_size_in_bytes
+    + needs.host_temp_size_in_bytes
+    - needs.host_alias_size_in_bytes
+  )
+  total = sum(kinds.values()) - aliased
+  return kinds | {'aliased': aliased, 'total': total, 'host': host}
 
 
 def available_bytes(target: Target) -> int | None:
@@ -301,10 +309,11 @@ def _row(
 
 
 def _argument_bytes(setup: Setup) -> int:
-  """Returns the bytes of the state and a batch on one device."""
+  """Returns the bytes of the state and a batch in one device's memory."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves((setup.abstract, abstract_batch(setup)))
+    if not mesh_lib.is_in_host_memory(leaf.sharding)
   )
 
 

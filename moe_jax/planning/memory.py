@@ -8,6 +8,7 @@ import jax
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.planning import abstract_setup
 from moe_jax.planning.temporaries import temporaries
+from moe_jax.training import offload
 from moe_jax.training.state import Setup
 
 # Parts that grow with the batch, in proportion; the others do not.
@@ -44,15 +45,38 @@ def parts(setup: Setup, mesh: dict[str, int]) -> dict[str, int]:
   segments = {name: abstract[name] for name in ('memory',) if name in abstract}
   resolved = abstract_setup.resolved(setup, mesh)
   device = setup.mesh.devices.flat[0]
+  step = temporaries(resolved, setup.vocab_size, mesh, device)._asdict()
   return {
     'parameters': parameters,
     'gradients': copies * parameters,
-    'optimizer': _bytes_on_device(setup, abstract['opt_state'], mesh),
+    'optimizer': _optimizer(setup, mesh, sum(step.values())),
     # Hidden states that a span reaches back to, of the batch before and of this
     # one: which of them stay is known when the step is known to be finite.
     'segments': 2 * _bytes_on_device(setup, segments, mesh),
-    **temporaries(resolved, setup.vocab_size, mesh, device)._asdict(),
+    **step,
   }
+
+
+def _optimizer(setup: Setup, mesh: dict[str, int], temporary: int) -> int:
+  """Returns the bytes that moments take of a device's memory.
+
+  Offloaded they come in groups, and go again, after what is temporary in a step
+  has gone.
+  """
+  whole = _of_optimizer(setup, mesh)
+  if not setup.config.optimizer.offload:
+    return whole
+  moved = 2 * whole * offload.largest_share(setup.abstract['params'])
+  return max(0, round(moved) - temporary)
+
+
+def host_bytes(setup: Setup, mesh: dict[str, int]) -> int:
+  """Returns the bytes that a device's share of the state takes of its host."""
+  return _of_optimizer(setup, mesh) if setup.config.optimizer.offload else 0
+
+
+def _of_optimizer(setup: Setup, mesh: dict[str, int]) -> int:
+  return _bytes_on_device(setup, setup.abstract['opt_state'], mesh)
 
 
 def estimate(setup: Setup, mesh: dict[str, int]) -> Estimate:

@@ -91,6 +91,7 @@ def make(
     and `flops_per_token_forward`, as `moe_jax.model.sizes` counts them;
     `memory_bytes_per_device` and its `memory_parts_per_device`, the state's
     exactly and the rest as `moe_jax.planning.temporaries` estimates it;
+    `host_memory_bytes_per_device`, what `optimizer.offload` keeps on the hosts;
     `tokens_per_step`; and the `strategy` that the config's choices come to.
 
   Raises:
@@ -115,6 +116,7 @@ def make(
     'flops_per_token_forward': sizes.flops_per_token_forward(*counted),
     'memory_bytes_per_device': sum(parts.values()),
     'memory_parts_per_device': parts,
+    'host_memory_bytes_per_device': memory.host_bytes(setup, mesh),
     'tokens_per_step': config.train.batch_size * config.data.seq_len,
     'strategy': _strategy(setup, mesh),
   }

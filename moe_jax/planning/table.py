@@ -29,6 +29,7 @@ def table(plan: dict[str, Any]) -> str:
   vocabulary = plan['vocabulary']
   parts = plan['memory_parts_per_device']
   mesh = ' x '.join(f'{axis} {n}' for axis, n in strategy['mesh'].items())
+  on_host = plan['host_memory_bytes_per_device']
   layers = strategy['layers']
   repeated = f'{layers["repeats"]} x ({", ".join(layers["period"])})'
   pattern = [*layers['prefix'], *([repeated] if layers['repeats'] else [])]
@@ -42,6 +43,7 @@ def table(plan: dict[str, Any]) -> str:
     f' {plan["flops_per_token_forward"]:,} forward',
     'memory': f'{format_bytes(plan["memory_bytes_per_device"])} per device',
     '  state': _listed(parts, *_STATE),
+    '  on host': f'optimizer {format_bytes(on_host)} per device',
     '  step': _listed(parts, *Temporaries._fields),
     'batch': f'{plan["tokens_per_step"]:,} tokens per step',
     'layers': ', '.join(pattern),
@@ -61,6 +63,8 @@ def table(plan: dict[str, Any]) -> str:
     'dtype': f'{strategy["dtype"]} on {strategy["platform"]}',
     'remat': strategy['remat'],
   }
+  if not on_host:
+    del rows['  on host']
   if not parameters['idle']:
     del rows['  idle']
   if vocabulary['rows'] == vocabulary['ids']:
@@ -118,6 +122,7 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     '  of it': ', '.join(
       f'{kind} {format_bytes(needs[kind])}' for kind in _KINDS
     ),
+    '  on host': f'{format_bytes(needs["host"])} per device',
     '  compute': _compute(report),
     '  sent': f'{format_bytes(sent)} per device and step,'
     f' {format_bytes(sent * devices / tokens_per_step)} per token',
@@ -127,6 +132,8 @@ def _compiled(report: dict[str, Any], tokens_per_step: int) -> dict[str, str]:
     rows['  sent'] += (
       f'; {format_bytes(most)} more if all conditionals turn out so'
     )
+  if not needs['host']:
+    del rows['  on host']
   if report['cycles']:
     rows |= _cycles(report['cycles'])
   if report['roofline']:

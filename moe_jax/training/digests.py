@@ -133,7 +133,7 @@ def everywhere(sharding: Sharding) -> Sharding:
 
 def _sums(array: jax.Array) -> jax.Array:
   """Returns the digest of an array, uint32 [2]."""
-  bits = array
+  bits = array = jax.device_put(array, jax.memory.Space.Device)
   if array.dtype != bool:
     bits = jax.lax.bitcast_convert_type(array, _unsigned(array.dtype))
   # No reshape, which would gather what is sharded.

@@ -338,7 +338,7 @@ def _all_finite(tree: Any) -> jax.Array:
   """Returns whether every number of the tree is finite."""
   floats = [
     leaf
-    for leaf in jax.tree.leaves(tree)
+    for leaf in jax.tree.leaves(mesh_lib.in_device_memory(tree))
     if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()

@@ -21,7 +21,7 @@ from moe_jax.model.attention import AttentionState
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import multihost
-from moe_jax.training import optimizer, run_tokenizer
+from moe_jax.training import offload, optimizer, run_tokenizer
 
 # {'step': int32, 'params': ..., 'opt_state': ..., 'key': uint32[2]}, and where
 # attention remembers something 'memory': its state, arrays [layers, B, ...].
@@ -187,12 +187,17 @@ def setup(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Setup:
     vocab_size,
   )
   shapes = jax.eval_shape(without_state._create, jax.random.key(0))
+  shardings = mesh_lib.shardings(shapes, shapes['params'], declarations, mesh)
+  if config.optimizer.offload:
+    shardings['opt_state'] = offload.shardings(
+      shapes['opt_state'], shapes['params'], shardings['opt_state'], mesh
+    )
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
     ),
     shapes,
-    mesh_lib.shardings(shapes, shapes['params'], declarations, mesh),
+    shardings,
   )
   return dataclasses.replace(without_state, abstract=abstract)
 

@@ -16,7 +16,7 @@ from moe_jax.model.loss import Loss, Targets, cross_entropy
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.routing.balance import Load
 from moe_jax.routing.gates import GATES
-from moe_jax.training import micro_batches, optimizer
+from moe_jax.training import micro_batches, offload, optimizer
 from moe_jax.training.losses import WHOLE, Metrics, Share, total_loss
 from moe_jax.training.state import Setup, TrainState
 
@@ -83,24 +83,21 @@ def make_train_step(setup: Setup) -> TrainStep:
   """
   config = setup.config
   learning_rate = optimizer.schedule(config)
+  update = offload.update if config.optimizer.offload else _update
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    params, opt_state = state['params'], state['opt_state']
     grads, metrics, remembered = gradient(setup, state, batch)
     metrics['gradient_norm'] = optimizer.trained_norm(
       grads, setup.declarations, config.optimizer.freeze
     )
     metrics['learning_rate'] = learning_rate(state['step'])
-    with jax.named_scope('optimizer'):
-      updates, opt_state = setup.tx.update(grads, opt_state, params)
-      params = optax.apply_updates(params, updates)
-    new = {'params': params, 'opt_state': opt_state}
-    if 'memory' in state:
-      new['memory'] = remembered
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(
       metrics['gradient_norm']
     )
-    new = _where(finite, new, state)
+    with jax.named_scope('optimizer'):
+      new = update(setup.tx, finite, grads, state)
+    if 'memory' in state:
+      new |= _where(finite, {'memory': remembered}, state)
     return state | new | {'step': state['step'] + 1}, metrics
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -213,6 +210,19 @@ def _evaluated(
   targets = Targets(batch['targets'], mask_BL.astype(jnp.float32))
   loss = cross_entropy(setup.mesh, x_BLD, model.head(), targets)
   return loss, load, attention_state
+
+
+def _update(
+  tx: optax.GradientTransformation,
+  finite: jax.Array,
+  grads: Any,
+  state: TrainState,
+) -> TrainState:
+  """Returns the next parameters and optimizer state, if there is an update."""
+  params = state['params']
+  updates, opt_state = tx.update(grads, state['opt_state'], params)
+  params = optax.apply_updates(params, updates)
+  return _where(finite, {'params': params, 'opt_state': opt_state}, state)
 
 
 def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
