@@ -82,6 +82,7 @@ def test_a_gpu_program() -> None:
     model__dtype='auto',
     model__vocab_size=512,
     router__recurrent='gru',
+    data__seq_len=2048,  # so that experts have more rows than room behind them
     mesh__data=4,
     mesh__expert=2,
   )
@@ -119,15 +120,17 @@ def test_a_gpu_program() -> None:
     *told['roofline']['kinds']
   }
   assert 0 < told['roofline']['mfu_bound'] < 1 and 'MFU at most' in table
-  # Little more than the model asks for; dense experts would be 3.4 times that.
+  # Little more than the model asks for, with rows of both devices for the
+  # experts of each; dense experts would be many times that.
   asked = made['flops_per_token'] * made['tokens_per_step'] / 8
-  assert asked <= told['matmul_flops'] <= 1.5 * asked
+  assert asked <= told['matmul_flops'] <= 1.42 * asked
   moved, held = told['roofline'], told['memory_bytes']
-  assert moved['num_bytes'] <= 5 * held['total']
+  assert moved['num_bytes'] <= 5.65 * held['total']
+  # Much, beside a model of 32 units.
   parts = moved['parts']
-  assert parts['router']['seconds'] <= 0.08 * moved['seconds']
+  assert parts['router']['seconds'] <= 0.18 * moved['seconds']
   # The state once there and back; gradients twice, for their norm and for it.
-  assert parts['optimizer']['num_bytes'] <= 3 * held['arguments']
+  assert parts['optimizer']['num_bytes'] <= 2.85 * held['arguments']
 
 
 @pytest.mark.parametrize(
