@@ -37,7 +37,7 @@ compiled before there was one, of an earlier step.
 Measured, and published for MoE in bfloat16: MaxText's Mixtral 8x7B has an MFU
 of 52.6 % on v5p-256 and 35.2 % on v6e, 8x22B 36.2 %
 (https://maxtext.readthedocs.io, tiers of models). Its experts are 14336 wide,
-its heads 128; those here are 448 or 4096 and 64.
+its heads 128; those here are 448 or 2048 and 64.
 
 """
 _FLOOR = """
