@@ -520,7 +520,7 @@ KEYS = {
   'optimizer.offload': Key(
     False,
     "Whether the optimizer's moments stay in the memory of the hosts between"
-    ' updates.',
+    ' updates; not on GPUs.',
     resume=True,
   ),
   'train.steps': Key(1000, 'The number of training steps.', low=1),

@@ -40,12 +40,8 @@ def shardings(opt_state: Any, params: Any, on_devices: Any, mesh: Mesh) -> Any:
   Raises:
     UserError: The mesh's devices cannot do that.
   """
-  device = next(iter(mesh.devices.flat))
-  if not mesh_lib.has_host_memory(device):
-    raise UserError(
-      'optimizer.offload = True keeps moments in pinned memory of the hosts,'
-      f' which {device.device_kind} does not offer: set False'
-    )
+  if reason := _obstacle(next(iter(mesh.devices.flat))):
+    raise UserError(f'optimizer.offload = True {reason}: set False')
   leaves, treedef = jax.tree.flatten(on_devices)
   owners = _owners(opt_state, params)
   placed = [
@@ -53,6 +49,22 @@ def shardings(opt_state: Any, params: Any, on_devices: Any, mesh: Mesh) -> Any:
     for sharding, owner in zip(leaves, owners, strict=True)
   ]
   return jax.tree.unflatten(treedef, placed)
+
+
+def _obstacle(device: jax.Device) -> str | None:
+  """Returns why moments cannot come and go on a device, or None."""
+  if device.platform == 'gpu':
+    # INTERNAL, of the copy's start, with jax 0.10.2.
+    return (
+      'copies moments from the host inside of conditionals, on which'
+      " XLA's compiler for GPUs fails"
+    )
+  if not mesh_lib.has_host_memory(device):
+    return (
+      'keeps moments in pinned memory of the hosts, which'
+      f' {device.device_kind} does not offer'
+    )
+  return None
 
 
 def update(

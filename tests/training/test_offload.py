@@ -1,5 +1,6 @@
 """Moments in the memory of the hosts: the same training, and checkpoints."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ def test_devices_without_such_memory_are_one_error(
   )
   with pytest.raises(UserError, match='optimizer.offload = True.*set False'):
     setup(tiny.config(optimizer__offload=True))
+
+
+def test_gpus_are_refused() -> None:
+  gpu = types.SimpleNamespace(platform='gpu', device_kind='NVIDIA H100')
+  mesh: Any = types.SimpleNamespace(devices=np.array([gpu]))
+  with pytest.raises(UserError, match='compiler for GPUs fails: set False'):
+    offload.shardings({}, {}, {}, mesh)
 
 
 def test_the_plan_tells_both_memories_apart() -> None:
