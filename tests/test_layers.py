@@ -124,6 +124,7 @@ def test_a_router_adds_the_logits_of_a_layer_that_hands_them_on() -> None:
     make(keys={'router.residual': 0.5})(tokens(3), aux.state)
 
 
+@pytest.mark.slow
 def test_a_cartesian_layer_has_its_residuals_within() -> None:
   """`a = x + MoE_A(norm(x))`, `y = a + MoE_B(norm(a))`."""
   layer, x = make(layers.CartesianMoE), tokens(5)
@@ -210,6 +211,7 @@ def test_gradients_by_nnx_and_by_jax_agree() -> None:
     assert np.abs(a).max() > 0
 
 
+@pytest.mark.slow
 def test_experts_on_several_devices_compute_the_same() -> None:
   axes = dict.fromkeys(MESH_AXES, 1) | {'data': 2, 'expert': 4}
   mesh = mesh_lib.make_mesh(axes, jax.devices())

@@ -67,6 +67,7 @@ def test_every_measurement_ends_as_programs_do(path: Path) -> None:
     assert call.startswith(('  cli.main(', '  exits.exit_with('))
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_costs_the_others_nothing(
   tmp_path: Path,
   monkeypatch: pytest.MonkeyPatch,

@@ -202,6 +202,7 @@ def test_unknown_presets_variants_and_files(
     assert fragment in line
 
 
+@pytest.mark.slow
 def test_text_that_is_not_utf8(
   config: ConfigDict, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -322,6 +323,7 @@ def test_evaluation_without_checkpoints(
   assert 'holds no checkpoint yet' in refuse('eval.py', flags)
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_step_that_was_not_saved(
   config: ConfigDict, trained: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_number_seed_and_position_decide(model: Model) -> None:
   assert rest == [first[5:]]
 
 
+@pytest.mark.slow
 def test_a_bucket_is_compiled_once(model: Model, compiled: list[str]) -> None:
   model.tokens(PROMPTS, WARM)
   compiled.clear()

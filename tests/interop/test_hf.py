@@ -74,6 +74,7 @@ def test_router_logits_and_auxiliary_loss() -> None:
   np.testing.assert_allclose(loss, expected['aux_loss'], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
   expected = reference('rmoe_gru')
   config, params = hf.load(RELEASED / 'rmoe_gru')

@@ -14,7 +14,6 @@ from flax import nnx
 
 from moe_jax.model.decoder import Decoder
 from tests.helpers import gradients, oracle, tiny
-from tests.helpers.marks import fast_only
 
 CASES = {
   's-proj gru': {'router.recurrent': 'gru', 'router.projector': 'shared'},
@@ -82,10 +81,8 @@ SIZES = {
 }
 
 
-FAST = ['sigmoid in groups, lstm']
-
-
-@pytest.mark.parametrize('name', fast_only(FAST, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
 def test_logits_and_gradients(name: str) -> None:
   config = tiny.config(**SIZES | CASES[name])
   ids_L = np.array([3, 17, 3, 60, 8])

@@ -83,6 +83,7 @@ def test_experts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
   assert printed.startswith(token_colours.coloured('a', row['experts'][1]))
 
 
+@pytest.mark.slow
 def test_interactive(run: Run) -> None:
   lines = io.StringIO('ab\n\nc\n')
   status, printed, _ = run('--interactive', '--max_tokens=2', stdin=lines)

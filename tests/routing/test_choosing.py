@@ -12,6 +12,7 @@ import pytest
 from moe_jax.routing.selection import Routing, Select, TopK, TopP
 from tests.helpers import gradients, tiny
 from tests.helpers.choosing import Selection, select
+from tests.helpers.marks import fast_only
 
 N = 8
 WEIGHTS = ['softmax', 'chosen', 'sigmoid']
@@ -81,7 +82,7 @@ def agree(routing: Routing, how: Selection, logits_TN: Any, bias: Any) -> None:
   np.testing.assert_allclose(routing.probabilities_TN, probabilities, rtol=2e-6)
 
 
-@pytest.mark.parametrize('renormalize', [True, False])
+@pytest.mark.parametrize('renormalize', fast_only([False], [True, False]))
 @pytest.mark.parametrize(('pick', 'weights'), PAIRS)
 def test_choice_and_weights(pick: str, weights: str, renormalize: bool) -> None:
   """Under every limit, with and without a bias on the choice."""
@@ -98,7 +99,7 @@ def bias_N() -> np.ndarray:
   return np.array([0.0, 0.3, -0.2, 0.1, 0.5, -0.4, 0.2, 0.0])
 
 
-@pytest.mark.parametrize('renormalize', [True, False])
+@pytest.mark.parametrize('renormalize', fast_only([False], [True, False]))
 @pytest.mark.parametrize(('pick', 'weights'), PAIRS)
 def test_gradients(pick: str, weights: str, renormalize: bool) -> None:
   """Of the weights and of the probabilities, while the choice stays."""

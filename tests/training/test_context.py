@@ -53,6 +53,7 @@ def test_gradients_and_routing_are_those_of_one_device() -> None:
   )
 
 
+@pytest.mark.slow
 def test_no_position_sees_the_future_or_another_document() -> None:
   """Across the cuts too, to the last bit: in what a token is predicted by."""
   config = tiny.config(

@@ -87,6 +87,7 @@ def test_large_arrays_are_read_by_a_program() -> None:
   assert digests.of_tree({'w': array}) == {'w': wanted}
 
 
+@pytest.mark.slow
 def test_every_bit_counts() -> None:
   array = np.asarray(random((5, 3), 'float32'))
   seen = {digests.of_array(array)}

@@ -82,6 +82,7 @@ def _batch(made: loop.Prepared) -> dict[str, Any]:
   return next(batches)
 
 
+@pytest.mark.slow
 def test_no_gradient_but_of_responses(config: ConfigDict) -> None:
   """Nor to an example from another one's response."""
   made = _made(config)

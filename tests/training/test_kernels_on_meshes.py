@@ -14,7 +14,11 @@ from moe_jax.training.step import make_train_step
 from tests.helpers import registries, tiny
 from tests.helpers.steps import EVERY_AXIS, batch, init, setup
 
-WAYS = [('gather', 'none'), ('all_to_all', 'none'), ('gather', 'dots')]
+WAYS = [
+  ('all_to_all', 'none'),
+  pytest.param('gather', 'none', marks=pytest.mark.slow),
+  pytest.param('gather', 'dots', marks=pytest.mark.slow),
+]
 
 
 def config(exchange: str, remat: str, matmul: str) -> Any:

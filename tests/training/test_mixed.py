@@ -163,6 +163,7 @@ def test_another_mixture_is_refused_or_meant(
   assert runs.checkpoints(workdir)[-1] == 9
 
 
+@pytest.mark.slow
 def test_analyses_are_of_one_source(config: ConfigDict, workdir: Path) -> None:
   with pytest.raises(UserError, match='--config.data.mixture= --config.data'):
     analyze(config, str(workdir))

@@ -15,6 +15,7 @@ from moe_jax.planning import compiled, plan, topologies
 from moe_jax.training import offload, recovery, state
 from moe_jax.training.step import make_train_step
 from tests.helpers import runs, tiny
+from tests.helpers.marks import fast_only
 from tests.helpers.steps import batch, init, setup, to_numpy
 
 SMALL = {
@@ -35,7 +36,10 @@ def kinds(tree: Any) -> set[tuple[str | None, bool]]:
 OFFLOADED = {('pinned_host', False), ('device', True)}
 
 
-@pytest.mark.parametrize('name', ['adamw', 'lion', 'adafactor', 'muon'])
+OPTIMIZERS = ['adamw', 'lion', 'adafactor', 'muon']
+
+
+@pytest.mark.parametrize('name', fast_only(['adamw'], OPTIMIZERS))
 def test_the_update_is_that_of_all_parameters_at_once(name: str) -> None:
   """Of every optimizer, though each group has one of its own."""
   config = tiny.config(**SMALL, optimizer__offload=True, optimizer__name=name)
@@ -79,6 +83,7 @@ def test_groups_are_few_and_none_is_larger_than_a_parameter() -> None:
   assert offload.largest_share(leaves) == 10 / 31
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_with_it_off(tmp_path: Path) -> None:
   """Saved, read onto another mesh, and read by a run without it."""
   config = tiny.config(**SMALL, optimizer__offload=True)

@@ -14,6 +14,7 @@ from moe_jax.registry import OPTIMIZERS, SCHEDULES
 from moe_jax.training import optimizer
 from moe_jax.training.state import Setup
 from tests.helpers import registries, tiny
+from tests.helpers.marks import fast_only
 from tests.helpers.steps import EVERY_AXIS, setup
 
 # Large enough for Adafactor to factor the moments of experts.
@@ -70,7 +71,7 @@ def updates_of(name: str) -> tuple[list[Any], Any]:
   return updates(made_with(name))
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', fast_only(['muon'], OPTIMIZERS))
 def test_eight_devices_update_like_one(name: str) -> None:
   alone, _ = updates_of(name)
   split, state = updates(made_with(name, **EVERY_AXIS))
@@ -204,6 +205,7 @@ def closed_form(name: str, step: int, warmup: int) -> float:
   }[name]
 
 
+@pytest.mark.slow
 def test_routers_and_their_cell_have_a_rate_of_their_own() -> None:
   keys = {'router.recurrent': 'gru', 'optimizer.clip_norm': 0.0}
   usual = setup(tiny.config(**keys))

@@ -56,6 +56,7 @@ def test_frozen_parameters_stay(freeze: str, still: tuple[str, ...]) -> None:
   assert metrics['gradient_norm'] > 0
 
 
+@pytest.mark.slow
 def test_what_is_fixed_is_never_trained_and_has_no_moments() -> None:
   config = tiny.config(**NOW, **{'router.score': 'hyper'})
   before, after, _ = trained(config)
@@ -180,6 +181,7 @@ def origin_run(
   return folder, to_numpy(state['params'])
 
 
+@pytest.mark.slow
 def test_a_run_starts_on_the_parameters_it_is_given(
   origin_run: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
