@@ -125,7 +125,7 @@ def test_a_gpu_program() -> None:
   asked = made['flops_per_token'] * made['tokens_per_step'] / 8
   assert asked <= told['matmul_flops'] <= 1.42 * asked
   moved, held = told['roofline'], told['memory_bytes']
-  assert moved['num_bytes'] <= 5.65 * held['total']
+  assert moved['num_bytes'] <= 6.15 * held['total']
   # Much, beside a model of 32 units.
   parts = moved['parts']
   assert parts['router']['seconds'] <= 0.18 * moved['seconds']
