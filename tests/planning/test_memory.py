@@ -165,14 +165,16 @@ def test_memory_grows_with_what_a_device_holds() -> None:
   assert one.logits == 2 * 4 * chunk * BYTES
   assert parts.logits == 2 * 4 * 4 * 64 * BYTES
   # Data parallelism splits all of it. Along the expert axis, if tokens are
-  # gathered, every device holds the rows of its group; if assignments travel
-  # through buffers, twice its own.
+  # gathered, every device holds the rows of its group. If assignments travel
+  # through buffers, twice its own (in blocks 1.5 times), and with them outputs,
+  # a quarter of all, as their weights are elsewhere.
   split = of({'expert': 4}, moe__exchange='gather')
   assert split.activations * 4 == one.activations
-  assert split.dispatch == pytest.approx(one.dispatch, rel=0.041)
-  for exchange in ('all_to_all', 'ragged'):
+  assert split.dispatch == pytest.approx(one.dispatch, rel=0.06)
+  for exchange, factor in (('all_to_all', 1.5), ('ragged', 2)):
     bounded = of({'expert': 4}, moe__exchange=exchange)
-    assert bounded.dispatch == pytest.approx(split.dispatch / 2, rel=0.05)
+    expected = factor / 4 * split.dispatch / 0.75
+    assert bounded.dispatch == pytest.approx(expected, rel=0.05)
   # Positions are split as sequences are.
   positions = of({'context': 4})
   assert positions.activations * 4 == pytest.approx(one.activations, 1e-5)
