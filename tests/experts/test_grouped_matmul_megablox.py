@@ -35,5 +35,5 @@ def test_what_a_kernel_leaves_in_rows_of_no_group_is_zeroed(
 ) -> None:
   used = jnp.arange(8)[:, None] < sum(sizes)
   left = jnp.where(used, jnp.ones((8, 3)), jnp.nan)
-  emptied = grouped_matmul._emptied(left, jnp.array(sizes))
+  emptied = grouped_matmul._zeroed_if_any(left, jnp.array(sizes))
   assert (emptied == used.astype(float)).all()

@@ -157,9 +157,7 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
   def forward(
     rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
-    out_MF = multiply(rows_MD, weights_NDF, sizes_N)
-    used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
-    return jnp.where(used_M[:, None], out_MF, 0)
+    return _zeroed(multiply(rows_MD, weights_NDF, sizes_N), sizes_N)
 
   def backward(
     rows_MD: jax.Array,
@@ -173,8 +171,7 @@ def _derived(multiply: GroupedMatmul) -> Implementation:
       weights_NDF,
     )
     rows_grad_MD, weights_grad_NDF = vjp(grad_MF)
-    used_M = jnp.arange(len(rows_MD)) < sizes_N.sum()
-    return jnp.where(used_M[:, None], rows_grad_MD, 0), weights_grad_NDF
+    return _zeroed(rows_grad_MD, sizes_N), weights_grad_NDF
 
   return Implementation(forward, backward, eight_bits=True)
 
@@ -185,7 +182,7 @@ def _by_megablox() -> Implementation:
   def forward(
     rows_MD: jax.Array, weights_NDF: jax.Array, sizes_N: jax.Array
   ) -> jax.Array:
-    return _emptied(_ragged_dot(rows_MD, weights_NDF, sizes_N), sizes_N)
+    return _zeroed_if_any(_ragged_dot(rows_MD, weights_NDF, sizes_N), sizes_N)
 
   def backward(
     rows_MD: jax.Array,
@@ -196,20 +193,23 @@ def _by_megablox() -> Implementation:
     _, vjp = jax.vjp(
       lambda rows: _ragged_dot(rows, weights_NDF, sizes_N), rows_MD
     )
-    rows_grad_MD = _emptied(vjp(grad_MF)[0], sizes_N)
+    rows_grad_MD = _zeroed_if_any(vjp(grad_MF)[0], sizes_N)
     return rows_grad_MD, megablox.weights_gradient(rows_MD, sizes_N, grad_MF)
 
   return Implementation(forward, backward, megablox.obstacle, eight_bits=True)
 
 
-def _emptied(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
+def _zeroed(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
+  """Zeroes rows of no group."""
+  used_M = jnp.arange(len(rows)) < sizes_N.sum()
+  return jnp.where(used_M[:, None], rows, 0)
+
+
+def _zeroed_if_any(rows: jax.Array, sizes_N: jax.Array) -> jax.Array:
   """Zeroes rows of no group, if there are any: mostly there are none."""
-  used = sizes_N.sum()
-
-  def empty(rows: jax.Array) -> jax.Array:
-    return jnp.where(jnp.arange(len(rows))[:, None] < used, rows, 0)
-
-  return lax.cond(used < len(rows), empty, lambda rows: rows, rows)
+  return lax.cond(
+    sizes_N.sum() < len(rows), _zeroed, lambda rows, _: rows, rows, sizes_N
+  )
 
 
 def by_tokamax(rows: str, weights: str | None = None) -> Implementation:

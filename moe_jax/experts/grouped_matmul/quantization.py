@@ -17,6 +17,11 @@ from moe_jax.parallel.devices import capability
 # else, not the wider range of e5m2: their rows have a scale each.
 DTYPES = {'int8': jnp.int8, 'fp8': jnp.float8_e4m3fn}
 
+_ACCUMULATORS = {
+  jnp.dtype(jnp.int8): jnp.dtype(jnp.int32),
+  jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.float32),
+}
+
 # TPUs that multiply eight bits as they are; others widen them first.
 _TPUS = {
   'int8': ('TPU v5 lite', 'TPU v5', 'TPU v6 lite'),
@@ -64,9 +69,8 @@ def _largest(dtype: DTypeLike) -> float:
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
   """Returns the type that products of a type leave a matmul in."""
-  widened = {DTYPES['int8']: jnp.int32, DTYPES['fp8']: jnp.float32}
-  wide = {jnp.dtype(key): value for key, value in widened.items()}
-  return jnp.dtype(wide.get(jnp.dtype(dtype), dtype))
+  dtype = jnp.dtype(dtype)
+  return _ACCUMULATORS.get(dtype, dtype)
 
 
 def obstacle(name: str, device: jax.Device) -> str | None:
