@@ -6,6 +6,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_who_has_gone_is_named_by_all_that_are_left() -> None:
   star.mortal.close()
   line = 'process 4 of 5 (host mortal) has gone; its own log says why'
   assert [process.end() for process in star.all] == [(line, 75)] * 4
+
+
+def test_a_watch_that_has_ended_its_process_watches_no_more() -> None:
+  before = set(threading.enumerate())
+  star = Star()
+  threads = set(threading.enumerate()) - before
+  assert [thread.name for thread in threads] == ['peers'] * 2
+  star.mortal.close()
+  for process in star.all:
+    process.end()
+  wait_for(lambda: not any(thread.is_alive() for thread in threads))
 
 
 def test_process_0_is_missed_too() -> None:
