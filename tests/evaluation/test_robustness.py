@@ -21,6 +21,9 @@ from moe_jax.training import state
 from tests.helpers import oracle, tiny
 
 EOS = 256
+# Of a float32 mean loss: the parameters are large, so rounding moves it by up to
+# 1.4e-6 as XLA orders the sums; any part's loss differs by more than 1e-5.
+RELATIVE = 5e-6
 
 SIZES = {
   'model.vocab_size': EOS + 1,
@@ -145,7 +148,7 @@ def test_every_part_of_every_checkpoint(
       )
     }
     usual = nats(config, params, (0,) * len(PARTS[name]['all']))
-    assert written[0]['loss'] == pytest.approx(usual, rel=1e-6)
+    assert written[0]['loss'] == pytest.approx(usual, rel=RELATIVE)
     assert 'disabled_top' not in written[0] and 'parts' not in written[0]
     assert written[2]['disabled_top'] == 2
     measured = {'all': written[2]} | written[2]['parts']
@@ -153,7 +156,7 @@ def test_every_part_of_every_checkpoint(
     for part, where in PARTS[name].items():
       loss = nats(config, params, tuple(2 * here for here in where))
       assert abs(loss - usual) > 1e-4, part
-      assert measured[part]['loss'] == pytest.approx(loss, rel=1e-6), part
+      assert measured[part]['loss'] == pytest.approx(loss, rel=RELATIVE), part
       numbers = [f'{measured[part][key]:.4f}' for key in ('loss', 'perplexity')]
       row = [str(workdir), 'step', '0', 'validation', *part.split()]
       if part == 'all':
@@ -182,7 +185,7 @@ def test_during_training_it_is_all_at_once(
   ]
   for top, result in zip((1, 3), results, strict=True):
     loss = nats(config, params, (top, top))
-    assert result.metrics['loss'] == pytest.approx(loss, rel=1e-6)
+    assert result.metrics['loss'] == pytest.approx(loss, rel=RELATIVE)
     assert result.metrics['disabled_top'] == top and not result.parts
 
 
