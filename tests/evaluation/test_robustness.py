@@ -21,8 +21,8 @@ from moe_jax.training import state
 from tests.helpers import oracle, tiny
 
 EOS = 256
-# Of a float32 mean loss: the parameters are large, so rounding moves it by up to
-# 1.4e-6 as XLA orders the sums; any part's loss differs by more than 1e-5.
+# Of a mean loss in float32: the parameters are large, so rounding moves it by
+# 1.4e-6 as XLA orders the sums. Without a part it differs by more than 1e-5.
 RELATIVE = 5e-6
 
 SIZES = {
