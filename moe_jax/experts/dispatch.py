@@ -115,13 +115,15 @@ class Order(NamedTuple):
 
 
 def dropless(x_TD: jax.Array, routing: Routing, experts: Experts) -> Dispatched:
-  """Computes every assignment, however unevenly the experts are used."""
+  """Computes every assignment, however unevenly the experts are used.
+
+  Experts weigh their hidden units: so no gradient needs their outputs, and none
+  are kept or made again.
+  """
   order = sort(routing, experts.num_experts)
   assignment_M, row_TK, sizes_N, _ = order
   rows_MD = permute(x_TD, assignment_M, row_TK, complete=True)
   seeds_M = _seeds(routing, assignment_M)
-  # Experts weigh their hidden units, which are narrower than their outputs: so
-  # no gradient needs the outputs, and none are kept or made again.
   weights_M = permute(
     routing.weights_TK.reshape(-1),
     assignment_M,
@@ -131,6 +133,18 @@ def dropless(x_TD: jax.Array, routing: Routing, experts: Experts) -> Dispatched:
   out_MD = experts.grouped(rows_MD, sizes_N, seeds_M, weights_M)
   y_TD = add_up(out_MD, row_TK, assignment_M)
   return Dispatched(y_TD, jnp.zeros_like(sizes_N[0]))
+
+
+def dropless_weighing_outputs(
+  x_TD: jax.Array, routing: Routing, experts: Experts
+) -> Dispatched:
+  """Does what `dropless` does, for experts that are wider than their outputs.
+
+  The outputs are weighed and kept, which is less than as many hidden units.
+  """
+  order = sort(routing, experts.num_experts)
+  y_TD = compute_sorted(order, x_TD, routing, experts)
+  return Dispatched(y_TD, jnp.zeros_like(order.sizes_N[0]))
 
 
 def compute_sorted(

@@ -18,7 +18,12 @@ from ml_collections import ConfigDict
 from moe_jax import parameter
 from moe_jax.config import BATCH_AXES, head_dim, layer_kinds
 from moe_jax.errors import UserError, choose
-from moe_jax.experts.dispatch import DISPATCHES, Dispatch
+from moe_jax.experts.dispatch import (
+  DISPATCHES,
+  Dispatch,
+  dropless,
+  dropless_weighing_outputs,
+)
 from moe_jax.experts.exchange import EXCHANGES, exchanges_for
 from moe_jax.experts.exchange_cost import ExchangeSizes
 from moe_jax.experts.expert_parallel import ExpertParallel, Layout
@@ -332,7 +337,7 @@ def dispatch(
     UserError: `moe.exchange` names what cannot run there.
   """
   if mesh is None or mesh.size == 1:
-    return DISPATCHES[config.moe.dispatch](config.moe)
+    return _on_one_device(config)
   device = first_device(mesh)
   return across(config, mesh, exchange_name(config, mesh.shape, dtype, device))
 
@@ -350,10 +355,21 @@ def across(
     tensor_axis=mesh_lib.MESH_AXIS[parameter.MLP],
     fsdp_axis=mesh_lib.MESH_AXIS[parameter.EMBED],
   )
-  inner = DISPATCHES[moe.dispatch](moe)
+  inner = _on_one_device(config)
   if mesh.shape[layout.expert_axis] > 1:
     inner = EXCHANGES[exchange].make(moe, inner, layout)
   return ExpertParallel(mesh, inner, layout)
+
+
+def _on_one_device(config: ConfigDict) -> Dispatch:
+  """Returns the dispatch among the experts of one device."""
+  moe, model = config.moe, config.model
+  made = DISPATCHES[moe.dispatch](moe)
+  wide = moe.expert_width > model.hidden_size
+  # With another `model.remat` the outputs would be computed twice.
+  if made is dropless and wide and model.remat == 'none':
+    return dropless_weighing_outputs
+  return made
 
 
 def exchange_name(

@@ -15,6 +15,7 @@ from moe_jax.experts.dispatch import (
   by_position,
   by_probability,
   dropless,
+  dropless_weighing_outputs,
 )
 from moe_jax.experts.mlp import SwiGLUExperts
 from moe_jax.experts.permute import permute
@@ -46,6 +47,10 @@ def check(dispatch: Any) -> None:
 @pytest.mark.parametrize('name', DISPATCHES)
 def test_equals_dense_loop(name: str) -> None:
   check(on_one_device(name))
+
+
+def test_weighing_outputs_equals_dense_loop() -> None:
+  check(dropless_weighing_outputs)
 
 
 def test_capacity_by_weight_equals_dense_loop() -> None:

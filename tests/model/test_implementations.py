@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import MESH_AXES
 from moe_jax.errors import UserError
+from moe_jax.experts.dispatch import (
+  Capacity,
+  Dispatch,
+  dropless,
+  dropless_weighing_outputs,
+)
 from moe_jax.experts.grouped_matmul import case, tokamax
 from moe_jax.model import implementations, tuned
 from moe_jax.model.implementations import available_matmuls, chosen_matmul
@@ -59,6 +66,26 @@ def test_gpus_unroll_what_is_not_too_deep() -> None:
   assert unrolled(0, on('gpu'), 25) == 1
   assert unrolled(0, on('cpu'), 24) == unrolled(0, on('tpu'), 24) == 1
   assert unrolled(3, on('gpu'), 24) == unrolled(3, on('cpu'), 24) == 3
+
+
+@pytest.mark.parametrize(
+  ('width', 'remat', 'expected'),
+  [
+    (32, 'none', dropless),
+    (33, 'none', dropless_weighing_outputs),
+    (33, 'dots', dropless),
+    (33, 'full', dropless),
+  ],
+)
+def test_hidden_units_or_outputs_are_weighed(
+  width: int, remat: str, expected: Dispatch
+) -> None:
+  config = tiny.config(moe__expert_width=width, model__remat=remat)
+  assert config.model.hidden_size == 32
+  assert implementations.dispatch(config, None, jnp.float32) is expected
+  config.moe.dispatch = 'capacity'
+  made = implementations.dispatch(config, None, jnp.float32)
+  assert isinstance(made, Capacity)
 
 
 def test_without_tokamax_auto_falls_back_and_says_so(
