@@ -90,7 +90,7 @@ OWN = {
   'null experts': {'router.selection': 'null_experts', 'moe.top_k': 4},
   'masks': {'router.score': 'mask', 'router.recurrent': 'gru'},
 }
-FAST = ['span, recurrent cartesian']
+FAST = ['rmoe']
 
 
 def random_rows(count: int = MORE) -> list[np.ndarray]:

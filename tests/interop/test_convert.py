@@ -16,7 +16,6 @@ from moe_jax import config as config_lib
 from moe_jax.errors import UserError
 from moe_jax.interop import checkpoint, convert, hf, released
 from tests.helpers import tiny
-from tests.helpers.marks import fast_only
 from tests.helpers.released import RELEASED, random_params, save
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +238,8 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize('name', fast_only(['rmoe'], SERVED))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SERVED)
 def test_an_export_is_ready_to_be_served(name: str, tmp_path: Path) -> None:
   """The ids of config.json are the tokenizer's, and who runs it is said."""
   changes, format, fragments = SERVED[name]

@@ -155,9 +155,8 @@ def test_no_gradient_reaches_the_memory_of_the_next_segment() -> None:
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize(
-  'name', fast_only(['linear'], ['linear', 'recurrent cartesian'])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['linear', 'recurrent cartesian'])
 def test_segments_with_memory_equal_one_long_segment(name: str) -> None:
   """What a token sees lies in the memory or in its segment: all the same."""
   graphdef, params = tiny.decoder(tiny.config(**VARIANTS[name]))

@@ -14,11 +14,9 @@ from moe_jax.training.step import make_train_step
 from tests.helpers import registries, tiny
 from tests.helpers.steps import EVERY_AXIS, batch, init, setup
 
-WAYS = [
-  ('all_to_all', 'none'),
-  pytest.param('gather', 'none', marks=pytest.mark.slow),
-  pytest.param('gather', 'dots', marks=pytest.mark.slow),
-]
+pytestmark = pytest.mark.slow
+
+WAYS = [('all_to_all', 'none'), ('gather', 'none'), ('gather', 'dots')]
 
 
 def config(exchange: str, remat: str, matmul: str) -> Any:
@@ -46,7 +44,6 @@ def test_triton_is_traced_for_many_devices(
   assert 'ragged_dot_general[' not in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('exchange', 'remat'), WAYS)
 def test_a_step_is_that_of_one_device(
   exchange: str, remat: str, monkeypatch: pytest.MonkeyPatch

@@ -136,6 +136,7 @@ def test_gpus_are_refused() -> None:
     offload.shardings({}, {}, {}, mesh)
 
 
+@pytest.mark.slow
 def test_the_plan_tells_both_memories_apart() -> None:
   """Two moments and a count: on the hosts but for what comes at a time."""
   usual = plan.make(tiny.config(), 1)
