@@ -9,30 +9,42 @@ from typing import Any
 
 from moe_jax import strict_json
 from moe_jax.errors import UserError
+from moe_jax.planning.gpus import GPUS
 
 _GIB = 1 << 30
-_HEAD = """# Training steps compiled for slices of TPUs
+_HEAD = """# Training steps compiled for {devices}
 
-No TPU was there: the figures are its compiler's, and nothing was timed but the
-compilation. From a checkout, these commands make `scaling.jsonl`, its table
-below and its picture, `scaling.png`:
+None of them was there: the figures are their compiler's, and nothing was timed
+but the compilation. From a checkout, these commands make `scaling.jsonl`, its
+table below and its picture, `scaling.png`:
 
 """
 _ABOUT = """
-The batch grows with the chips. Memory is what the program needs; bytes are sent
-by all chips together, where every assignment finds room in the buffers of its
-exchange.
+The batch grows with the devices. Memory is what the program needs; bytes are
+sent by all devices together, where every assignment finds room in the buffers
+of its exchange.
 
-The MFU is that of two estimates, and neither has collectives in it. The first
-is the compiler's: the cycles that it expects of fusions, and what kernels take
-at the peak. Of matmuls it is good, of what moves data far too dear: a sum over
-a large array is expected at a tenth to a seventh of the memory's published
-bandwidth (`tests/planning/test_tpu_cycles.py`). So it compares programs, and
-no step is bound by it. The second is the roofline that `moe_jax plan` makes of
-GPUs too: every kernel takes its bytes at 80 % of that bandwidth or its matmuls
-at 70 % of the peak, whichever is longer, nothing overlaps, and attention fills
-the matrix unit as far as its heads are wide. A row without a roofline was
+The roofline is that of `moe_jax plan`: every kernel takes its bytes at 80 % of
+the memory's published bandwidth or its matmuls at 70 % of the peak, whichever
+is longer, nothing overlaps, and collectives take no time. A row without one was
 compiled before there was one, of an earlier step.
+
+"""
+_ABOUT_GPUS = """What the compiler cannot know without the device, it does not
+count: which kernel is the fastest for a plain matmul, and cuDNN's workspace.
+
+Measured, and published for MoE in bfloat16: Levanter's on 8 x H100, 64 experts,
+has an MFU of 26.7 to 28.2 % (https://github.com/marin-community/marin, issue
+6979); Megatron Bridge's Qwen3 235B on H100 about 30 %
+(https://docs.nvidia.com/nemo/megatron-bridge, performance summary).
+
+"""
+_ABOUT_TPUS = """The compiler's own estimate is the cycles that it expects of
+fusions, and what kernels take at the peak. Of matmuls it is good, of what moves
+data far too dear: a sum over a large array is expected at a tenth to a seventh
+of the memory's published bandwidth (`tests/planning/test_tpu_cycles.py`). So it
+compares programs, and no step is bound by it. In the roofline attention fills
+the matrix unit as far as its heads are wide.
 
 Measured, and published for MoE in bfloat16: MaxText's Mixtral 8x7B has an MFU
 of 52.6 % on v5p-256 and 35.2 % on v6e, 8x22B 36.2 %
@@ -51,6 +63,7 @@ _PARTS = {
   'dense layers': 'dense layers',
   'router': 'router',
   'head': 'head',
+  'optimizer': 'optimizer',
   'fetched ahead': 'prefetch',
 }
 _COLUMNS = (
@@ -58,7 +71,7 @@ _COLUMNS = (
   'slice',
   'mesh (data, fsdp, expert)',
   'tokens per step',
-  'GiB per chip',
+  'GiB per device',
   'sent per token, KiB',
   'compile, s of CPU',
   'compiler, ms',
@@ -106,8 +119,14 @@ def readme(rows: list[dict[str, Any]]) -> str:
     f'      --label={shlex.quote(label)} --results=DIR\n'
     for (arguments, label), names in topologies.items()
   ]
-  floor = _FLOOR + floor_table(rows)
-  return _HEAD + ''.join(commands) + _ABOUT + table(rows) + floor
+  kinds = {row['topology'].partition(':')[0] for row in rows}
+  tables = table(rows) + _FLOOR + floor_table(rows)
+  if kinds <= GPUS.keys():
+    about, devices = _ABOUT + _ABOUT_GPUS, 'GPUs'
+  else:
+    about, devices = _ABOUT + _ABOUT_TPUS, 'slices of TPUs'
+  head = _HEAD.format(devices=devices)
+  return head + ''.join(commands) + about + tables
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -144,7 +163,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
   from matplotlib import pyplot
 
   panels = {
-    'memory per chip, GiB': lambda row: row['memory_bytes']['total'] / _GIB,
+    'memory per device, GiB': lambda row: row['memory_bytes']['total'] / _GIB,
     'sent per token, KiB': lambda row: row['sent_bytes_per_token'] / 1024,
     'compile, seconds of CPU': lambda row: row['compile_cpu_seconds'],
   }
@@ -161,7 +180,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for label, curve in curves.items():
       chips = [row['num_devices'] for row in curve]
       axis.plot(chips, [value(row) for row in curve], 'o-', label=label)
-    axis.set(title=title, xlabel='chips', xscale='log')
+    axis.set(title=title, xlabel='devices', xscale='log')
     axis.set_xticks(
       sorted({row['num_devices'] for row in rows}),
       sorted({row['num_devices'] for row in rows}),
@@ -176,14 +195,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _limit(axis: Any, rows: list[dict[str, Any]]) -> None:
-  """What a chip holds, and what would need more, in the panel of memory."""
+  """What a device holds, and what would need more, in the panel of memory."""
   refused = [row for row in rows if not row['fits']]
   if refused:
     chips = [row['num_devices'] for row in refused]
     needed = [row['needed_bytes'] / _GIB for row in refused]
     axis.plot(chips, needed, 'kx', label='does not fit, needs at least')
   for available in {row['available_bytes'] for row in rows}:
-    axis.axhline(available / _GIB, color='gray', ls='--', label='of a chip')
+    axis.axhline(available / _GIB, color='gray', ls='--', label='of a device')
 
 
 def _case(row: dict[str, Any]) -> tuple[str, int, str]:

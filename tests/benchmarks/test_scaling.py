@@ -84,14 +84,22 @@ def test_results_are_kept_and_drawn(tmp_path: Path) -> None:
     '| 61 | 12 | 40.7 |  |  |' in table and '| d | v5e:4 | 4 |' not in table
   )
   # By parts, what has no column together.
-  assert '| a | v5e:4 | 4 | 0 | 0 | 0 | 0 | 0 | 0 | 4 |' in table
+  assert '| a | v5e:4 | 4 | 0 | 0 | 0 | 0 | 0 | 1 | 0 | 3 |' in table
   assert 'does not fit: 20.00' in table and '| 1 |' not in table
   assert (
     '| 2.0 | 61 |  |  | 8 | 52.0 |' in table
   )  # of a clock that nobody publishes
   assert table.count('benchmarks.scaling --config=x.py') == 4  # a, b, c, d
   assert '--topologies=v5e:4,v5e:16 \\\n      --label=a ' in table
+  assert 'compiled for slices of TPUs' in table and 'MaxText' in table
   assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_results_of_gpus_are_compared_with_gpus() -> None:
+  text = scaling_results.readme([row('a', 8, topology='h100:1x8', cycles=None)])
+  assert text.startswith('# Training steps compiled for GPUs\n')
+  assert '8 x H100' in text and 'MaxText' not in text
+  assert '| 61 |  |  | 8 | 52.0 |' in text
 
 
 @pytest.mark.slow
