@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 from ml_collections import ConfigDict
 
 from moe_jax.config import mixture
@@ -83,7 +84,9 @@ def make_train_step(setup: Setup) -> TrainStep:
   """
   config = setup.config
   learning_rate = optimizer.schedule(config)
-  update = offload.update if config.optimizer.offload else _update
+  update = (
+    offload.update if config.optimizer.offload else _update_on(setup.mesh)
+  )
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     grads, metrics, remembered = gradient(setup, state, batch)
@@ -212,17 +215,62 @@ def _evaluated(
   return loss, load, attention_state
 
 
+class _Update(Protocol):
+  """Makes the next parameters and optimizer state, if there is an update."""
+
+  def __call__(
+    self,
+    tx: optax.GradientTransformation,
+    finite: jax.Array,
+    grads: Any,
+    state: TrainState,
+  ) -> TrainState:
+    """Returns both, or where `finite` is False what they were."""
+    ...
+
+
+def _update_on(mesh: jax.sharding.Mesh) -> _Update:
+  """Returns the update that suits the devices."""
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return _update_in_branch if on_cpu else _update
+
+
 def _update(
   tx: optax.GradientTransformation,
   finite: jax.Array,
   grads: Any,
   state: TrainState,
 ) -> TrainState:
-  """Returns the next parameters and optimizer state, if there is an update."""
+  return _where(finite, _updated(tx, grads, state), state)
+
+
+def _update_in_branch(
+  tx: optax.GradientTransformation,
+  finite: jax.Array,
+  grads: Any,
+  state: TrainState,
+) -> TrainState:
+  # XLA on CPU updates a parameter and its moments one after the other. Selects
+  # read all that was before, and as the first would overwrite what the others
+  # still read, it begins with copies of the moments.
+  old = {name: state[name] for name in ('params', 'opt_state')}
+  return lax.cond(
+    finite,
+    lambda old, grads: _updated(tx, grads, old),
+    lambda old, _: old,
+    old,
+    grads,
+  )
+
+
+def _updated(
+  tx: optax.GradientTransformation, grads: Any, state: TrainState
+) -> TrainState:
+  """Returns the next parameters and optimizer state."""
   params = state['params']
   updates, opt_state = tx.update(grads, state['opt_state'], params)
   params = optax.apply_updates(params, updates)
-  return _where(finite, {'params': params, 'opt_state': opt_state}, state)
+  return {'params': params, 'opt_state': opt_state}
 
 
 def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
