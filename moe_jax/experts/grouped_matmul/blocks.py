@@ -222,21 +222,19 @@ def weights_gradient(
 ) -> jax.Array:
   """Returns `rows^T grad` of every group, [N, D, F], float32; 0 if empty."""
   num_rows = len(rows_MD)
+  # XLA's faster matmul takes no transposed left side, so it is transposed here,
+  # once; the barrier keeps XLA from doing it in the matmuls again.
+  rows_DM = lax.optimization_barrier(rows_MD.T)
 
   def block(loop: _Loop, i: jax.Array, out_NDF: jax.Array) -> jax.Array:
     first, inside = _window(loop, i, num_rows)
-    rows = lax.dynamic_slice_in_dim(rows_MD, first, loop.size)
+    rows = lax.dynamic_slice_in_dim(rows_DM, first, loop.size, axis=1)
     grad = lax.dynamic_slice_in_dim(grad_MF, first, loop.size)
-    if rows.shape[1] < grad.shape[1]:  # the narrower one is enough
-      rows = jnp.where(inside, rows, 0)
+    if rows.shape[0] < grad.shape[1]:  # the narrower one is enough
+      rows = jnp.where(inside.T, rows, 0)
     else:
       grad = jnp.where(inside, grad, 0)
-    product = lax.dot_general(
-      rows,
-      grad,
-      (((0,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
+    product = jnp.matmul(rows, grad, preferred_element_type=jnp.float32)
     group = loop.group_J[i]
     if not loop.is_first:  # reading the sum so far costs as much as writing it
       product += lax.dynamic_index_in_dim(out_NDF, group, keepdims=False)
