@@ -1,5 +1,6 @@
 """Keeps the rows of `benchmarks.scaling`, as a table and as a picture."""
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterable
@@ -142,8 +143,12 @@ def floor_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _markdown(columns: tuple[str, ...], lines: Iterable[list[str]]) -> str:
+  """A table of the columns that are not empty in every line."""
+  lines = list(lines)
+  used = [any(line[i] for line in lines) for i in range(len(columns))]
   lines = [list(columns), ['---'] * len(columns), *lines]
-  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+  kept = (itertools.compress(line, used) for line in lines)
+  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in kept)
 
 
 def _parts(row: dict[str, Any]) -> list[str]:
