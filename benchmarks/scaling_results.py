@@ -27,8 +27,7 @@ of its exchange.
 
 The roofline is that of `moe_jax plan`: every kernel takes its bytes at 80 % of
 the memory's published bandwidth or its matmuls at 70 % of the peak, whichever
-is longer, nothing overlaps, and collectives take no time. A row without one was
-compiled before there was one, of an earlier step.
+is longer, nothing overlaps, and collectives take no time.
 
 """
 _ABOUT_GPUS = """What the compiler cannot know without the device, it does not
