@@ -123,7 +123,9 @@ def _train(flags: list[str], out: str, err: str, terminal: bool) -> None:
 
   os.setsid()
   os.chdir(Path(__file__).parents[2])
+  # The server ignores SIGINT, and SIGHUP where it was ignored when it began.
   signal.signal(signal.SIGINT, signal.default_int_handler)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   printed = os.open(out, os.O_RDWR if terminal else os.O_WRONLY | os.O_CREAT)
   if terminal:
     fcntl.ioctl(printed, termios.TIOCSCTTY, 0)
