@@ -3,8 +3,9 @@
   python -m benchmarks.scaling --config=configs/cartesian_moe.py:large --json
 
 prints a JSON line for 4, 16, 64 and 256 chips of v5e; `--topologies` names
-others, TPUs or GPUs. None has to be here. The scaling is weak: the batch grows with the chips, so the
-tokens of a chip stay what they are, `--sequences` of them of `data.seq_len`.
+others, TPUs or GPUs. None has to be here. The scaling is weak: the batch grows
+with the chips, so the tokens of a chip stay what they are, `--sequences` of
+them of `data.seq_len`.
 
 The mesh follows from the number of chips: as many as `--fsdp`, 16, along
 `fsdp`; of what is left `--expert`, 1, along `expert`, as many as divide the
